@@ -1,0 +1,326 @@
+"""The engine's front: text in, text out. Notebooks, server and launcher all stand on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from airjax import engine, sampling
+from airjax.plan import GIB, Plan, Resident, Switch
+from airjax.streaming import Timeline
+from airjax.text import ChatTemplate, Tokenizer
+
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
+_COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class RequestError(ValueError):
+    """A request that cannot be run: an empty prompt, one longer than the context, a parameter out of range."""
+
+
+class Token(NamedTuple):
+    """One step of a generation.
+
+    Attributes:
+      id: the drawn token.
+      text: what it adds to the text; empty while a character or a possible stop string is unfinished.
+      logprob: its log-probability under the model, in nats, before the sampler.
+    """
+
+    id: int
+    text: str
+    logprob: float
+
+
+class Engine:
+    """An open model with its tokenizer. Use `airjax.load` to make one; it is a context manager.
+
+    Attributes:
+      tokenizer: text to ids and back.
+      plan: what lives where.
+      stats: what the last run measured.
+    """
+
+    def __init__(self, model: engine.Model, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._template = template
+        self._state: engine.State | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What lives where."""
+        return self.model.plan
+
+    @property
+    def stats(self) -> engine.Stats:
+        """What the last run measured."""
+        return self.model.stats
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """The recorded events, if the engine was loaded with `trace=True`."""
+        return self.model.timeline
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Teacher-forced logits: row t is the model's view of token t + 1.
+
+        Args:
+          ids: at least one token, at most as many as the context.
+
+        Returns:
+          float32 `[T, V]`.
+
+        Raises:
+          RequestError: too few or too many tokens, or one outside the vocabulary.
+        """
+        ids = self._check_ids(ids, room=0)
+        out = np.empty((len(ids), self.model.config.vocab_size), np.float32)
+        at = 0
+        for piece in engine.score(self.model, self._begin(), ids):
+            out[at : at + len(piece)] = np.asarray(piece)
+            at += len(piece)
+        return out
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        *,
+        sampler: sampling.Transform | None = None,
+        key: jax.Array | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Iterator[Token]:
+        """Generates after a prompt of token ids.
+
+        Args:
+          ids: the prompt, at least one token, fewer than the context.
+          sampler: transform of the logits; None is greedy.
+          key: the randomness, `jax.random.key(seed)`; None is key 0.
+          max_tokens: how many at most; None for as many as the context holds.
+          stop: strings that end the generation; they are not part of the text.
+          ignore_eos: go on after an end-of-generation token.
+
+        Yields:
+          Tokens as they are drawn; the end-of-generation token only if text that was held back must follow.
+          Afterwards `stats.finish_reason` says why it ended.
+
+        Raises:
+          RequestError: the request cannot be run; raised here, before the first token is asked for.
+        """
+        ids = self._check_ids(ids, room=1)
+        if max_tokens is not None and max_tokens < 1:
+            raise RequestError(f"max_tokens must be at least 1, got {max_tokens}")
+        if isinstance(stop, str) or any(not isinstance(text, str) or not text for text in stop):
+            raise RequestError(f"stop must be a list of strings that are not empty, got {stop!r}")
+        draws = engine.generate(
+            self.model,
+            self._begin(),
+            ids,
+            sampler=sampling.greedy() if sampler is None else sampler,
+            key=jax.random.key(0) if key is None else key,
+            max_tokens=self.plan.context if max_tokens is None else max_tokens,
+            stop_ids=frozenset() if ignore_eos else self.tokenizer.eog_ids,
+        )
+        return self._texts(draws, tuple(stop))
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extra: Any
+    ) -> list[int]:
+        """The prompt of a conversation, by the file's own template.
+
+        Args:
+          messages: dicts with "role" and "content".
+          add_generation_prompt: end with the opening of the assistant's turn.
+          **extra: further variables of the template, such as `tools`.
+
+        Raises:
+          RequestError: the file has no template.
+          TextError: the template refused the messages, or failed.
+        """
+        if self._template is None:
+            raise RequestError(
+                f"{self.model.gguf.path} has no chat template: it is a base model, so use generate with a plain prompt"
+            )
+        text = self._template.render(messages, add_generation_prompt=add_generation_prompt, **extra)
+        # The template writes the BOS itself where the model wants one.
+        bos = self.tokenizer.bos_id
+        begins_with_bos = bos is not None and text.startswith(self.tokenizer.decode([bos]))
+        return self.tokenizer.encode(text, add_bos=False if begins_with_bos else None, parse_special=True)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Iterator[Token]:
+        """The assistant's reply to a conversation: `apply_chat_template`, then `generate` with `options`."""
+        return self.generate(self.apply_chat_template(messages), **options)
+
+    def close(self) -> None:
+        """Frees device memory, threads, pinned memory and the file."""
+        if self._state is not None:
+            self._state.close()
+            self._state = None
+        self.model.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _begin(self) -> engine.State:
+        """Fresh counters, and the cache of the last run: its old rows are never looked at again."""
+        self.model.stats = engine.Stats()
+        if self._state is None:
+            self._state = engine.new_state(self.model)
+        return self._state
+
+    def _check_ids(self, ids: Sequence[int], room: int) -> list[int]:
+        ids = [int(token) for token in ids]
+        context, vocabulary = self.plan.context, self.model.config.vocab_size
+        if not ids:
+            raise RequestError("the prompt is empty: give at least one token")
+        if len(ids) + room > context:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens but the context holds {context}: shorten it or raise --context"
+            )
+        outside = [token for token in ids if not 0 <= token < vocabulary]
+        if outside:
+            raise RequestError(f"token ids must be between 0 and {vocabulary - 1}, got {outside[0]}")
+        return ids
+
+    def _texts(self, draws: Iterator[engine.Draw], stop: tuple[str, ...]) -> Iterator[Token]:
+        stream = self.tokenizer.stream()
+        held = ""  # text that may be the beginning of a stop string
+        for draw in draws:
+            ended = self.stats.finish_reason != ""
+            by_token = self.stats.finish_reason == "stop"
+            if not by_token:
+                held += stream.push(draw.id)
+            if ended:  # nothing may be left behind
+                held += stream.flush()
+            cut = min((at for text in stop if (at := held.find(text)) >= 0), default=-1)
+            if cut >= 0:
+                self.stats.finish_reason = "stop"
+                yield Token(draw.id, held[:cut], draw.logprob)
+                return
+            ready = len(held) - (0 if ended else _overlap(held, stop))
+            if not by_token or held:
+                yield Token(draw.id, held[:ready], draw.logprob)
+            held = held[ready:]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    vram_budget_gib: float | None = None,
+    ram_budget_gib: float | None = None,
+    stream_depth: int = 3,
+    resident: Resident = "auto",
+    kv_shuttle: Switch = "auto",
+    context: int | None = None,
+    compute_dtype: ComputeDtype | None = None,
+    tier: str = "auto",
+    trace: bool = False,
+    device: jax.Device | None = None,
+) -> Engine:
+    """Opens a GGUF file for generation.
+
+    Args:
+      path: the file; for a split one any of its parts.
+      vram_budget_gib: device memory to use; None for what is free, less a margin.
+      ram_budget_gib: host memory to use for weights; None for what is available, less a margin.
+      stream_depth: slots of the ring.
+      resident: "auto" keeps as many layers on the device as fit, "none" streams all, "all" streams nothing.
+      kv_shuttle: "on" keeps the KV cache on the host, "auto" does so where it does not fit.
+      context: positions of the KV cache; None for the model's own, at most 4096.
+      compute_dtype: of matrix products and KV; None for bfloat16 on a GPU and float32 on a CPU.
+      tier: how streamed layers reach the device; see `airjax.plan.Tier`.
+      trace: record a timeline.
+      device: None for JAX's first.
+
+    Raises:
+      GGUFError: the file cannot be run.
+      TextError: its tokenizer or chat template cannot be used.
+      PlanError: the budgets cannot work.
+    """
+    device = jax.devices()[0] if device is None else device
+    if compute_dtype is None:
+        compute_dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    for name, value, allowed in (
+        ("compute_dtype", compute_dtype, _COMPUTE_DTYPES),
+        ("resident", resident, ("auto", "none", "all")),
+        ("kv_shuttle", kv_shuttle, ("auto", "on", "off")),
+    ):
+        if value not in allowed:
+            raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    model = engine.open_model(
+        Path(path),
+        device=device,
+        vram_budget_bytes=_budget("vram_budget_gib", vram_budget_gib, free_device_bytes(device)),
+        ram_budget_bytes=_budget("ram_budget_gib", ram_budget_gib, free_host_bytes()),
+        context=context,
+        stream_depth=stream_depth,
+        resident=resident,
+        kv_shuttle=kv_shuttle,
+        compute_dtype=compute_dtype,
+        tier=tier,
+        timeline=Timeline() if trace else None,
+    )
+    try:
+        where = str(path)
+        tokenizer = Tokenizer.from_metadata(model.gguf.metadata, where)
+        has_template = "tokenizer.chat_template" in model.gguf.metadata
+        template = ChatTemplate.from_metadata(model.gguf.metadata, where) if has_template else None
+    except BaseException:
+        model.close()
+        raise
+    logging.debug("airjax: %s", model.plan)
+    return Engine(model, tokenizer, template)
+
+
+def free_device_bytes(device: jax.Device) -> int:
+    """Device memory that a run may use: what is free less a twentieth, for what others allocate."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if not stats or "bytes_limit" not in stats:
+        return free_host_bytes()
+    return int((stats["bytes_limit"] - stats["bytes_in_use"]) * 0.95)
+
+
+def free_host_bytes() -> int:
+    """Host memory that a run may use: what is available less a tenth; page cache counts as available."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024 * 9 // 10
+    except OSError:
+        pass
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 8 * GIB
+
+
+def _budget(name: str, gib: float | None, free: int) -> int:
+    if gib is None:
+        return free
+    if not gib > 0 or gib > 1 << 20:
+        raise RequestError(f"{name} must be a positive number of GiB, got {gib}")
+    return int(gib * GIB)
+
+
+def _overlap(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of `text` may begin a stop string."""
+    longest = 0
+    for candidate in stop:
+        for size in range(min(len(candidate) - 1, len(text)), longest, -1):
+            if text.endswith(candidate[:size]):
+                longest = size
+                break
+    return longest
+
+

@@ -1,0 +1,136 @@
+"""The meter: what a run measured, on stderr, live while it runs and in full at its end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from airjax.engine import Stats
+
+GIB = 1 << 30
+_PERIOD_S = 0.25
+
+
+def _figure(value: float | None, pattern: str) -> str:
+    return "n/a" if value is None else pattern.format(value)
+
+
+def line(stats: Stats) -> str:
+    """The figures on one line, for the live meter."""
+    return " | ".join(
+        (
+            f"prefill {_figure(stats.prefill_rate, '{:.1f}')} tok/s",
+            f"decode {_figure(stats.decode_rate, '{:.1f}')} tok/s",
+            f"first token {_figure(stats.first_token_s, '{:.2f} s')}",
+            f"streamed {stats.bytes_streamed / 1e9:.2f} GB",
+            f"{_figure(_gigabytes(stats.link_rate), '{:.2f}')} GB/s",
+            f"waited {_figure(_percent(stats.wait_share), '{:.0f} %')}",
+            f"peak {_figure(_gibibytes(stats.peak_device_bytes), '{:.2f} GiB')}",
+        )
+    )
+
+
+def report(stats: Stats, out: TextIO | None = None) -> None:
+    """Prints all figures of a run to stderr."""
+    out = sys.stderr if out is None else out
+    decoded = f"decode {_figure(stats.decode_rate, '{:.1f}')} tok/s, " if stats.generated_tokens else ""
+    first = (
+        f"first token after {_figure(stats.first_token_s, '{:.2f} s')}, " if stats.generated_tokens else ""
+    )
+    counts = f"{stats.prompt_tokens} prompt tokens"
+    if stats.generated_tokens:
+        counts += f", {stats.generated_tokens} generated"
+    ended = f" (ended by {stats.finish_reason})" if stats.finish_reason else ""
+    rate = _figure(_gigabytes(stats.link_rate), "{:.2f}")
+    waited = _figure(_percent(stats.wait_share), "{:.1f} %")
+    peak = _figure(_gibibytes(stats.peak_device_bytes), "{:.2f} GiB")
+    print(
+        f"airjax: prefill {_figure(stats.prefill_rate, '{:.1f}')} tok/s, {decoded}{first}{counts}{ended}\n"
+        f"airjax: streamed {stats.bytes_streamed / 1e9:.2f} GB at {rate} GB/s, compute waited for weights "
+        f"{waited} of the time, peak device memory {peak}",
+        file=out,
+        flush=True,
+    )
+
+
+class Meter:
+    """Shows a run's figures live where stderr is a terminal, and reports them when the block ends.
+
+    Where the text goes to the same terminal, the meter takes its bottom line, and the text scrolls above it.
+
+    Args:
+      stats: gives the present run's figures.
+      out: where to write; None for stderr.
+    """
+
+    def __init__(self, stats: Callable[[], Stats], out: TextIO | None = None) -> None:
+        self._stats = stats
+        self._out = sys.stderr if out is None else out
+        live = self._out.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+        self._shared = live and sys.stdout.isatty()
+        self._thread = (
+            threading.Thread(target=self._watch, name="airjax-meter", daemon=True) if live else None
+        )
+        self._ended = threading.Event()
+        self._rows = 0
+
+    def __enter__(self) -> Meter:
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._ended.set()
+            self._thread.join()
+            self._erase()
+        if kind is None or issubclass(kind, KeyboardInterrupt):
+            report(self._stats(), self._out)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_PERIOD_S):
+            self._draw()
+
+    def _draw(self) -> None:
+        columns, rows = shutil.get_terminal_size()
+        text = line(self._stats())[: columns - 1]
+        if not self._shared:
+            self._write(f"\r\x1b[2K{text}")
+            return
+        start = ""
+        if rows != self._rows:
+            # Make room for the bottom line (one down and up again), then let only the lines above it scroll.
+            start = f"\x1bD\x1b[1A\x1b7\x1b[1;{rows - 1}r\x1b8"
+            self._rows = rows
+        self._write(f"{start}\x1b7\x1b[{rows};1H\x1b[2K{text}\x1b8")
+
+    def _erase(self) -> None:
+        if not self._shared:
+            self._write("\r\x1b[2K")
+        elif self._rows:
+            self._write(f"\x1b7\x1b[{self._rows};1H\x1b[2K\x1b[r\x1b8")
+
+    def _write(self, text: str) -> None:
+        # One write call each, so that text on stdout never falls into the middle of an escape sequence.
+        self._out.write(text)
+        self._out.flush()
+
+
+def _gigabytes(nbytes: float | None) -> float | None:
+    return None if nbytes is None else nbytes / 1e9
+
+
+def _gibibytes(nbytes: float | None) -> float | None:
+    return None if nbytes is None else nbytes / GIB
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else share * 100

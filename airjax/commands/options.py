@@ -1,0 +1,160 @@
+"""Flags that commands share, and what is made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+if TYPE_CHECKING:
+    from airjax.api import Engine
+    from airjax.sampling import Transform
+
+Flags = flags.FlagValues
+
+
+def define_model(values: Flags) -> None:
+    """The file."""
+    flags.DEFINE_string(
+        "model", None, "The GGUF file; of a split one, any part.", flag_values=values, short_name="m"
+    )
+
+
+def define_plan(values: Flags) -> None:
+    """What the plan follows from."""
+    flags.DEFINE_float(
+        "vram_budget_gib", None, "Device memory to use, GiB. Default: what is free.", flag_values=values
+    )
+    flags.DEFINE_float(
+        "ram_budget_gib",
+        None,
+        "Host memory to use for weights and the KV cache, GiB. Default: what is free.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "stream_depth", 3, "Slots of the ring that streamed layers pass.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "resident",
+        "auto",
+        ["auto", "none", "all"],
+        "Layers that stay on the device: as many as fit, none, or all.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "kv_shuttle",
+        "auto",
+        ["auto", "on", "off"],
+        "Keep the KV cache on the host, send each layer's ahead of its block; auto: where it does not fit.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "compute_dtype",
+        None,
+        ["float32", "bfloat16", "float16"],
+        "Of matrix products and KV. Default: bfloat16 on a GPU, float32 on a CPU.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "compilation_cache_dir",
+        None,
+        "Where compiled programs are kept for later runs; empty: nowhere. Default: the user's cache folder.",
+        flag_values=values,
+    )
+
+
+def define_context(values: Flags, default: int | None = None) -> None:
+    """The length of the KV cache."""
+    flags.DEFINE_integer(
+        "context",
+        default,
+        "Positions of the KV cache."
+        + (" Default: the model's own, at most 4096." if default is None else ""),
+        flag_values=values,
+    )
+
+
+def define_run(values: Flags) -> None:
+    """What a run of the engine takes besides the plan."""
+    define_model(values)
+    define_plan(values)
+    flags.DEFINE_string(
+        "trace",
+        None,
+        "Write a timeline of disk, link and compute to this file, for Perfetto or chrome://tracing.",
+        flag_values=values,
+    )
+
+
+def define_sampler(values: Flags, max_tokens: int) -> None:
+    """How tokens are drawn, and when to end."""
+    flags.DEFINE_integer("max_tokens", max_tokens, "End after this many tokens.", flag_values=values)
+    flags.DEFINE_float(
+        "temperature", 0.8, "Below 1 sharpens, above 1 flattens; 0 is greedy.", flag_values=values
+    )
+    flags.DEFINE_integer("top_k", 40, "Keep the k most probable tokens; 0 keeps all.", flag_values=values)
+    flags.DEFINE_float(
+        "top_p", 0.95, "Keep the fewest tokens that hold this probability together.", flag_values=values
+    )
+    flags.DEFINE_float(
+        "min_p", 0.05, "Keep tokens at least this fraction as probable as the best.", flag_values=values
+    )
+    flags.DEFINE_float(
+        "repetition_penalty", 1.0, "Above 1 makes tokens of the context less likely.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "seed", 0, "Of the randomness; the same seed gives the same text.", flag_values=values
+    )
+    flags.DEFINE_multi_string(
+        "stop", [], "A text that ends the generation; may be given several times.", flag_values=values
+    )
+    flags.DEFINE_bool("ignore_eos", False, "Go on after the model's own end.", flag_values=values)
+
+
+def make_sampler(values: Flags) -> Transform:
+    """The sampler of the flags: repetition penalty, top-k, top-p, min-p, temperature, in llama.cpp's order.
+
+    Raises:
+      ValueError: a parameter is out of range.
+    """
+    from airjax import sampling
+
+    penalty = sampling.repetition_penalty(values.repetition_penalty)
+    truncations = [
+        (sampling.top_k(values.top_k), values.top_k > 0),
+        (sampling.top_p(values.top_p), values.top_p < 1),
+        (sampling.min_p(values.min_p), values.min_p > 0),
+    ]
+    temperature = sampling.temperature(values.temperature)
+    # What has no effect is left out, so that it costs nothing.
+    steps = [penalty] if values.repetition_penalty != 1 else []
+    if values.temperature > 0:
+        steps += [step for step, works in truncations if works]
+    return sampling.chain(*steps, temperature)
+
+
+@contextlib.contextmanager
+def open_engine(values: Flags) -> Iterator[Engine]:
+    """An engine as the flags say; afterwards its timeline is written, if one was asked for."""
+    from airjax import api
+
+    with api.load(
+        values.model,
+        vram_budget_gib=values.vram_budget_gib,
+        ram_budget_gib=values.ram_budget_gib,
+        stream_depth=values.stream_depth,
+        resident=values.resident,
+        kv_shuttle=values.kv_shuttle,
+        context=values.context,
+        compute_dtype=values.compute_dtype,
+        trace=bool(values.trace),
+    ) as engine:
+        try:
+            yield engine
+        finally:
+            if values.trace and engine.timeline is not None:
+                engine.timeline.save(values.trace)
+                print(f"airjax: timeline written to {values.trace}", file=sys.stderr)

@@ -1,0 +1,166 @@
+"""Prefill, decode and teacher-forced scoring of one sequence, by sweeps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from airjax.engine.model import Model
+from airjax.engine.stats import peak_device_bytes
+from airjax.engine.step import draw_step, embed_step, unembed_step
+from airjax.engine.sweep import State, sweep
+from airjax.plan import LOGIT_ROWS_BYTES
+from airjax.sampling import Transform
+from airjax.types import Array
+
+_SMALLEST_CHUNK = 16
+
+
+class Draw(NamedTuple):
+    """A drawn token, and its log-probability under the model itself (before the sampler), in nats."""
+
+    id: int
+    logprob: float
+
+
+def prefill(model: Model, state: State, ids: Sequence[int], start: int = 0) -> Iterator[tuple[Array, int]]:
+    """Runs tokens through the model in chunks, a sweep each.
+
+    Args:
+      model: the open model.
+      state: the KV cache; positions below `start` are filled already.
+      ids: tokens of the positions from `start` on.
+      start: position of the first.
+
+    Yields:
+      For each chunk its hidden states `[1, T, D]`, padded, and how many rows of them are real.
+    """
+    embed = embed_step(model.layouts, model.config)
+    chunk = model.plan.prefill_chunk
+    for begin in range(0, len(ids), chunk):
+        part = ids[begin : begin + chunk]
+        rows = _padded_rows(len(part), chunk)
+        padded = np.zeros((1, rows), np.int32)
+        padded[0, : len(part)] = part
+        positions = np.full((1, rows), -1, np.int32)
+        positions[0, : len(part)] = np.arange(start + begin, start + begin + len(part))
+        x = embed(model.globals, jax.device_put(padded, model.device))
+        yield sweep(model, x, state, positions), len(part)
+
+
+def generate(
+    model: Model,
+    state: State,
+    prompt: Sequence[int],
+    *,
+    sampler: Transform,
+    key: Array,
+    max_tokens: int,
+    stop_ids: AbstractSet[int],
+) -> Iterator[Draw]:
+    """Draws tokens after `prompt` until a stop token, `max_tokens`, or the end of the context.
+
+    A sequence's draws depend on its key, its prompt and the sampler alone.
+
+    Args:
+      model: the open model.
+      state: an empty KV cache for one sequence.
+      prompt: at least one token, fewer than the context.
+      sampler: transform of the logits.
+      key: a typed key, consumed; the n-th draw uses it folded with n.
+      max_tokens: how many draws at most.
+      stop_ids: tokens that end the generation.
+
+    Yields:
+      The draws, with the stop token as the last. `model.stats` counts along, and says at the end why it ended.
+    """
+    stats = model.stats
+    stats.prompt_tokens = len(prompt)
+    clock = _Clock()
+    for x, rows in prefill(model, state, prompt):
+        last = x, rows - 1
+    x, row = last
+    draw = draw_step(model.layouts, model.config, sampler.apply)
+    context = np.asarray(prompt, np.int32)[None]
+    sampler_state = sampler.init(context[:, :-1], model.config.vocab_size)
+    token = jnp.asarray(context[:, -1])
+    for count in range(max_tokens):
+        step_key = jax.random.fold_in(key, count)[None]
+        token, logprob, sampler_state, x = draw(
+            model.globals, x, jnp.array([row], jnp.int32), sampler_state, token, step_key
+        )
+        row = 0
+        drawn = Draw(int(token[0]), float(logprob[0]))
+        if count == 0:
+            stats.prefill_s = clock.lap()
+            stats.first_token_s = stats.prefill_s
+        else:
+            stats.decode_s += clock.lap()
+        stats.peak_device_bytes = peak_device_bytes(model.device)
+        stats.generated_tokens += 1
+        position = len(prompt) + count
+        if drawn.id in stop_ids:
+            stats.finish_reason = "stop"
+        elif count + 1 == max_tokens:
+            stats.finish_reason = "length"
+        elif position == model.plan.context:
+            # The drawn token itself has no room in the cache: it is given out, and that is the end.
+            stats.finish_reason = "context"
+        yield drawn
+        if stats.finish_reason:
+            return
+        clock.lap()  # the consumer's time is not the engine's
+        x = sweep(model, x, state, np.full((1, 1), position, np.int32))
+
+
+def score(model: Model, state: State, ids: Sequence[int]) -> Iterator[Array]:
+    """Teacher-forced logits of every position.
+
+    Args:
+      model: the open model.
+      state: an empty KV cache for one sequence.
+      ids: at most as many tokens as the context.
+
+    Yields:
+      float32 `[rows, V]` pieces, in order; bounded in bytes whatever the vocabulary.
+    """
+    unembed = unembed_step(model.layouts, model.config)
+    piece = max(LOGIT_ROWS_BYTES // (4 * model.config.vocab_size), 1)
+    piece = min(1 << (piece.bit_length() - 1), model.plan.prefill_chunk)
+    clock = _Clock()
+    model.stats.prompt_tokens = len(ids)
+    for x, rows in prefill(model, state, ids):
+        for begin in range(0, rows, piece):
+            logits = unembed(model.globals, x[0, begin : begin + piece])
+            yield logits[: rows - begin]
+        model.stats.prefill_s += clock.lap()
+    model.stats.peak_device_bytes = peak_device_bytes(model.device)
+
+
+class _Clock:
+    """A stop-watch that starts when it is made."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+
+def _padded_rows(rows: int, chunk: int) -> int:
+    """Few distinct sizes, so few programs: 1, then powers of two from 16, at most the chunk."""
+    if rows == 1:
+        return 1
+    size = _SMALLEST_CHUNK
+    while size < rows:
+        size *= 2
+    return min(size, chunk)

@@ -1,0 +1,142 @@
+"""An open model: the file, its plan, its weights on the device or on their way there."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+
+from airjax import models
+from airjax.engine.stats import Stats
+from airjax.engine.step import GlobalLayouts, Globals
+from airjax.engine.weights import LayerWeights, open_weights, span_views
+from airjax.gguf import GGUF, Manifest, build_manifest, open_gguf
+from airjax.models import Architecture, Config
+from airjax.plan import Plan, Resident, Switch, make_plan
+from airjax.streaming import Timeline
+
+if TYPE_CHECKING:
+    from airjax.engine.sweep import State
+
+# XLA's CPU backend takes an array as it lies in memory only from this alignment on; other backends copy.
+_CPU_ALIGNMENT = 64
+
+
+@dataclass
+class Model:
+    """Everything a sweep needs besides the state of the sequences.
+
+    Attributes:
+      gguf: the open file.
+      manifest: its spans.
+      architecture: the functions of its architecture.
+      config: sizes and constants.
+      plan: what lives where.
+      device: where the blocks run.
+      globals: flat buffers of the tensors outside the layers, on the device.
+      weights: the layers' weights.
+      timeline: records events if tracing is on.
+      stats: counters of the present run.
+    """
+
+    gguf: GGUF
+    manifest: Manifest
+    architecture: Architecture
+    config: Config
+    plan: Plan
+    device: jax.Device
+    globals: Globals
+    weights: LayerWeights
+    timeline: Timeline | None
+    stats: Stats = field(default_factory=Stats)
+
+    @functools.cached_property
+    def kinds(self) -> list[str]:
+        """The kind of each layer."""
+        return [self.architecture.layer_kind(self.config, layer) for layer in range(self.config.n_layers)]
+
+    @functools.cached_property
+    def layouts(self) -> GlobalLayouts:
+        """Layouts of the global tensors on the device."""
+        return tuple((name, self.manifest.globals[name].layout) for name in self.globals)
+
+    def count_sweep(self, state: State) -> None:
+        """Adds a sweep to the run's counters."""
+        self.stats.sweeps += 1
+        ring, shuttle = self.weights.ring, state.shuttle
+        # Swept, not put: what was fetched ahead of the next sweep belongs to that one.
+        self.stats.bytes_streamed += self.plan.bytes_per_sweep
+        if ring is not None:
+            self.stats.wait_s += ring.wait_s
+            ring.wait_s = 0.0
+        if shuttle is not None:
+            self.stats.bytes_streamed += shuttle.bytes_up
+            shuttle.bytes_up = 0
+
+    def close(self) -> None:
+        """Frees device memory, threads, pinned memory and the file."""
+        try:
+            self.weights.close()
+        finally:
+            for buffers in self.globals.values():
+                for part in buffers:
+                    part.delete()
+            self.globals.clear()
+            self.gguf.close()
+
+
+def open_model(
+    path: str | Path,
+    *,
+    device: jax.Device,
+    vram_budget_bytes: int,
+    ram_budget_bytes: int,
+    context: int | None,
+    stream_depth: int,
+    resident: Resident,
+    kv_shuttle: Switch,
+    compute_dtype: str,
+    tier: str = "auto",
+    timeline: Timeline | None = None,
+) -> Model:
+    """Opens a file, checks it, plans, and only then takes memory.
+
+    Raises:
+      GGUFError: the file can't be run.
+      PlanError: the budgets can't work.
+    """
+    gguf = open_gguf(path)
+    try:
+        architecture, config = models.from_gguf(gguf, compute_dtype)
+        manifest = build_manifest(gguf, align=_CPU_ALIGNMENT if device.platform == "cpu" else 1)
+        plan = make_plan(
+            gguf,
+            manifest,
+            config,
+            backend=device.platform,
+            vram_budget_bytes=vram_budget_bytes,
+            ram_budget_bytes=ram_budget_bytes,
+            context=context,
+            stream_depth=stream_depth,
+            resident=resident,
+            kv_shuttle=kv_shuttle,
+            tier=tier,  # type: ignore[arg-type]
+        )
+        weights = open_weights(gguf, manifest, plan, device, timeline)
+        try:
+            globals_ = {
+                name: tuple(jax.device_put(view, device) for view in span_views(gguf, span))
+                for name, span in manifest.globals.items()
+                if name in architecture.global_specs(config) and name != "rope_freqs.weight"
+            }
+            jax.block_until_ready(globals_)
+        except BaseException:
+            weights.close()
+            raise
+    except BaseException:
+        gguf.close()
+        raise
+    return Model(gguf, manifest, architecture, config, plan, device, globals_, weights, timeline)

@@ -1,0 +1,69 @@
+"""The meter's numbers: measured, never estimated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+
+FinishReason = Literal["", "stop", "length", "context"]
+
+
+@dataclass
+class Stats:
+    """What a run measured. A figure that is not to be had is None.
+
+    Attributes:
+      prompt_tokens, generated_tokens: how many.
+      prefill_s: from the first sweep to the logits of the last prompt token.
+      decode_s: the time of the draws after the first, and of their sweeps.
+      first_token_s: from the request to the first drawn token.
+      sweeps: passes of all layers.
+      bytes_streamed: weights and KV that went over the link to the device in these sweeps.
+      wait_s: time in which the device had done all earlier work and waited for weights.
+      peak_device_bytes: peak of device memory since the process began, from the backend.
+      finish_reason: why the generation ended: "stop", "length", "context", or "" while it runs.
+    """
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    first_token_s: float | None = None
+    sweeps: int = 0
+    bytes_streamed: int = 0
+    wait_s: float = 0.0
+    peak_device_bytes: int | None = None
+    finish_reason: FinishReason = ""
+
+    @property
+    def busy_s(self) -> float:
+        """Time in sweeps and draws."""
+        return self.prefill_s + self.decode_s
+
+    @property
+    def prefill_rate(self) -> float | None:
+        """Prompt tokens per second."""
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else None
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Generated tokens per second, the first one (which the prefill gives) not counted."""
+        return (self.generated_tokens - 1) / self.decode_s if self.decode_s else None
+
+    @property
+    def link_rate(self) -> float | None:
+        """Bytes per second to the device, over all sweeps; None where nothing was streamed."""
+        return self.bytes_streamed / self.busy_s if self.busy_s and self.bytes_streamed else None
+
+    @property
+    def wait_share(self) -> float | None:
+        """Share of the sweeps' time in which compute waited for weights; None where nothing was streamed."""
+        return self.wait_s / self.busy_s if self.busy_s and self.bytes_streamed else None
+
+
+def peak_device_bytes(device: jax.Device) -> int | None:
+    """Peak device memory of this process, where the backend tells."""
+    stats = device.memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else None

@@ -1,0 +1,122 @@
+"""The sweep: one pass of all layers through the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from airjax.engine.model import Model
+from airjax.engine.step import block_step, shuttled_block_step
+from airjax.streaming import Shuttle
+from airjax.types import Array, LayerKV
+
+_SMALLEST_LENGTH = 256
+
+
+@dataclass
+class State:
+    """The KV cache of a batch of sequences, on the device or behind the shuttle.
+
+    Attributes:
+      kv: each layer's cache on the device; empty with the shuttle.
+      shuttle: the cache on the host; None without.
+      batch: B.
+    """
+
+    batch: int
+    kv: list[LayerKV] = field(default_factory=list)
+    shuttle: Shuttle | None = None
+
+    def close(self) -> None:
+        """Frees the memory of the cache."""
+        for layer in self.kv:
+            layer.k.delete()
+            layer.v.delete()
+        self.kv.clear()
+        if self.shuttle is not None:
+            self.shuttle.close()
+
+
+def new_state(model: Model, batch: int = 1) -> State:
+    """An empty cache for `batch` sequences, as the plan says."""
+    config, plan = model.config, model.plan
+    dtype = jnp.dtype(config.compute_dtype)
+    if plan.shuttle:
+        row = (batch, config.n_kv_heads, config.head_dim)
+        shuttle = Shuttle(
+            plan.kv_slots,
+            row,
+            dtype,
+            model.device,
+            max(plan.stream_depth, 2),
+            pin=model.device.platform != "cpu",
+            timeline=model.timeline,
+        )
+        return State(batch, shuttle=shuttle)
+    kv = []
+    for slots in plan.kv_slots:
+        shape = (batch, config.n_kv_heads, slots, config.head_dim)
+        kv.append(LayerKV(*(jnp.zeros(shape, dtype, device=model.device) for _ in range(2))))
+    return State(batch, kv=kv)
+
+
+def sweep(model: Model, x: Array, state: State, positions: np.ndarray) -> Array:
+    """For each layer, in order: take its weights from the prefetcher, run the block, keep the new KV.
+
+    Args:
+      model: the open model.
+      x: embedded tokens, `[B, T, D]`.
+      state: the KV cache, changed in place.
+      positions: `[B, T]` int32, negative for padding rows.
+
+    Returns:
+      The hidden states after the last layer, `[B, T, D]`.
+
+    Raises:
+      GGUFError: the file changed since it was opened.
+      ReadError: a reader thread failed.
+    """
+    model.gguf.check_unchanged()
+    device_positions = jax.device_put(positions, model.device)
+    lengths = _lengths(model, positions)
+    steps = _steps(model, state, lengths)
+    model.weights.begin_sweep()
+    if state.shuttle is not None:
+        state.shuttle.begin_sweep(lengths)
+    for layer, step in enumerate(steps):
+        weights = model.weights.take(layer)
+        kv = state.kv[layer] if state.shuttle is None else state.shuttle.take(layer)
+        before = x
+        x, kv = step(weights, before, kv, device_positions)
+        if state.shuttle is None:
+            state.kv[layer] = kv
+        else:
+            state.shuttle.keep(layer, kv, positions)
+        if model.timeline is not None:
+            model.timeline.watch("compute", f"layer {layer}", x)
+        model.weights.release(layer, weights, before, done=x)
+    model.count_sweep(state)
+    return x
+
+
+def _lengths(model: Model, positions: np.ndarray) -> list[int]:
+    """How many slots of each layer's cache this sweep looks at: few distinct values, so few programs."""
+    needed = int(positions.max()) + 1
+    length = _SMALLEST_LENGTH
+    while length < needed:
+        length *= 2
+    return [min(length, slots) for slots in model.plan.kv_slots]
+
+
+def _steps(model: Model, state: State, lengths: list[int]) -> list:
+    config = model.config
+    spans, kinds = model.manifest.layers, model.kinds
+    if state.shuttle is not None:
+        return [shuttled_block_step(span.layout, config, kind) for span, kind in zip(spans, kinds, strict=True)]
+    return [
+        block_step(span.layout, config, kind, length)
+        for span, kind, length in zip(spans, kinds, lengths, strict=True)
+    ]

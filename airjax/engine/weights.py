@@ -1,0 +1,124 @@
+"""Where each layer's weights come from in a sweep: resident arrays, or the ring."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from airjax.gguf import GGUF, Manifest, Span
+from airjax.plan import Plan
+from airjax.streaming import (
+    ByteRange,
+    MappedSource,
+    PinnedMemory,
+    PinningError,
+    ReadSource,
+    Ring,
+    RingReader,
+    Source,
+    Timeline,
+)
+from airjax.types import Array
+
+Buffers = tuple[Array, ...]
+
+
+class LayerWeights:
+    """Hands out the flat buffers of each layer, in the order of a sweep.
+
+    Args:
+      resident: buffers of the resident layers, by layer.
+      ring: of the streamed layers; None if all are resident.
+    """
+
+    def __init__(self, resident: Mapping[int, Buffers], ring: Ring | None) -> None:
+        self._resident = dict(resident)
+        self.ring = ring
+
+    def begin_sweep(self) -> None:
+        """Starts over from the first layer."""
+        if self.ring is not None:
+            self.ring.begin_sweep()
+
+    def take(self, layer: int) -> Buffers:
+        """The buffers of `layer`; streamed ones may still be on the link."""
+        if layer in self._resident:
+            return self._resident[layer]
+        assert self.ring is not None
+        return self.ring.take(layer)
+
+    def release(self, layer: int, weights: Buffers, before: Array, done: Array) -> None:
+        """Gives back what `take` returned, once the block that uses it is dispatched; see `Ring.release`."""
+        if layer not in self._resident:
+            assert self.ring is not None
+            self.ring.release(weights, before, done)
+
+    def close(self) -> None:
+        """Frees the device memory and the tier."""
+        if self.ring is not None:
+            self.ring.close()
+        self._resident.clear()
+
+
+def span_views(gguf: GGUF, span: Span) -> tuple[np.ndarray, ...]:
+    """The byte ranges of a span as views of the file's mapping."""
+    return tuple(gguf.maps[e.shard][e.start : e.start + e.nbytes] for e in span.extents)
+
+
+def open_weights(
+    gguf: GGUF, manifest: Manifest, plan: Plan, device: jax.Device, timeline: Timeline | None
+) -> LayerWeights:
+    """Loads the resident layers and opens the tier for the others.
+
+    Raises:
+      ReadError: the file could not be read.
+    """
+    source: Source | None = None
+    try:
+        if plan.streamed:
+            source = _open_source(gguf, manifest, plan, device, timeline)
+        resident = {
+            layer: tuple(jax.device_put(view, device) for view in span_views(gguf, manifest.layers[layer]))
+            for layer in plan.resident
+        }
+        jax.block_until_ready(resident)
+        ring = Ring(source, plan.streamed, plan.stream_depth, timeline) if source is not None else None
+    except BaseException:
+        if source is not None:
+            source.close()
+        raise
+    return LayerWeights(resident, ring)
+
+
+def _open_source(
+    gguf: GGUF, manifest: Manifest, plan: Plan, device: jax.Device, timeline: Timeline | None
+) -> Source:
+    if plan.tier == "ring":
+        ranges = [[ByteRange(e.shard, e.start, e.nbytes) for e in span.extents] for span in manifest.layers]
+        reader = RingReader(
+            gguf.paths,
+            ranges,
+            plan.streamed,
+            plan.host_slots,
+            pin=_can_pin(device),
+            timeline=timeline,
+        )
+        return ReadSource(reader, device)
+    registered: list[PinnedMemory] = []
+    if plan.tier == "registered mapping":
+        try:
+            for mapping in gguf.maps:
+                registered.append(PinnedMemory.register_mapping(mapping))
+        except PinningError as error:
+            for handle in registered:
+                handle.close()
+            registered.clear()
+            logging.warning("airjax: the file's mapping can't be pinned (%s): copies are pageable and slow", error)
+    return MappedSource([span_views(gguf, span) for span in manifest.layers], device, registered)
+
+
+def _can_pin(device: jax.Device) -> bool:
+    return device.platform in ("gpu", "cuda")

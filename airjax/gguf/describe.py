@@ -1,0 +1,101 @@
+"""A description of a file for people and for JSON: what `airjax inspect` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from airjax.gguf.header import Metadata
+from airjax.gguf.manifest import Manifest, Span
+from airjax.gguf.reader import GGUF
+
+_SHOWN_ITEMS = 4
+_SHOWN_CHARACTERS = 100
+
+
+def describe(gguf: GGUF, manifest: Manifest) -> dict[str, Any]:
+    """Metadata, tensors, block types and spans as plain values; long arrays are shortened."""
+    types: dict[str, dict[str, int]] = {}
+    for info in gguf.tensors.values():
+        entry = types.setdefault(info.type.name, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += info.nbytes
+    spans = [*manifest.layers, *manifest.globals.values()]
+    layouts = {layout: number for number, layout in enumerate(dict.fromkeys(span.layout for span in spans))}
+    return {
+        "files": [str(path) for path in gguf.paths],
+        "version": gguf.version,
+        "alignment": gguf.alignment,
+        "metadata": {key: _short(gguf.metadata, key) for key in gguf.metadata},
+        "types": types,
+        "tensors": [
+            {
+                "name": info.name,
+                "type": info.type.name,
+                "shape": list(info.shape),
+                "file": info.shard,
+                "offset": info.offset,
+                "bytes": info.nbytes,
+            }
+            for info in gguf.tensors.values()
+        ],
+        "spans": [_describe_span(span, layouts[span.layout]) for span in spans],
+        "layer_layouts": len({span.layout for span in manifest.layers}),
+    }
+
+
+def format_description(description: dict[str, Any]) -> str:
+    """The description as text."""
+    lines = [f"{name}  (GGUF version {description['version']})" for name in description["files"]]
+    lines += ["", "metadata"]
+    lines += [f"  {key} = {_one_line(value)}" for key, value in description["metadata"].items()]
+    lines += ["", "block types"]
+    for name, entry in description["types"].items():
+        lines.append(f"  {name:<6}{entry['tensors']:>6} tensors {entry['bytes']:>16,} bytes")
+    lines += ["", "tensors"]
+    width = max((len(tensor["name"]) for tensor in description["tensors"]), default=0)
+    for tensor in description["tensors"]:
+        shape = " x ".join(str(size) for size in tensor["shape"])
+        lines.append(f"  {tensor['name']:<{width}}  {tensor['type']:<5} {shape:<16} {tensor['bytes']:>14,} bytes")
+    lines += ["", f"spans ({description['layer_layouts']} layouts of layers)"]
+    for span in description["spans"]:
+        ranges = ", ".join(f"{first}..{last}" for _, first, last in span["pages"])
+        lines.append(
+            f"  {span['name']:<{width}}  {span['bytes']:>14,} bytes  waste {span['waste_bytes']:>6,}  "
+            f"layout {span['layout']}  pages {ranges}"
+        )
+    return "\n".join(lines)
+
+
+def _describe_span(span: Span, layout: int) -> dict[str, Any]:
+    return {
+        "name": span.name,
+        "bytes": span.nbytes,
+        "waste_bytes": span.waste_bytes,
+        "layout": layout,
+        "pages": [[extent.shard, extent.page_start, extent.page_end] for extent in span.extents],
+    }
+
+
+def _short(metadata: Metadata, key: str) -> Any:
+    length = metadata.length(key)
+    value = metadata[key]
+    if not length:
+        return value
+    items = [item.item() if isinstance(item, np.generic) else item for item in value[:_SHOWN_ITEMS]]
+    return items if length <= _SHOWN_ITEMS else {"length": length, "first": items}
+
+
+def _one_line(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"[{_join(value['first'])}, ...] ({value['length']} items)"
+    if isinstance(value, list):
+        return f"[{_join(value)}]"
+    text = str(value).replace("\n", "\\n")
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"
+
+
+def _join(items: Iterable[Any]) -> str:
+    return ", ".join(repr(item) for item in items)

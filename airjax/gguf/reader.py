@@ -1,0 +1,203 @@
+"""Opening a GGUF file, whole or split, as read-only memory mappings."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from airjax.gguf.errors import GGUFError
+from airjax.gguf.header import Header, Metadata, TensorInfo, parse_header
+
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_MAX_SHARDS = 4096
+_REQUIRED = object()
+
+
+class _File(NamedTuple):
+    """An open file and what it was when it was opened."""
+
+    path: Path
+    descriptor: int
+    identity: tuple[int, int, int, int]
+    data: np.ndarray
+
+
+class GGUF:
+    """An open model file; a context manager. Use `open_gguf` to make one.
+
+    Attributes:
+      path: of the first file.
+      paths: of all files of a split model.
+      version: of the format.
+      alignment: of tensors in the file.
+      metadata: by key; long string arrays are decoded on first access.
+      tensors: by name, in file order.
+      maps: each file as uint8, a read-only mapping.
+    """
+
+    def __init__(self, files: list[_File], headers: list[Header]) -> None:
+        self._files = files
+        self.path = files[0].path
+        self.paths = tuple(file.path for file in files)
+        self.version = headers[0].version
+        self.alignment = headers[0].alignment
+        self.metadata: Metadata = headers[0].metadata
+        self.tensors: dict[str, TensorInfo] = {}
+        for header in headers:
+            self.tensors |= header.tensors
+        self.maps = tuple(file.data for file in files)
+
+    def raw(self, name: str) -> np.ndarray:
+        """The bytes of a tensor, uint8 `[nbytes]`, as a view of the mapping."""
+        info = self.tensors[name]
+        return self.maps[info.shard][info.offset : info.offset + info.nbytes]
+
+    def get(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
+        """A metadata value of a type.
+
+        Args:
+          key: its full name.
+          kind: str, int, float or bool; a float may be written as an integer.
+          default: what an absent key gives; without it the key is required.
+
+        Raises:
+          GGUFError: the key is missing, or its value has another type.
+        """
+        if key not in self.metadata:
+            if default is _REQUIRED:
+                raise GGUFError(f"{self.path}: metadata {key} is missing: convert the model again")
+            return default
+        value = self.metadata[key]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise GGUFError(
+                f"{self.path}: metadata {key} must be of type {kind.__name__}, got {type(value).__name__}: "
+                "convert the model again"
+            )
+        return value
+
+    def check_unchanged(self) -> None:
+        """Refuses to go on with a file that shrank or was replaced: reading its mapping could end the process.
+
+        Raises:
+          GGUFError: naming the file.
+        """
+        for file in self._files:
+            if _identity(os.fstat(file.descriptor)) != file.identity:
+                raise GGUFError(f"{file.path}: the file changed while it was open: load it again")
+
+    def close(self) -> None:
+        """Closes the descriptors; the mappings live as long as arrays look at them."""
+        for file in self._files:
+            os.close(file.descriptor)
+        self._files = []
+
+    def __enter__(self) -> GGUF:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_gguf(path: str | os.PathLike[str]) -> GGUF:
+    """Opens a GGUF file and checks its header; for a split model any of its files will do.
+
+    Raises:
+      GGUFError: one sentence that names the file, what is wrong and what to do. Nothing of the tensors is read.
+    """
+    path = Path(path)
+    match = _SHARD.fullmatch(path.name)
+    paths = [path]
+    if match:
+        count = int(match["count"])
+        if not 1 <= count <= _MAX_SHARDS:
+            raise GGUFError(f"{path}: a split model must have 1 to {_MAX_SHARDS} files, got {count} by the name")
+        paths = [path.with_name(f"{match['stem']}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
+        missing = [part for part in paths if not part.exists()]
+        if missing and path.exists():
+            raise GGUFError(f"{path}: the model is split into {count} files and {missing[0].name} is missing: download it")
+    files: list[_File] = []
+    try:
+        headers = []
+        for shard, part in enumerate(paths):
+            files.append(_open(part))
+            headers.append(parse_header(memoryview(files[-1].data), str(part), shard))
+        _check_shards(paths, headers)
+        return GGUF(files, headers)
+    except BaseException:
+        for file in files:
+            os.close(file.descriptor)
+        raise
+
+
+def _open(path: Path) -> _File:
+    def refused(text: str) -> GGUFError:
+        return GGUFError(f"{path}: {text}")
+
+    if path.is_dir():
+        raise refused("it is a directory: name the .gguf file in it")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise refused("there is no such file: check the path") from None
+    except PermissionError:
+        raise refused("the file can't be read: you lack the permission") from None
+    except (OSError, ValueError) as error:
+        raise refused(f"the file can't be opened: {error}") from None
+    try:
+        status = os.fstat(descriptor)
+        if not status.st_size:
+            raise refused("the file is empty: download it again")
+        try:
+            mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise refused(f"the file can't be mapped into memory: {error}") from None
+        return _File(path, descriptor, _identity(status), np.frombuffer(mapping, np.uint8))
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check_shards(paths: list[Path], headers: list[Header]) -> None:
+    """Holds the files of a split model to each other."""
+
+    def number(header: Header, key: str, where: Path) -> int | None:
+        value = header.metadata.get(key)
+        if value is not None and type(value) is not int:
+            raise GGUFError(f"{where}: metadata {key} must be a number, got {value!r}: the file is damaged")
+        return value
+
+    first = headers[0]
+    count = number(first, "split.count", paths[0])
+    if count is not None and count > 1 and count != len(paths):
+        raise GGUFError(
+            f"{paths[0]}: the model is split into {count} files by its metadata, but its name says {len(paths)}: "
+            "give the files their own names back"
+        )
+    for shard, (path, header) in enumerate(zip(paths, headers, strict=True)):
+        own = number(header, "split.no", path)
+        if len(paths) > 1 and own is not None and own != shard:
+            raise GGUFError(f"{path}: the file says it is part {own} but its name says {shard}: rename it")
+        if header.alignment != first.alignment and shard and "general.alignment" in header.metadata:
+            raise GGUFError(f"{path}: its alignment differs from that of {paths[0].name}: the files don't belong together")
+    names: dict[str, Path] = {}
+    for path, header in zip(paths, headers, strict=True):
+        for name in header.tensors:
+            if name in names:
+                raise GGUFError(f"{path}: tensor {name} is in {names[name].name} too: the files don't belong together")
+            names[name] = path
+    total = number(first, "split.tensors.count", paths[0])
+    if total is not None and len(paths) > 1 and total != len(names):
+        raise GGUFError(f"{paths[0]}: the parts hold {len(names)} tensors, but {total} are promised: download them again")
+
+

@@ -1,0 +1,123 @@
+"""Attention over a KV cache whose slot for position p is p % S."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from airjax.types import Array, LayerKV
+
+# Finite, so that a padding row (which sees no key at all) stays free of NaN.
+_MASKED = -1e30
+# Scores of one tile of new tokens; more new tokens than that go one tile after another.
+_SCORES_BYTES = 256 << 20
+
+
+def _slots(positions: Array, size: int) -> Array:
+    """Cache slots of `positions` `[B, T]`; padding rows (position < 0) get `size`, out of bounds."""
+    return jnp.where(positions >= 0, positions % size, size)
+
+
+def write_rows(kv: LayerKV, k: Array, v: Array, positions: Array) -> LayerKV:
+    """Puts new keys and values into their slots; rows at negative positions are dropped.
+
+    Args:
+      kv: cache, `[B, K, S, H]` each.
+      k: new keys, `[B, T, K, H]`.
+      v: new values, `[B, T, K, H]`.
+      positions: `[B, T]` int32; at most S distinct non-negative ones per sequence.
+
+    Returns:
+      The cache with the rows written, of the cache's dtype.
+    """
+    slots = _slots(positions, kv.k.shape[2])
+
+    def write(cache: Array, rows: Array) -> Array:  # one sequence: [K, S, H], [T, K, H]
+        def one(cache_b: Array, rows_b: Array, slots_b: Array) -> Array:
+            return cache_b.at[:, slots_b].set(rows_b.swapaxes(0, 1), mode="drop")
+
+        return jax.vmap(one)(cache, rows.astype(cache.dtype), slots)
+
+    return LayerKV(k=write(kv.k, k), v=write(kv.v, v))
+
+
+def read_rows(kv: LayerKV, positions: Array) -> LayerKV:
+    """The rows of `positions` `[B, T]`: what `write_rows` put there, `[B, K, T, H]` each."""
+    slots = jnp.maximum(positions, 0) % kv.k.shape[2]
+    return jax.tree.map(lambda cache: jnp.take_along_axis(cache, slots[:, None, :, None], axis=2), kv)
+
+
+def attention(
+    q: Array,
+    kv: LayerKV,
+    positions: Array,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    length: int | None = None,
+) -> Array:
+    """Grouped-query attention of new tokens over a cache that already holds their own rows.
+
+    Ainslie et al., GQA: Training Generalized Multi-Query Transformer Models, 2023.
+
+    Args:
+      q: `[B, T, N, H]`, N a multiple of K.
+      kv: `[B, K, S, H]` each.
+      positions: `[B, T]` int32, negative for padding rows (their output is meaningless, but finite).
+      scale: factor of the scores before the softmax.
+      window: a token sees itself and the `window - 1` before it; 0 for all before it.
+      softcap: scores become softcap * tanh(scores / softcap); 0 for none.
+      length: only the first `length` slots are looked at (static); every position is below it then.
+
+    Returns:
+      `[B, T, N, H]` float32.
+    """
+    size = kv.k.shape[2]
+    keys, values = kv.k[:, :, :length], kv.v[:, :, :length]
+    batch, new, heads, width = q.shape
+    kv_heads = keys.shape[1]
+    # Where each slot's content comes from: the newest position that maps to it, negative if none yet.
+    last = jnp.max(positions, axis=1)[:, None]  # [B, 1]
+    slot = jnp.arange(keys.shape[2], dtype=jnp.int32)[None]
+    key_positions = last - (last - slot) % size  # [B, S]
+    query = positions[:, :, None]  # [B, T, 1]
+    visible = (key_positions[:, None] >= 0) & (key_positions[:, None] <= query)  # [B, T, S]
+    if window:
+        visible &= key_positions[:, None] > query - window
+
+    grouped = q.reshape(batch, new, kv_heads, heads // kv_heads, width).astype(keys.dtype)
+
+    def attend(queries: Array, seen: Array) -> Array:
+        return _attend(queries, keys, values, seen, scale, softcap)
+
+    tile = _tile_rows(batch * heads * keys.shape[2] * 4, new)
+    if tile == new:
+        out = attend(grouped, visible)
+    else:
+        out = jax.lax.map(lambda tiled: attend(*tiled), (_split(grouped, tile), _split(visible, tile)))
+        out = out.swapaxes(0, 1)  # [B, T / tile, tile, K, G, H]
+    return out.reshape(batch, new, heads, width)
+
+
+def _attend(
+    q: Array, keys: Array, values: Array, visible: Array, scale: float, softcap: float
+) -> Array:
+    scores = jnp.einsum("btkgh,bksh->bkgts", q, keys, preferred_element_type=jnp.float32) * scale
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(visible[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgts,bksh->btkgh", weights, values, preferred_element_type=jnp.float32)
+
+
+def _tile_rows(row_bytes: int, rows: int) -> int:
+    """The largest halving of `rows` whose scores stay under the limit."""
+    while rows % 2 == 0 and rows * row_bytes > _SCORES_BYTES:
+        rows //= 2
+    return rows
+
+
+def _split(x: Array, tile: int) -> Array:
+    """`[B, T, ...]` to `[T / tile, B, tile, ...]`."""
+    return x.reshape(x.shape[0], -1, tile, *x.shape[2:]).swapaxes(0, 1)

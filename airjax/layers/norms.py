@@ -1,0 +1,26 @@
+"""Normalisations."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from airjax.types import Array
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Scales `x` to unit root-mean-square over its last axis, then by `weight`, in float32.
+
+    Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
+
+    Args:
+      x: `[..., D]`.
+      weight: `[D]`.
+      eps: added to the mean square.
+
+    Returns:
+      `[..., D]` float32.
+    """
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + eps) * weight

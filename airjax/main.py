@@ -1,0 +1,171 @@
+"""The launcher: `airjax COMMAND --flags`. It reads the command line and the environment, and sets up JAX."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from absl import flags
+
+from airjax import __version__
+
+COMMANDS = {
+    "generate": "continue a prompt",
+    "chat": "talk with a model in the terminal",
+    "inspect": "show what a GGUF file holds",
+    "plan": "show what would live where under a memory budget",
+    "perplexity": "measure how well a model predicts a text",
+}
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the words after the program's name; None for those of this process.
+
+    Returns:
+      The exit status: 0; 1 for a user's mistake, with one sentence on stderr; 130 after ctrl-C; 141 when the
+      reader of the output went away. Bugs are raised.
+    """
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit; give it something that takes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        print(f"airjax: error: {sentence}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def explain(error: Exception) -> str | None:
+    """One sentence for what a user can mend; None for a bug, which deserves its traceback."""
+    text = " ".join(str(error).split())
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return f"{text.rstrip(' ?')}{'?' if 'Did you mean' in text else ''}: see airjax COMMAND --help"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {(error.strerror or text).lower()}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"the text is not UTF-8 (byte {error.start}): convert it first"
+    if isinstance(error, (ValueError, flags.Error)):
+        return text.removeprefix("ERROR:: ")  # of absl, when a flagfile cannot be opened
+    if isinstance(error, MemoryError):
+        return "out of memory: pass a smaller --ram_budget_gib, --context or --stream_depth"
+    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in text:
+        return "out of device memory: pass a smaller --vram_budget_gib or --context, or --resident=none"
+    if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
+        return text
+    return None
+
+
+def usage() -> str:
+    """What `airjax help` prints."""
+    lines = [
+        f"airjax {__version__}: language models larger than the GPU's memory, streamed from a GGUF file.",
+        "",
+        "Usage: airjax COMMAND --flags",
+        "",
+    ]
+    lines += [f"  {name:<12}{summary}" for name, summary in COMMANDS.items()]
+    lines += [
+        "",
+        "airjax COMMAND --helpshort lists the flags of a command, --flagfile=FILE reads some from a file.",
+    ]
+    return "\n".join(lines)
+
+
+def flag_help(values: flags.FlagValues) -> str:
+    """A command's flags with their defaults, in the order of their definition."""
+    lines = ["Flags:"]
+    for flag in {
+        flag.name: flag for part in values.flags_by_module_dict().values() for flag in part
+    }.values():
+        name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+        if not flag.boolean and flag.default not in (None, []):
+            name += f"={flag.default}"
+        lines += textwrap.wrap(flag.help, 100, initial_indent=f"  {name:<26} ", subsequent_indent=" " * 29)
+    lines.append(f"  {'--flagfile':<26} Read flags from this file, one a line.")
+    return "\n".join(lines)
+
+
+def _run(args: list[str]) -> None:
+    if not args or args[0] in ("help", "--help", "--helpshort", "-h"):
+        if len(args) < 2:
+            print(usage())
+            return
+        args = [args[1], "--help"]
+    if args[0] == "--version":
+        print(__version__)
+        return
+    name, *rest = args
+    if name not in COMMANDS:
+        raise UsageError(f"there is no command {name!r}: use one of {', '.join(COMMANDS)}")
+    command = importlib.import_module(f"airjax.commands.{name}")
+    values = _flags_of(command)
+    extra = values([f"airjax {name}", *rest])[1:]
+    if values.help or values.helpshort:
+        print(f"airjax {name}: {COMMANDS[name]}\n{command.HELP}\n{flag_help(values)}")
+        return
+    if extra:
+        raise UsageError(f"airjax {name} takes flags only, got {extra[0]!r}: see airjax {name} --help")
+    if not values.model:
+        raise UsageError(f"which model? Pass airjax {name} --model=FILE.gguf")
+    logging.basicConfig(stream=sys.stderr, format="airjax: %(message)s", level=logging.WARNING)
+    if command.USES_JAX:
+        _set_up_jax(values.compilation_cache_dir)
+    command.run(values)
+
+
+def _flags_of(command: ModuleType) -> flags.FlagValues:
+    values = flags.FlagValues()
+    command.define_flags(values)
+    flags.DEFINE_bool("help", False, "Show this help.", flag_values=values, short_name="h")
+    flags.DEFINE_bool("helpshort", False, "Show this help.", flag_values=values)
+    return values
+
+
+def _set_up_jax(cache_dir: str | None) -> None:
+    """Turns on the persistent compilation cache, so that only the first run of a model compiles.
+
+    Args:
+      cache_dir: where; None for JAX_COMPILATION_CACHE_DIR or else the user's cache folder, "" for nowhere.
+    """
+    # XLA's notes about the machine's features are for its developers; real errors arrive as exceptions.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import jax
+
+    if cache_dir is None:
+        cache_dir = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(_user_cache_dir() / "airjax")
+    if cache_dir:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", cache_dir)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _user_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

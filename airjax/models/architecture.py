@@ -1,0 +1,190 @@
+"""What the engine needs to know of an architecture, and the checks that hold a file to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from airjax import quants
+from airjax.gguf import GGUF, GGUFError, Layout
+from airjax.types import Array, LayerKV
+
+Weights = Mapping[str, quants.QTensor]
+
+
+class TensorSpec(NamedTuple):
+    """A tensor that an architecture reads: its logical shape, and whether a file may lack it."""
+
+    shape: tuple[int, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and constants that every architecture has; hashable, a static argument of jit.
+
+    `compute_dtype` is the dtype of matrix products and of the KV cache ("float32", "bfloat16", "float16").
+    """
+
+    architecture: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    vocab_size: int
+    context_length: int
+    norm_eps: float
+    compute_dtype: str
+
+
+class Architecture(Protocol):
+    """One file of `airjax.models`: pure functions over the weights of a layer."""
+
+    def config_from_gguf(self, gguf: GGUF, compute_dtype: str) -> Any: ...
+
+    def global_specs(self, config: Any) -> dict[str, TensorSpec]: ...
+
+    def block_specs(self, config: Any) -> dict[str, TensorSpec]: ...
+
+    def layer_kind(self, config: Any, layer: int) -> str:
+        """Layers of one kind run the same code; kinds differ in attention window or rope base."""
+        ...
+
+    def window(self, config: Any, kind: str) -> int:
+        """The attention window of a kind of layer, 0 for the whole context."""
+        ...
+
+    def embed(self, weights: Weights, ids: Array, config: Any) -> Array: ...
+
+    def block(
+        self, weights: Weights, x: Array, kv: LayerKV, positions: Array, config: Any, kind: str, length: int
+    ) -> tuple[Array, LayerKV]: ...
+
+    def unembed(self, weights: Weights, x: Array, config: Any) -> Array: ...
+
+
+def unpack(buffers: tuple[Array, ...], layout: Layout) -> Weights:
+    """Views of a layer's flat uint8 buffers as named tensors: static slices, free inside jit."""
+    return {
+        name: quants.view(buffers[slot.extent], slot.type, slot.shape, slot.offset)
+        for name, slot in layout.tensors
+    }
+
+
+def vector(weights: Weights, name: str) -> Array:
+    """A norm weight or a bias as float32 `[n]`."""
+    return quants.dequantize(weights[name])
+
+
+def project(x: Array, weights: Weights, name: str, config: Config) -> Array:
+    """`x @ W.T (+ b)` with the weight `name.weight` and, where the file has one, the bias `name.bias`.
+
+    Args:
+      x: `[..., n_in]`.
+      weights: tensors of the layer.
+      name: for example "attn_q".
+      config: gives the dtype of the product.
+
+    Returns:
+      `[..., n_out]` float32.
+    """
+    y = quants.matmul(x, weights[f"{name}.weight"], dtype=np.dtype(config.compute_dtype))
+    return y + vector(weights, f"{name}.bias") if f"{name}.bias" in weights else y
+
+
+def common_sizes(gguf: GGUF, compute_dtype: str) -> dict[str, Any]:
+    """The fields of `Config` from the metadata every decoder-only file has.
+
+    Raises:
+      GGUFError: a key is missing, or a value makes no model.
+    """
+    arch = gguf.get("general.architecture", str)
+
+    def key(name: str, default: int | None = None) -> int:
+        full = f"{arch}.{name}"
+        value = gguf.get(full, int) if default is None else gguf.get(full, int, default)
+        if not 0 < value < 2**31:
+            raise GGUFError(f"{gguf.path}: {full} must be a positive 32-bit number, got {value}: convert the model again")
+        return value
+
+    heads = key("attention.head_count")
+    d_model = key("embedding_length")
+    kv_heads = key("attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise GGUFError(
+            f"{gguf.path}: {arch}.attention.head_count must be a multiple of head_count_kv, "
+            f"got {heads} and {kv_heads}: convert the model again"
+        )
+    head_dim = key("attention.key_length", max(d_model // heads, 1))
+    if key("attention.value_length", head_dim) != head_dim:
+        raise GGUFError(
+            f"{gguf.path}: attention.key_length and value_length must be equal in a {arch} model, "
+            f"got {head_dim} and {gguf.metadata[f'{arch}.attention.value_length']}"
+        )
+    if head_dim % 2:
+        raise GGUFError(f"{gguf.path}: the head width must be even for rope, got {head_dim}")
+    if "token_embd.weight" not in gguf.tensors:
+        raise GGUFError(f"{gguf.path}: tensor token_embd.weight is missing: this is no whole language model")
+    eps = gguf.get(f"{arch}.attention.layer_norm_rms_epsilon", float)
+    if not 0 < eps < 1:
+        raise GGUFError(f"{gguf.path}: {arch}.attention.layer_norm_rms_epsilon must be in (0, 1), got {eps}")
+    return {
+        "architecture": arch,
+        "n_layers": key("block_count"),
+        "d_model": d_model,
+        "n_heads": heads,
+        "n_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "d_ff": key("feed_forward_length"),
+        "vocab_size": gguf.tensors["token_embd.weight"].shape[0],
+        "context_length": key("context_length"),
+        "norm_eps": eps,
+        "compute_dtype": compute_dtype,
+    }
+
+
+def check_tensors(gguf: GGUF, architecture: Architecture, config: Config) -> None:
+    """Holds the file's tensor table to the architecture's shapes and to the block types that can be read.
+
+    Raises:
+      GGUFError: naming the tensor, what is wrong and what was expected. Nothing of the data is read.
+    """
+    vocabulary = gguf.metadata.length("tokenizer.ggml.tokens")
+    if vocabulary and vocabulary != config.vocab_size:
+        raise GGUFError(
+            f"{gguf.path}: the vocabulary has {vocabulary} tokens but token_embd.weight has {config.vocab_size} rows: "
+            "convert the model again"
+        )
+    specs = dict(architecture.global_specs(config))
+    block = architecture.block_specs(config)
+    for layer in range(config.n_layers):
+        specs |= {f"blk.{layer}.{name}": spec for name, spec in block.items()}
+    for name, spec in specs.items():
+        info = gguf.tensors.get(name)
+        if info is None:
+            if not spec.optional:
+                raise GGUFError(
+                    f"{gguf.path}: tensor {name} is missing: a {config.architecture} model of "
+                    f"{config.n_layers} layers needs it, so download or convert the file again"
+                )
+        elif info.shape != spec.shape:
+            raise GGUFError(
+                f"{gguf.path}: tensor {name} must have shape {spec.shape} by the metadata, got {info.shape}"
+            )
+        elif info.type not in quants.supported():
+            known = ", ".join(sorted(t.name for t in quants.supported()))
+            raise GGUFError(
+                f"{gguf.path}: tensor {name} has block type {info.type.name}, which airjax can't read yet: "
+                f"use a file with {known}"
+            )
+    unknown = [name for name in gguf.tensors if name.startswith("blk.") and name not in specs]
+    if unknown:
+        raise GGUFError(
+            f"{gguf.path}: tensor {unknown[0]} is not part of a {config.architecture} model of {config.n_layers} layers "
+            f"as airjax knows it ({len(unknown)} such tensors): the output would be wrong, so it is refused"
+        )

@@ -1,0 +1,277 @@
+"""The plan: what lives where under the memory budgets, decided before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from airjax import models
+from airjax.gguf import GGUF, Manifest, Span
+from airjax.models import Architecture, Config
+
+GIB = 1 << 30
+PREFILL_CHUNK = 512
+LOGIT_ROWS_BYTES = 64 << 20
+# Threads, compiled programs and the allocator's rounding; measured on an H100 and on CPU, rounded up.
+_FIXED_WORKSPACE_BYTES = 64 << 20
+
+Tier = Literal["aliased mapping", "registered mapping", "pageable mapping", "ring"]
+Switch = Literal["auto", "on", "off"]
+Resident = Literal["auto", "none", "all"]
+
+
+class PlanError(ValueError):
+    """A budget or an option that cannot work; the message names what would."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What lives where. All sizes are bytes.
+
+    Attributes:
+      tier: how the streamed layers reach the device.
+      tier_reason: why that tier.
+      context: positions of the KV cache.
+      stream_depth: slots of the ring (0 when nothing is streamed).
+      resident: layers whose weights stay on the device.
+      streamed: the others, in the order of a sweep.
+      shuttle: the KV cache lives on the host.
+      kv_slots: S of each layer's cache.
+      globals_bytes: embedding, output and final norm on the device.
+      workspace_bytes: activations, logits and decoded weights, at most.
+      kv_bytes: the KV cache on the device (with the shuttle: the slots it passes through).
+      kv_host_bytes: the KV cache on the host.
+      slots_bytes: the ring.
+      resident_bytes: weights of the resident layers.
+      bytes_per_sweep: weights that cross the link in one sweep.
+      peak_bytes: predicted peak of device memory.
+      vram_budget_bytes, ram_budget_bytes: the budgets.
+      host_slots: how many host slots the ring tier reads into (0 for the mappings).
+      model_bytes: weights of the whole model.
+    """
+
+    tier: Tier
+    tier_reason: str
+    context: int
+    prefill_chunk: int
+    stream_depth: int
+    resident: tuple[int, ...]
+    streamed: tuple[int, ...]
+    shuttle: bool
+    kv_slots: tuple[int, ...]
+    globals_bytes: int
+    workspace_bytes: int
+    kv_bytes: int
+    kv_host_bytes: int
+    slots_bytes: int
+    resident_bytes: int
+    bytes_per_sweep: int
+    peak_bytes: int
+    vram_budget_bytes: int
+    ram_budget_bytes: int
+    host_slots: int
+    model_bytes: int
+
+
+def make_plan(
+    gguf: GGUF,
+    manifest: Manifest,
+    config: Config,
+    *,
+    backend: str,
+    vram_budget_bytes: int,
+    ram_budget_bytes: int,
+    context: int | None = None,
+    stream_depth: int = 3,
+    resident: Resident = "auto",
+    kv_shuttle: Switch = "auto",
+    tier: Tier | Literal["auto"] = "auto",
+) -> Plan:
+    """Decides what lives where.
+
+    Args:
+      gguf: the open file.
+      manifest: its spans.
+      config: of the model.
+      backend: JAX's name of the platform: "cpu", "gpu", ...
+      vram_budget_bytes: device memory that may be used.
+      ram_budget_bytes: host memory that may be used for weights and the host KV cache.
+      context: positions of the KV cache; None for the model's own, at most 4096.
+      stream_depth: slots of the ring.
+      resident: "auto" keeps as many layers as fit, "none" streams all, "all" streams nothing.
+      kv_shuttle: keep the KV cache on the host; "auto" does so where it does not fit on the device.
+      tier: how streamed layers reach the device; "auto" chooses by the budgets.
+
+    Raises:
+      PlanError: nothing fits; the message gives the smallest budget that does.
+    """
+    if stream_depth < 1:
+        raise PlanError(f"stream_depth must be at least 1, got {stream_depth}: 3 overlaps copy and compute well")
+    if context is None:
+        context = min(config.context_length, 4096)
+    if not 1 <= context <= config.context_length:
+        raise PlanError(
+            f"context must be between 1 and {config.context_length}, the length this model was made for, "
+            f"got {context}: pass --context={min(config.context_length, 4096)}"
+        )
+    architecture = models.get(config.architecture)
+    chunk = min(PREFILL_CHUNK, -(-context // 16) * 16)
+    kv_slots = tuple(_kv_slots(architecture, config, layer, context, chunk) for layer in range(config.n_layers))
+    layer_bytes = [span.nbytes for span in manifest.layers]
+    globals_bytes = sum(span.nbytes for span in _device_globals(manifest))
+    kv_rows = [2 * slots * config.n_kv_heads * config.head_dim * _itemsize(config) for slots in kv_slots]
+    workspace = _workspace_bytes(config, manifest, context, chunk)
+    fixed = globals_bytes + workspace
+
+    def fits(kv_bytes: int) -> bool:
+        return fixed + kv_bytes + min(_slots_bytes(layer_bytes, stream_depth), sum(layer_bytes)) <= vram_budget_bytes
+
+    shuttled = sum(sorted(kv_rows)[-(stream_depth + 1) :])
+    shuttle = kv_shuttle == "on" or (kv_shuttle == "auto" and not fits(sum(kv_rows)) and shuttled < sum(kv_rows))
+    kv_bytes = shuttled if shuttle else sum(kv_rows)
+    kv_host_bytes = sum(kv_rows) if shuttle else 0
+
+    left = vram_budget_bytes - fixed - kv_bytes
+    if resident == "all":
+        streamed: tuple[int, ...] = ()
+    elif resident == "none":
+        streamed = tuple(range(config.n_layers))
+    else:
+        streamed = _choose_streamed(layer_bytes, left, stream_depth)
+    kept = tuple(layer for layer in range(config.n_layers) if layer not in set(streamed))
+    depth = min(stream_depth, len(streamed))
+    slots = _slots_bytes([layer_bytes[layer] for layer in streamed], depth)
+    resident_bytes = sum(layer_bytes[layer] for layer in kept)
+    peak = fixed + kv_bytes + slots + resident_bytes
+    if peak > vram_budget_bytes:
+        smallest = fixed + min(sum(kv_rows), shuttled) + min(_slots_bytes(layer_bytes, 1), sum(layer_bytes))
+        if peak > smallest:
+            advice = f"the smallest that can work is {_up(smallest)} GiB (--stream_depth=1 --resident=none"
+            advice += " --kv_shuttle=on)" if shuttled < sum(kv_rows) else ")"
+        else:
+            advice = "a shorter --context needs less"
+        raise PlanError(
+            f"{gguf.path}: these options need {_up(peak)} GiB of device memory but the budget is "
+            f"{vram_budget_bytes / GIB:.2f} GiB: {advice}; or pass --vram_budget_gib={_up(peak)}"
+        )
+
+    chosen, reason = _choose_tier(tier, backend, manifest, streamed, ram_budget_bytes - kv_host_bytes)
+    host_slots = depth + 1 if chosen == "ring" and streamed else 0
+    host_bytes = kv_host_bytes + host_slots * max((layer_bytes[layer] for layer in streamed), default=0)
+    if host_bytes > ram_budget_bytes:
+        raise PlanError(
+            f"{gguf.path}: the host side needs {_up(host_bytes)} GiB but the RAM budget is "
+            f"{ram_budget_bytes / GIB:.2f} GiB: pass --ram_budget_gib={_up(host_bytes)} or a smaller --stream_depth"
+        )
+    return Plan(
+        tier=chosen,
+        tier_reason=reason,
+        context=context,
+        prefill_chunk=chunk,
+        stream_depth=depth,
+        resident=kept,
+        streamed=streamed,
+        shuttle=shuttle,
+        kv_slots=kv_slots,
+        globals_bytes=globals_bytes,
+        workspace_bytes=workspace,
+        kv_bytes=kv_bytes,
+        kv_host_bytes=kv_host_bytes,
+        slots_bytes=slots,
+        resident_bytes=resident_bytes,
+        bytes_per_sweep=sum(layer_bytes[layer] for layer in streamed),
+        peak_bytes=peak,
+        vram_budget_bytes=vram_budget_bytes,
+        ram_budget_bytes=ram_budget_bytes,
+        host_slots=host_slots,
+        model_bytes=sum(layer_bytes) + globals_bytes,
+    )
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values, for JSON."""
+    return dataclasses.asdict(plan)
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan as a table for people."""
+    rows = [
+        ("embedding and output", plan.globals_bytes, ""),
+        ("workspace", plan.workspace_bytes, "at most"),
+        (
+            "KV cache",
+            plan.kv_bytes,
+            f"{plan.context} positions" + (f", shuttled: {plan.kv_host_bytes / GIB:.3f} GiB on the host" if plan.shuttle else ""),
+        ),
+        ("resident layers", plan.resident_bytes, f"{len(plan.resident)} layers"),
+        ("slots", plan.slots_bytes, f"{len(plan.streamed)} streamed layers through {plan.stream_depth} slots"),
+        ("predicted peak", plan.peak_bytes, f"of a budget of {plan.vram_budget_bytes / GIB:.3f} GiB"),
+    ]
+    lines = [f"{name:<22}{size / GIB:>9.3f} GiB  {note}".rstrip() for name, size, note in rows]
+    lines.append(f"{'bytes per sweep':<22}{plan.bytes_per_sweep / GIB:>9.3f} GiB  over the link for each sweep")
+    lines.append(f"{'tier':<22}{plan.tier}: {plan.tier_reason}")
+    return "\n".join(lines)
+
+
+def _itemsize(config: Config) -> int:
+    return np.dtype(config.compute_dtype).itemsize if config.compute_dtype != "bfloat16" else 2
+
+
+def _up(nbytes: int) -> str:
+    """GiB rounded up, so that the printed number works when it is passed."""
+    return f"{-(-nbytes * 1000 // GIB) / 1000:.3f}"
+
+
+def _kv_slots(architecture: Architecture, config: Config, layer: int, context: int, chunk: int) -> int:
+    window = architecture.window(config, architecture.layer_kind(config, layer))
+    # A chunk's rows are all written before it attends, so its first row still needs the window before it.
+    return min(context, window + chunk) if window else context
+
+
+def _device_globals(manifest: Manifest) -> Sequence[Span]:
+    return [span for name, span in manifest.globals.items() if name != "rope_freqs.weight"]
+
+
+def _slots_bytes(layer_bytes: Sequence[int], depth: int) -> int:
+    return min(depth, len(layer_bytes)) * max(layer_bytes, default=0)
+
+
+def _workspace_bytes(config: Config, manifest: Manifest, context: int, chunk: int) -> int:
+    itemsize = _itemsize(config)
+    hidden = 6 * config.d_model + 3 * config.d_ff + 4 * config.n_heads * config.head_dim
+    # Attention keeps its score tile below a limit of its own; two tiles live at once.
+    scores = 2 * min(config.n_heads * chunk * context * 4, 256 << 20)
+    decoded = itemsize * max(config.d_ff * config.d_model, config.n_heads * config.head_dim * config.d_model)
+    logits = 3 * max(config.vocab_size * 4, LOGIT_ROWS_BYTES)
+    return _FIXED_WORKSPACE_BYTES + 4 * chunk * hidden + scores + 2 * decoded + logits
+
+
+def _choose_streamed(layer_bytes: Sequence[int], left: int, depth: int) -> tuple[int, ...]:
+    """The fewest layers to stream so that the rest and the ring fit in `left`, spread evenly."""
+    layers = len(layer_bytes)
+    for count in range(layers + 1):
+        # Evenly spread, so that the link always has resident layers' compute to hide behind.
+        streamed = tuple(sorted({(2 * i + 1) * layers // (2 * count) for i in range(count)})) if count else ()
+        used = sum(layer_bytes) - sum(layer_bytes[layer] for layer in streamed)
+        if used + _slots_bytes([layer_bytes[layer] for layer in streamed], depth) <= left:
+            return streamed
+    return tuple(range(layers))
+
+
+def _choose_tier(
+    tier: str, backend: str, manifest: Manifest, streamed: Sequence[int], ram_budget_bytes: int
+) -> tuple[Tier, str]:
+    mapping: Tier = "aliased mapping" if backend == "cpu" else "registered mapping"
+    if tier != "auto":
+        if tier not in ("ring", "pageable mapping", mapping):
+            raise PlanError(f"tier must be auto, {mapping}, pageable mapping or ring on this backend, got {tier!r}")
+        return tier, "as asked"  # type: ignore[return-value]
+    host_bytes = sum(manifest.layers[layer].nbytes for layer in streamed)
+    numbers = f"{host_bytes / GIB:.3f} GiB of streamed layers, RAM budget {ram_budget_bytes / GIB:.3f} GiB"
+    if host_bytes > ram_budget_bytes:
+        return "ring", f"the streamed layers don't fit in RAM ({numbers})"
+    return mapping, f"the streamed layers fit in RAM ({numbers})"

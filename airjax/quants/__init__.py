@@ -1,0 +1,9 @@
+"""Block formats of GGUF files, decoded inside jit, and products with them."""
+
+from airjax.quants.matmul import matmul as matmul
+from airjax.quants.qtensor import QTensor as QTensor
+from airjax.quants.qtensor import dequantize as dequantize
+from airjax.quants.qtensor import row_bytes as row_bytes
+from airjax.quants.qtensor import supported as supported
+from airjax.quants.qtensor import take_rows as take_rows
+from airjax.quants.qtensor import view as view

@@ -1,0 +1,144 @@
+"""The ring: at most `depth` streamed layers alive on the device, fetched cyclically ahead of their use."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from airjax.streaming.timeline import Timeline
+from airjax.types import Array
+
+Buffers = tuple[Array, ...]
+
+
+class Source(Protocol):
+    """One tier: starts the transfer of an item to the device."""
+
+    def put(self, item: int) -> Buffers:
+        """Returns at once where the tier allows it, with arrays that may still be on the link."""
+        ...
+
+    def rewind(self, item: int) -> None:
+        """The next `put` will be of `item`: whatever was read ahead of another order is dropped."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _Busy(NamedTuple):
+    weights: Buffers
+    done: Array
+
+
+class Ring:
+    """Cyclic prefetch of `items` in their order, sweep after sweep.
+
+    While the last item of a sweep computes, the first ones of the next sweep are already on the link.
+    A slot is refilled only when the block that used it has finished, so that no more than `depth` items
+    are ever alive on the device; that wait is also the throttle of the host loop.
+
+    Attributes:
+      bytes_put: bytes whose transfer was started.
+      wait_s: time in which the device had finished all earlier work and waited for weights.
+    """
+
+    def __init__(
+        self, source: Source, items: Sequence[int], depth: int, timeline: Timeline | None = None
+    ) -> None:
+        if depth < 1:
+            raise ValueError(f"stream_depth must be at least 1, got {depth}: 3 overlaps copy and compute well")
+        self.bytes_put = 0
+        self.wait_s = 0.0
+        self._source = source
+        self._items = tuple(items)
+        self._depth = min(depth, len(self._items))
+        self._timeline = timeline
+        self._ahead: collections.deque[tuple[int, Buffers]] = collections.deque()
+        self._taken: list[Buffers] = []
+        self._busy: collections.deque[_Busy] = collections.deque()
+        self._next = 0  # index into items of the next put
+
+    def begin_sweep(self) -> None:
+        """Starts from the first item, also when the last sweep was left in the middle."""
+        first = self._ahead[0][0] if self._ahead else self._items[self._next]
+        if first != self._items[0] or self._taken:
+            self.drop()
+        self._fill()
+
+    def take(self, item: int) -> Buffers:
+        """The weights of `item`, the next in order; they may still be on the link."""
+        self._fill()
+        ahead, weights = self._ahead.popleft()
+        if ahead != item:
+            self.drop()
+            raise RuntimeError(f"the ring holds item {ahead} next, but item {item} was asked for")
+        self._taken.append(weights)
+        return weights
+
+    def release(self, weights: Buffers, before: Array, done: Array) -> None:
+        """Gives the slot of `weights` back, to be refilled once `done` is computed.
+
+        Args:
+          weights: what `take` returned.
+          before: the input of the block that uses the weights: ready when all earlier blocks are done.
+          done: an output of that block, not donated to anything.
+        """
+        self._taken = [taken for taken in self._taken if taken is not weights]
+        self._busy.append(_Busy(weights, done))
+        # The block is dispatched already, so waiting here leaves no gap on the device.
+        jax.block_until_ready(before)
+        self._free(keep=1)
+        start = time.perf_counter()
+        jax.block_until_ready(weights)
+        self.wait_s += time.perf_counter() - start
+        if self._depth == 1:
+            jax.block_until_ready(done)
+            self._free(keep=0)
+
+    def drop(self) -> None:
+        """Forgets everything fetched ahead; the next sweep starts over."""
+        waiting: list[tuple[Buffers, Any]] = [(busy.weights, busy.done) for busy in self._busy]
+        waiting += [(weights, weights) for weights in [*self._taken, *(weights for _, weights in self._ahead)]]
+        for weights, last_use in waiting:
+            # A computation that failed has reported it already; here only its end matters.
+            with contextlib.suppress(RuntimeError):
+                jax.block_until_ready(last_use)
+            _delete(weights)
+        self._busy.clear()
+        self._taken.clear()
+        self._ahead.clear()
+        self._next = 0
+        self._source.rewind(self._items[0])
+
+    def close(self) -> None:
+        """Waits for what is on the way, frees it, and closes the tier."""
+        try:
+            self.drop()
+        finally:
+            self._source.close()
+
+    def _free(self, keep: int) -> None:
+        while len(self._busy) > keep:
+            _delete(self._busy.popleft().weights)
+            self._fill()
+
+    def _fill(self) -> None:
+        while len(self._ahead) + len(self._taken) + len(self._busy) < self._depth:
+            item = self._items[self._next]
+            weights = self._source.put(item)
+            self._next = (self._next + 1) % len(self._items)
+            self._ahead.append((item, weights))
+            nbytes = sum(part.nbytes for part in weights)
+            self.bytes_put += nbytes
+            if self._timeline is not None:
+                self._timeline.watch("host to device", f"layer {item}", weights, nbytes)
+
+
+def _delete(weights: Buffers) -> None:
+    for part in weights:
+        part.delete()

@@ -1,0 +1,8 @@
+"""Text and token ids: tokenizers and chat templates from GGUF metadata."""
+
+from airjax.text.chat_template import ChatTemplate
+from airjax.text.errors import TextError
+from airjax.text.stream import TextStream
+from airjax.text.tokenizer import Tokenizer
+
+__all__ = ["ChatTemplate", "TextError", "TextStream", "Tokenizer"]

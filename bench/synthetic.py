@@ -1,0 +1,198 @@
+"""Writes a GGUF file of a named model shape with random weights, in seconds, for benchmarks.
+
+    python bench/synthetic.py --shape=8b --type=Q4_K --out=/dev/shm/8b.gguf
+
+The blocks are random bits with scales such that weights have about zero mean and the spread of a trained layer,
+so that activations stay finite. The text it makes is noise; its speed is that of a real model of the shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import NamedTuple
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+
+_POOL_BYTES = 32 << 20
+
+
+class Shape(NamedTuple):
+    """Sizes of a llama-architecture model."""
+
+    layers: int
+    d_model: int
+    d_ff: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    context: int
+
+
+SHAPES = {
+    "tiny": Shape(4, 256, 512, 4, 2, 512, 2048),
+    "1b": Shape(16, 2048, 8192, 32, 8, 128_256, 131_072),
+    "8b": Shape(32, 4096, 14_336, 32, 8, 128_256, 131_072),
+    "32b": Shape(64, 5120, 27_648, 40, 8, 152_064, 131_072),
+    "70b": Shape(80, 8192, 28_672, 64, 8, 128_256, 131_072),
+}
+
+
+def _fields(kind: Type, spread: float) -> list[tuple[int, float]]:
+    """Byte offsets of a block's float16 scales, and the value each gets for weights of this spread."""
+    if kind == Type.Q4_0:
+        return [(0, spread / 4.6)]
+    if kind == Type.Q8_0:
+        return [(0, spread / 74.0)]
+    if kind == Type.Q4_K:
+        return [(0, spread / 255.0), (2, 7.5 * spread / 255.0)]
+    if kind == Type.Q5_K:
+        return [(0, spread / 520.0), (2, 15.5 * spread / 520.0)]
+    if kind == Type.Q6_K:
+        return [(208, spread / 1370.0)]
+    raise SystemExit(f"--type must be one of Q4_0, Q8_0, Q4_K, Q5_K, Q6_K, F16, BF16, F32, got {kind.name}")
+
+
+def _pool(kind: Type, spread: float, generator: np.random.Generator) -> np.ndarray:
+    """Random blocks, as bytes; a tensor takes them from a random offset on, again and again."""
+    if kind in (Type.F32, Type.F16, Type.BF16):
+        values = generator.normal(scale=spread, size=_POOL_BYTES // 4).astype(np.float32)
+        if kind == Type.F16:
+            return values.astype(np.float16).view(np.uint8)
+        return values.view(np.uint8) if kind == Type.F32 else (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = generator.integers(0, 256, (_POOL_BYTES // block_bytes, block_bytes), np.uint8)
+    for offset, value in _fields(kind, spread):
+        blocks[:, offset : offset + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
+    return blocks.reshape(-1)
+
+
+def _tensors(shape: Shape, kind: Type, output_kind: Type) -> list[tuple[str, tuple[int, ...], Type]]:
+    d, f = shape.d_model, shape.d_ff
+    q, kv = d, d // shape.heads * shape.kv_heads
+    rows: list[tuple[str, tuple[int, ...], Type]] = [
+        ("token_embd.weight", (shape.vocabulary, d), kind),
+        ("output_norm.weight", (d,), Type.F32),
+        ("output.weight", (shape.vocabulary, d), output_kind),
+    ]
+    for layer in range(shape.layers):
+        rows += [
+            (f"blk.{layer}.{name}.weight", size, Type.F32 if len(size) == 1 else kind)
+            for name, size in (
+                ("attn_norm", (d,)),
+                ("attn_q", (q, d)),
+                ("attn_k", (kv, d)),
+                ("attn_v", (kv, d)),
+                ("attn_output", (d, q)),
+                ("ffn_norm", (d,)),
+                ("ffn_gate", (f, d)),
+                ("ffn_up", (f, d)),
+                ("ffn_down", (d, f)),
+            )
+        ]
+    return rows
+
+
+def _add_metadata(writer: gguf.GGUFWriter, shape: Shape) -> None:
+    writer.add_block_count(shape.layers)
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.d_model)
+    writer.add_feed_forward_length(shape.d_ff)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(500_000.0)
+    writer.add_rope_dimension_count(shape.d_model // shape.heads)
+    # Byte-level BPE whose first tokens are the 256 bytes as GPT-2 spells them; the others never arise from text.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelling = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    tokens = [spelling[byte] for byte in range(256)] + ["<|end|>"]
+    tokens += [f"token{i}" for i in range(len(tokens), shape.vocabulary)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 256 + [3] + [1] * (shape.vocabulary - 257))
+    writer.add_token_merges(["a b"] if "ab" in tokens else [])
+    writer.add_eos_token_id(256)
+    writer.add_bos_token_id(256)
+
+
+def write(path: str, shape: Shape, kind: Type, output_kind: Type | None = None, seed: int = 0) -> int:
+    """Writes the file.
+
+    Args:
+      path: where.
+      shape: sizes of the model.
+      kind: block type of the layers and the embedding.
+      output_kind: of the output matrix; None for Q6_K beside a K-quant, else `kind`.
+      seed: of the weights.
+
+    Returns:
+      Bytes written.
+    """
+    generator = np.random.default_rng(seed)
+    if output_kind is None:
+        output_kind = Type.Q6_K if kind.name.endswith("_K") else kind
+    writer = gguf.GGUFWriter(path, "llama")
+    _add_metadata(writer, shape)
+    tensors = _tensors(shape, kind, output_kind)
+    sizes = []
+    for name, size, block in tensors:
+        block_size, block_bytes = gguf.GGML_QUANT_SIZES[block]
+        nbytes = int(np.prod(size)) // block_size * block_bytes
+        sizes.append(nbytes)
+        writer.add_tensor_info(name, size, np.dtype(np.float32), nbytes, raw_dtype=block)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    pools: dict[Type, np.ndarray] = {}
+    with open(path, "r+b", buffering=0) as file:
+        at = file.seek(0, 2)
+        at += -at % 32
+        for (_, size, block), nbytes in zip(tensors, sizes, strict=True):
+            file.seek(at)
+            if len(size) == 1:
+                file.write(np.ones(size, np.float32).tobytes())
+            else:
+                if block not in pools:
+                    pools[block] = _pool(block, shape.d_model**-0.5, generator)
+                _, block_bytes = gguf.GGML_QUANT_SIZES[block]
+                _write_from(file, pools[block], nbytes, block_bytes, generator)
+            at += nbytes + -nbytes % 32
+        file.truncate(at)
+    return at
+
+
+def _write_from(file, pool: np.ndarray, nbytes: int, block_bytes: int, generator: np.random.Generator) -> None:
+    start = int(generator.integers(0, pool.size // block_bytes)) * block_bytes
+    while nbytes:
+        part = pool[start : start + nbytes]
+        file.write(part.data)
+        nbytes -= part.size
+        start = 0
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
+    parser.add_argument("--type", choices=[t.name for t in Type], default="Q4_K")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    shape = SHAPES[args.shape]
+    if args.layers:
+        shape = shape._replace(layers=args.layers)
+    begin = time.perf_counter()
+    nbytes = write(args.out, shape, Type[args.type], seed=args.seed)
+    seconds = time.perf_counter() - begin
+    print(f"{args.out}: {nbytes / 2**30:.2f} GiB in {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
