@@ -21,40 +21,36 @@ def _figure(value: float | None, pattern: str) -> str:
     return "n/a" if value is None else pattern.format(value)
 
 
-def line(stats: Stats) -> str:
-    """The figures on one line, for the live meter."""
-    return " | ".join(
-        (
-            f"prefill {_figure(stats.prefill_rate, '{:.1f}')} tok/s",
-            f"decode {_figure(stats.decode_rate, '{:.1f}')} tok/s",
-            f"first token {_figure(stats.first_token_s, '{:.2f} s')}",
-            f"streamed {stats.bytes_streamed / 1e9:.2f} GB",
-            f"{_figure(_gigabytes(stats.link_rate), '{:.2f}')} GB/s",
-            f"waited {_figure(_percent(stats.wait_share), '{:.0f} %')}",
-            f"peak {_figure(_gibibytes(stats.peak_device_bytes), '{:.2f} GiB')}",
-        )
-    )
+def line(stats: Stats, columns: int) -> str:
+    """As many figures as fit on a line of the terminal."""
+    parts = [
+        f"prefill {_figure(stats.prefill_rate, '{:.1f}')}, decode {_figure(stats.decode_rate, '{:.1f}')} tok/s",
+        f"first token {_figure(stats.first_token_s, '{:.2f} s')}",
+        f"streamed {stats.bytes_streamed / 1e9:.2f} GB",
+        f"{_figure(_gigabytes(stats.link_rate), '{:.2f}')} GB/s",
+        f"waited {_figure(_percent(stats.wait_share), '{:.0f} %')}",
+        f"peak {_figure(_gibibytes(stats.peak_device_bytes), '{:.2f} GiB')}",
+    ]
+    while len(parts) > 1 and len(" | ".join(parts)) >= columns:
+        parts.pop()
+    return " | ".join(parts)[: columns - 1]
 
 
 def report(stats: Stats, out: TextIO | None = None) -> None:
     """Prints all figures of a run to stderr."""
-    out = sys.stderr if out is None else out
-    decoded = f"decode {_figure(stats.decode_rate, '{:.1f}')} tok/s, " if stats.generated_tokens else ""
-    first = (
-        f"first token after {_figure(stats.first_token_s, '{:.2f} s')}, " if stats.generated_tokens else ""
-    )
-    counts = f"{stats.prompt_tokens} prompt tokens"
+    prefill = f"prefill {_figure(stats.prefill_rate, '{:.1f}')} tok/s ({stats.prompt_tokens} tokens)"
     if stats.generated_tokens:
-        counts += f", {stats.generated_tokens} generated"
-    ended = f" (ended by {stats.finish_reason})" if stats.finish_reason else ""
-    rate = _figure(_gigabytes(stats.link_rate), "{:.2f}")
-    waited = _figure(_percent(stats.wait_share), "{:.1f} %")
-    peak = _figure(_gibibytes(stats.peak_device_bytes), "{:.2f} GiB")
+        ended = f", ended by {stats.finish_reason}" if stats.finish_reason else ""
+        prefill += (
+            f", decode {_figure(stats.decode_rate, '{:.1f}')} tok/s ({stats.generated_tokens} tokens{ended}), "
+            f"first token after {_figure(stats.first_token_s, '{:.2f} s')}"
+        )
+    link = f"streamed {stats.bytes_streamed / 1e9:.2f} GB at {_figure(_gigabytes(stats.link_rate), '{:.2f}')} GB/s"
+    waited = f"waited for weights {_figure(_percent(stats.wait_share), '{:.1f} %')} of the time"
+    peak = f"peak device memory {_figure(_gibibytes(stats.peak_device_bytes), '{:.2f} GiB')}"
     print(
-        f"airjax: prefill {_figure(stats.prefill_rate, '{:.1f}')} tok/s, {decoded}{first}{counts}{ended}\n"
-        f"airjax: streamed {stats.bytes_streamed / 1e9:.2f} GB at {rate} GB/s, compute waited for weights "
-        f"{waited} of the time, peak device memory {peak}",
-        file=out,
+        f"airjax: {prefill}\nairjax: {link}, {waited}, {peak}",
+        file=sys.stderr if out is None else out,
         flush=True,
     )
 
@@ -101,7 +97,7 @@ class Meter:
 
     def _draw(self) -> None:
         columns, rows = shutil.get_terminal_size()
-        text = line(self._stats())[: columns - 1]
+        text = line(self._stats(), columns)
         if not self._shared:
             self._write(f"\r\x1b[2K{text}")
             return

@@ -35,8 +35,8 @@ _CJK = r"[\x{4E00}-\x{9FA5}\x{3040}-\x{30FF}]+"
 _EAST_ASIAN = r"(?:(?=\S)[\x{0800}-\x{9FA5}\x{AC00}-\x{D7FF}])+"
 # Letters with case, less the blocks that the model's own list of them leaves out.
 _DEEPSEEK_LETTERS = (
-    r"(?:(?![\x{560}-\x{588}\x{A790}-\x{A7FF}\x{AB30}-\x{AB6F}\x{10570}-\x{105BF}\x{16E40}-\x{16E7F}"
-    r"\x{1D400}-\x{1D7FF}\x{1DF00}-\x{1DF1F}])[\p{Lu}\p{Ll}\p{Lt}])+"
+    r"(?:(?![\x{560}-\x{588}\x{10C7}\x{10CD}\x{10D0}-\x{10FF}\x{1C80}-\x{1C8F}\x{2D00}-\x{2D2F}"
+    r"\x{A790}-\x{A7FF}\x{AB30}-\x{AB6F}\x{10570}-\x{105BF}\x{16E40}-\x{16E7F}\x{1D400}-\x{1D7FF}\x{1DF00}-\x{1DF1F}])[\p{Lu}\p{Ll}\p{Lt}])+"
 )
 
 # The words of GPT-2 (Radford et al., 2019), and the line of descent through GPT-4 and Llama 3.

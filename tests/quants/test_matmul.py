@@ -1,0 +1,95 @@
+"""Products against float64, for each format and number of rows."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as GGMLType
+from gguf import quants as oracle
+from random_blocks import random_rows
+
+from airjax import quants
+
+# The package's attribute of this name is the function.
+module = sys.modules["airjax.quants.matmul"]
+_TYPES = sorted(quants.supported())
+_N, _K = 96, 512
+
+
+def _weights(kind, seed=0):
+    if kind.name in ("F32", "F16", "BF16"):
+        data = oracle.quantize(np.random.default_rng(seed).normal(size=(_N, _K)).astype(np.float32), kind)
+    else:
+        data = random_rows(kind, _N, _K, seed, scales=[0x2C00, 0xAC55, 0x1400])
+    return data, oracle.dequantize(data, kind).astype(np.float64)
+
+
+def _product(kind, data, x, dtype=np.float32):
+    def run(d, x):
+        return quants.matmul(x, quants.view(d, kind, (_N, _K)), dtype=np.dtype(dtype))
+
+    return np.asarray(jax.jit(run)(data.view(np.uint8).reshape(-1), jnp.asarray(x)))
+
+
+def _error(got, expected):
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("kind", _TYPES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_products_agree_with_float64(kind, rows):
+    data, weights = _weights(kind)
+    x = np.random.default_rng(rows).normal(size=(rows, _K)).astype(np.float32)
+    # Few rows pass through 16-bit activations on a CPU: 2^-16 of a group's largest value at worst.
+    assert _error(_product(kind, data, x), x @ weights.T) < (3e-5 if rows <= 8 else 2e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_leading_axes_are_kept(rows):
+    kind = GGMLType.Q4_0
+    data, weights = _weights(kind)
+    x = np.random.default_rng(0).normal(size=(2, rows, _K)).astype(np.float32)
+    got = _product(kind, data, x)
+    assert got.shape == (2, rows, _N)
+    assert _error(got, x @ weights.T) < 3e-5
+
+
+def test_a_row_alone_equals_the_row_among_few():
+    kind = GGMLType.Q4_1
+    data, _ = _weights(kind)
+    x = np.random.default_rng(3).normal(size=(8, _K)).astype(np.float32)
+    together = _product(kind, data, x)
+    alone = np.concatenate([_product(kind, data, row[None]) for row in x])
+    np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_activations_of_any_size_are_rounded_relative_to_their_group(scale):
+    kind = GGMLType.Q8_0
+    data, weights = _weights(kind)
+    x = (np.random.default_rng(4).normal(size=(1, _K)) * scale).astype(np.float32)
+    got = _product(kind, data, x)
+    assert np.isfinite(got).all()
+    if scale == 1e30:
+        assert _error(got, x.astype(np.float64) @ weights.T) < 3e-5
+
+
+def test_the_forms_for_few_rows_agree_with_each_other():
+    kind = GGMLType.Q5_K
+    data, _ = _weights(kind)
+    w = quants.view(jnp.asarray(data.reshape(-1)), kind, (_N, _K))
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(2, _K)), jnp.float32)
+    forms = [module._by_integers(x, w), module._by_reduction(x, w), module._decoded(x, w, np.dtype("float32"))]
+    for other in forms[1:]:
+        assert _error(np.asarray(other), np.asarray(forms[0])) < 3e-5
+
+
+def test_bfloat16_products_keep_float32_sums():
+    kind = GGMLType.Q4_0
+    data, weights = _weights(kind)
+    x = np.random.default_rng(6).normal(size=(40, _K)).astype(np.float32)
+    got = _product(kind, data, x, jnp.bfloat16)
+    assert got.dtype == np.float32
+    assert 1e-4 < _error(got, x @ weights.T) < 1e-2
