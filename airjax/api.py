@@ -156,8 +156,14 @@ class Engine:
         return self.tokenizer.encode(text, add_bos=False if begins_with_bos else None, parse_special=True)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Iterator[Token]:
-        """The assistant's reply to a conversation: `apply_chat_template`, then `generate` with `options`."""
-        return self.generate(self.apply_chat_template(messages), **options)
+        """The assistant's reply to a conversation: `apply_chat_template`, then `generate` with `options`.
+
+        The end-of-turn texts that the template writes, where they are no tokens, are stop strings too.
+        """
+        ids = self.apply_chat_template(messages)
+        stop = tuple(options.pop("stop", ()))
+        ends = self._template.stop_strings if self._template is not None else ()
+        return self.generate(ids, stop=(*stop, *ends), **options)
 
     def close(self) -> None:
         """Frees device memory, threads, pinned memory and the file."""
@@ -194,7 +200,7 @@ class Engine:
         return ids
 
     def _texts(self, draws: Iterator[engine.Draw], stop: tuple[str, ...]) -> Iterator[Token]:
-        stream = self.tokenizer.stream()
+        stream = self.tokenizer.stream(skip_special=True)
         held = ""  # text that may be the beginning of a stop string
         for draw in draws:
             ended = self.stats.finish_reason != ""
@@ -225,6 +231,7 @@ def load(
     context: int | None = None,
     compute_dtype: ComputeDtype | None = None,
     tier: str = "auto",
+    prefill_chunk: int | None = None,
     trace: bool = False,
     device: jax.Device | None = None,
 ) -> Engine:
@@ -240,6 +247,8 @@ def load(
       context: positions of the KV cache; None for the model's own, at most 4096.
       compute_dtype: of matrix products and KV; None for bfloat16 on a GPU and float32 on a CPU.
       tier: how streamed layers reach the device; see `airjax.plan.Tier`.
+      prefill_chunk: tokens of a prompt that share a sweep; None for 512. With 1 a prompt takes the very steps
+        of decoding, so its logits are bit for bit those that decoding saw.
       trace: record a timeline.
       device: None for JAX's first.
 
@@ -269,6 +278,7 @@ def load(
         kv_shuttle=kv_shuttle,
         compute_dtype=compute_dtype,
         tier=tier,
+        prefill_chunk=prefill_chunk,
         timeline=Timeline() if trace else None,
     )
     try:

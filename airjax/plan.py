@@ -36,6 +36,7 @@ class Plan:
       tier: how the streamed layers reach the device.
       tier_reason: why that tier.
       context: positions of the KV cache.
+      prefill_chunk: tokens of a prompt that share a sweep.
       stream_depth: slots of the ring (0 when nothing is streamed).
       resident: layers whose weights stay on the device.
       streamed: the others, in the order of a sweep.
@@ -90,6 +91,7 @@ def make_plan(
     resident: Resident = "auto",
     kv_shuttle: Switch = "auto",
     tier: Tier | Literal["auto"] = "auto",
+    prefill_chunk: int | None = None,
 ) -> Plan:
     """Decides what lives where.
 
@@ -105,6 +107,7 @@ def make_plan(
       resident: "auto" keeps as many layers as fit, "none" streams all, "all" streams nothing.
       kv_shuttle: keep the KV cache on the host; "auto" does so where it does not fit on the device.
       tier: how streamed layers reach the device; "auto" chooses by the budgets.
+      prefill_chunk: tokens of a prompt that share a sweep; None for 512.
 
     Raises:
       PlanError: nothing fits; the message gives the smallest budget that does.
@@ -119,7 +122,9 @@ def make_plan(
             f"got {context}: pass --context={min(config.context_length, 4096)}"
         )
     architecture = models.get(config.architecture)
-    chunk = min(PREFILL_CHUNK, -(-context // 16) * 16)
+    chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
+    if chunk < 1:
+        raise PlanError(f"prefill_chunk must be at least 1, got {chunk}: {PREFILL_CHUNK} suits most machines")
     kv_slots = tuple(_kv_slots(architecture, config, layer, context, chunk) for layer in range(config.n_layers))
     layer_bytes = [span.nbytes for span in manifest.layers]
     globals_bytes = sum(span.nbytes for span in _device_globals(manifest))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -17,19 +16,16 @@ GIB = 1 << 30
 _PERIOD_S = 0.25
 
 
-def _figure(value: float | None, pattern: str) -> str:
-    return "n/a" if value is None else pattern.format(value)
-
-
 def line(stats: Stats, columns: int) -> str:
     """As many figures as fit on a line of the terminal."""
+    rates = f"prefill {_number(stats.prefill_rate, 1)}, decode {_number(stats.decode_rate, 1)} tok/s"
     parts = [
-        f"prefill {_figure(stats.prefill_rate, '{:.1f}')}, decode {_figure(stats.decode_rate, '{:.1f}')} tok/s",
-        f"first token {_figure(stats.first_token_s, '{:.2f} s')}",
-        f"streamed {stats.bytes_streamed / 1e9:.2f} GB",
-        f"{_figure(_gigabytes(stats.link_rate), '{:.2f}')} GB/s",
-        f"waited {_figure(_percent(stats.wait_share), '{:.0f} %')}",
-        f"peak {_figure(_gibibytes(stats.peak_device_bytes), '{:.2f} GiB')}",
+        rates,
+        f"first token {_number(stats.first_token_s, 2, ' s')}",
+        f"streamed {_number(stats.bytes_streamed, 2, scale=1e-9)} GB",
+        f"{_number(stats.link_rate, 2, scale=1e-9)} GB/s",
+        f"waited {_number(stats.wait_share, 0, ' %', scale=100)}",
+        f"peak {_number(stats.peak_device_bytes, 2, ' GiB', scale=1 / GIB)}",
     ]
     while len(parts) > 1 and len(" | ".join(parts)) >= columns:
         parts.pop()
@@ -38,21 +34,19 @@ def line(stats: Stats, columns: int) -> str:
 
 def report(stats: Stats, out: TextIO | None = None) -> None:
     """Prints all figures of a run to stderr."""
-    prefill = f"prefill {_figure(stats.prefill_rate, '{:.1f}')} tok/s ({stats.prompt_tokens} tokens)"
+    speed = [f"prefill {_number(stats.prefill_rate, 1)} tok/s ({stats.prompt_tokens} tokens)"]
     if stats.generated_tokens:
         ended = f", ended by {stats.finish_reason}" if stats.finish_reason else ""
-        prefill += (
-            f", decode {_figure(stats.decode_rate, '{:.1f}')} tok/s ({stats.generated_tokens} tokens{ended}), "
-            f"first token after {_figure(stats.first_token_s, '{:.2f} s')}"
-        )
-    link = f"streamed {stats.bytes_streamed / 1e9:.2f} GB at {_figure(_gigabytes(stats.link_rate), '{:.2f}')} GB/s"
-    waited = f"waited for weights {_figure(_percent(stats.wait_share), '{:.1f} %')} of the time"
-    peak = f"peak device memory {_figure(_gibibytes(stats.peak_device_bytes), '{:.2f} GiB')}"
-    print(
-        f"airjax: {prefill}\nairjax: {link}, {waited}, {peak}",
-        file=sys.stderr if out is None else out,
-        flush=True,
-    )
+        speed.append(f"decode {_number(stats.decode_rate, 1)} tok/s ({stats.generated_tokens} tokens{ended})")
+        speed.append(f"first token after {_number(stats.first_token_s, 2, ' s')}")
+    link = [
+        f"streamed {_number(stats.bytes_streamed, 2, scale=1e-9)} GB",
+        f"link {_number(stats.link_rate, 2, scale=1e-9)} GB/s",
+        f"waited for weights {_number(stats.wait_share, 1, ' %', scale=100)} of the time",
+        f"peak device memory {_number(stats.peak_device_bytes, 2, ' GiB', scale=1 / GIB)}",
+    ]
+    text = f"airjax: {', '.join(speed)}\nairjax: {', '.join(link)}"
+    print(text, file=sys.stderr if out is None else out, flush=True)
 
 
 class Meter:
@@ -96,11 +90,13 @@ class Meter:
             self._draw()
 
     def _draw(self) -> None:
-        columns, rows = shutil.get_terminal_size()
-        text = line(self._stats(), columns)
+        columns, rows = os.get_terminal_size(self._out.fileno())
+        text = line(self._stats(), columns or 80)
         if not self._shared:
             self._write(f"\r\x1b[2K{text}")
             return
+        if rows < 4:
+            return  # no room for text and meter
         start = ""
         if rows != self._rows:
             # Make room for the bottom line (one down and up again), then let only the lines above it scroll.
@@ -120,13 +116,5 @@ class Meter:
         self._out.flush()
 
 
-def _gigabytes(nbytes: float | None) -> float | None:
-    return None if nbytes is None else nbytes / 1e9
-
-
-def _gibibytes(nbytes: float | None) -> float | None:
-    return None if nbytes is None else nbytes / GIB
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else share * 100
+def _number(value: float | None, digits: int, unit: str = "", scale: float = 1) -> str:
+    return "n/a" if value is None else f"{value * scale:.{digits}f}{unit}"

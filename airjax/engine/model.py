@@ -100,6 +100,7 @@ def open_model(
     kv_shuttle: Switch,
     compute_dtype: str,
     tier: str = "auto",
+    prefill_chunk: int | None = None,
     timeline: Timeline | None = None,
 ) -> Model:
     """Opens a file, checks it, plans, and only then takes memory.
@@ -124,6 +125,7 @@ def open_model(
             resident=resident,
             kv_shuttle=kv_shuttle,
             tier=tier,  # type: ignore[arg-type]
+            prefill_chunk=prefill_chunk,
         )
         weights = open_weights(gguf, manifest, plan, device, timeline)
         try:
