@@ -332,5 +332,3 @@ def _overlap(text: str, stop: Sequence[str]) -> int:
                 longest = size
                 break
     return longest
-
-

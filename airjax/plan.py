@@ -113,7 +113,9 @@ def make_plan(
       PlanError: nothing fits; the message gives the smallest budget that does.
     """
     if stream_depth < 1:
-        raise PlanError(f"stream_depth must be at least 1, got {stream_depth}: 3 overlaps copy and compute well")
+        raise PlanError(
+            f"stream_depth must be at least 1, got {stream_depth}: 3 overlaps copy and compute well"
+        )
     if context is None:
         context = min(config.context_length, 4096)
     if not 1 <= context <= config.context_length:
@@ -125,7 +127,9 @@ def make_plan(
     chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
     if chunk < 1:
         raise PlanError(f"prefill_chunk must be at least 1, got {chunk}: {PREFILL_CHUNK} suits most machines")
-    kv_slots = tuple(_kv_slots(architecture, config, layer, context, chunk) for layer in range(config.n_layers))
+    kv_slots = tuple(
+        _kv_slots(architecture, config, layer, context, chunk) for layer in range(config.n_layers)
+    )
     layer_bytes = [span.nbytes for span in manifest.layers]
     globals_bytes = sum(span.nbytes for span in _device_globals(manifest))
     kv_rows = [2 * slots * config.n_kv_heads * config.head_dim * _itemsize(config) for slots in kv_slots]
@@ -133,10 +137,15 @@ def make_plan(
     fixed = globals_bytes + workspace
 
     def fits(kv_bytes: int) -> bool:
-        return fixed + kv_bytes + min(_slots_bytes(layer_bytes, stream_depth), sum(layer_bytes)) <= vram_budget_bytes
+        return (
+            fixed + kv_bytes + min(_slots_bytes(layer_bytes, stream_depth), sum(layer_bytes))
+            <= vram_budget_bytes
+        )
 
     shuttled = sum(sorted(kv_rows)[-(stream_depth + 1) :])
-    shuttle = kv_shuttle == "on" or (kv_shuttle == "auto" and not fits(sum(kv_rows)) and shuttled < sum(kv_rows))
+    shuttle = kv_shuttle == "on" or (
+        kv_shuttle == "auto" and not fits(sum(kv_rows)) and shuttled < sum(kv_rows)
+    )
     kv_bytes = shuttled if shuttle else sum(kv_rows)
     kv_host_bytes = sum(kv_rows) if shuttle else 0
 
@@ -210,14 +219,21 @@ def format_plan(plan: Plan) -> str:
         (
             "KV cache",
             plan.kv_bytes,
-            f"{plan.context} positions" + (f", shuttled: {plan.kv_host_bytes / GIB:.3f} GiB on the host" if plan.shuttle else ""),
+            f"{plan.context} positions"
+            + (f", shuttled: {plan.kv_host_bytes / GIB:.3f} GiB on the host" if plan.shuttle else ""),
         ),
         ("resident layers", plan.resident_bytes, f"{len(plan.resident)} layers"),
-        ("slots", plan.slots_bytes, f"{len(plan.streamed)} streamed layers through {plan.stream_depth} slots"),
+        (
+            "slots",
+            plan.slots_bytes,
+            f"{len(plan.streamed)} streamed layers through {plan.stream_depth} slots",
+        ),
         ("predicted peak", plan.peak_bytes, f"of a budget of {plan.vram_budget_bytes / GIB:.3f} GiB"),
     ]
     lines = [f"{name:<22}{size / GIB:>9.3f} GiB  {note}".rstrip() for name, size, note in rows]
-    lines.append(f"{'bytes per sweep':<22}{plan.bytes_per_sweep / GIB:>9.3f} GiB  over the link for each sweep")
+    lines.append(
+        f"{'bytes per sweep':<22}{plan.bytes_per_sweep / GIB:>9.3f} GiB  over the link for each sweep"
+    )
     lines.append(f"{'tier':<22}{plan.tier}: {plan.tier_reason}")
     return "\n".join(lines)
 
@@ -273,7 +289,9 @@ def _choose_tier(
     mapping: Tier = "aliased mapping" if backend == "cpu" else "registered mapping"
     if tier != "auto":
         if tier not in ("ring", "pageable mapping", mapping):
-            raise PlanError(f"tier must be auto, {mapping}, pageable mapping or ring on this backend, got {tier!r}")
+            raise PlanError(
+                f"tier must be auto, {mapping}, pageable mapping or ring on this backend, got {tier!r}"
+            )
         return tier, "as asked"  # type: ignore[return-value]
     host_bytes = sum(manifest.layers[layer].nbytes for layer in streamed)
     numbers = f"{host_bytes / GIB:.3f} GiB of streamed layers, RAM budget {ram_budget_bytes / GIB:.3f} GiB"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from io import RawIOBase
 from typing import NamedTuple
 
 import gguf
@@ -61,7 +62,11 @@ def _pool(kind: Type, spread: float, generator: np.random.Generator) -> np.ndarr
         values = generator.normal(scale=spread, size=_POOL_BYTES // 4).astype(np.float32)
         if kind == Type.F16:
             return values.astype(np.float16).view(np.uint8)
-        return values.view(np.uint8) if kind == Type.F32 else (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+        return (
+            values.view(np.uint8)
+            if kind == Type.F32
+            else (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+        )
     _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = generator.integers(0, 256, (_POOL_BYTES // block_bytes, block_bytes), np.uint8)
     for offset, value in _fields(kind, spread):
@@ -109,13 +114,13 @@ def _add_metadata(writer: gguf.GGUFWriter, shape: Shape) -> None:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     spelling = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    tokens = [spelling[byte] for byte in range(256)] + ["<|end|>"]
+    tokens = [spelling[byte] for byte in range(256)] + ["<|end|>", "ab"]
     tokens += [f"token{i}" for i in range(len(tokens), shape.vocabulary)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * 256 + [3] + [1] * (shape.vocabulary - 257))
-    writer.add_token_merges(["a b"] if "ab" in tokens else [])
+    writer.add_token_merges(["a b"])
     writer.add_eos_token_id(256)
     writer.add_bos_token_id(256)
 
@@ -167,7 +172,9 @@ def write(path: str, shape: Shape, kind: Type, output_kind: Type | None = None, 
     return at
 
 
-def _write_from(file, pool: np.ndarray, nbytes: int, block_bytes: int, generator: np.random.Generator) -> None:
+def _write_from(
+    file: RawIOBase, pool: np.ndarray, nbytes: int, block_bytes: int, generator: np.random.Generator
+) -> None:
     start = int(generator.integers(0, pool.size // block_bytes)) * block_bytes
     while nbytes:
         part = pool[start : start + nbytes]
@@ -178,7 +185,9 @@ def _write_from(file, pool: np.ndarray, nbytes: int, block_bytes: int, generator
 
 def main() -> None:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
     parser.add_argument("--type", choices=[t.name for t in Type], default="Q4_K")
     parser.add_argument("--out", required=True)

@@ -7,5 +7,5 @@ from airjax.engine.model import Model as Model
 from airjax.engine.model import open_model as open_model
 from airjax.engine.stats import Stats as Stats
 from airjax.engine.sweep import State as State
-from airjax.engine.sweep import sweep as sweep
 from airjax.engine.sweep import new_state as new_state
+from airjax.engine.sweep import sweep as sweep

@@ -8,7 +8,6 @@ from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from airjax.engine.model import Model
@@ -90,14 +89,21 @@ def generate(
     x, row = last
     draw = draw_step(model.layouts, model.config, sampler.apply)
     context = np.asarray(prompt, np.int32)[None]
-    sampler_state = sampler.init(context[:, :-1], model.config.vocab_size)
-    token = jnp.asarray(context[:, -1])
+    sampler_state, token, keys, last_row = jax.device_put(
+        (
+            sampler.init(context[:, :-1], model.config.vocab_size),
+            context[:, -1],
+            key[None],
+            np.array([row], np.int32),
+        ),
+        model.device,
+    )
+    only_row = jax.device_put(np.zeros(1, np.int32), model.device)
     for count in range(max_tokens):
-        step_key = jax.random.fold_in(key, count)[None]
         token, logprob, sampler_state, x = draw(
-            model.globals, x, jnp.array([row], jnp.int32), sampler_state, token, step_key
+            model.globals, x, last_row, sampler_state, token, keys, np.int32(count)
         )
-        row = 0
+        last_row = only_row
         drawn = Draw(int(token[0]), float(logprob[0]))
         if count == 0:
             stats.prefill_s = clock.lap()

@@ -21,7 +21,9 @@ GlobalLayouts = tuple[tuple[str, Layout], ...]
 
 
 @functools.cache
-def block_step(layout: Layout, config: Config, kind: str, length: int) -> Callable[..., tuple[Array, LayerKV]]:
+def block_step(
+    layout: Layout, config: Config, kind: str, length: int
+) -> Callable[..., tuple[Array, LayerKV]]:
     """One layer with its cache on the device; the cache is donated and updated in place.
 
     Returns:
@@ -85,20 +87,27 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
     """From the hidden states of a sweep to the next token of each sequence, and its embedding.
 
     Returns:
-      jitted `(globals, x [B, T, D], row [B], sampler_state, token [B], keys [B]) ->
-      (token [B], logprob [B], sampler_state, x [B, 1, D])`. The log-probability is the model's own, before
-      the sampler.
+      jitted `(globals, x [B, T, D], row [B], sampler_state, token [B], keys [B], count) ->
+      (token [B], logprob [B], sampler_state, x [B, 1, D])`. The count-th draw of a sequence uses its key folded
+      with `count`. The log-probability is the model's own, before the sampler.
     """
     architecture = models.get(config.architecture)
 
     @jax.jit
-    def draw(buffers: Globals, x: Array, row: Array, state: Any, token: Array, keys: Array) -> Any:
+    def draw(
+        buffers: Globals, x: Array, row: Array, state: Any, token: Array, keys: Array, count: Array
+    ) -> Any:
         weights = _unpack_globals(buffers, layouts)
         last = jnp.take_along_axis(x, row[:, None, None], axis=1)[:, 0]  # [B, D]
         logits = architecture.unembed(weights, last, config)  # [B, V]
         filtered, state = apply(logits, state, token)
-        drawn = sampling.draw(filtered, keys)
-        return drawn, sampling.log_prob(logits, drawn), state, architecture.embed(weights, drawn[:, None], config)
+        drawn = sampling.draw(filtered, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, count))
+        return (
+            drawn,
+            sampling.log_prob(logits, drawn),
+            state,
+            architecture.embed(weights, drawn[:, None], config),
+        )
 
     return draw
 

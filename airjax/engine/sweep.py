@@ -115,7 +115,9 @@ def _steps(model: Model, state: State, lengths: list[int]) -> list:
     config = model.config
     spans, kinds = model.manifest.layers, model.kinds
     if state.shuttle is not None:
-        return [shuttled_block_step(span.layout, config, kind) for span, kind in zip(spans, kinds, strict=True)]
+        return [
+            shuttled_block_step(span.layout, config, kind) for span, kind in zip(spans, kinds, strict=True)
+        ]
     return [
         block_step(span.layout, config, kind, length)
         for span, kind, length in zip(spans, kinds, lengths, strict=True)

@@ -116,7 +116,9 @@ def _open_source(
             for handle in registered:
                 handle.close()
             registered.clear()
-            logging.warning("airjax: the file's mapping can't be pinned (%s): copies are pageable and slow", error)
+            logging.warning(
+                "airjax: the file's mapping can't be pinned (%s): copies are pageable and slow", error
+            )
     return MappedSource([span_views(gguf, span) for span in manifest.layers], device, registered)
 
 

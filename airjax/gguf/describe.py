@@ -58,7 +58,9 @@ def format_description(description: dict[str, Any]) -> str:
     width = max((len(tensor["name"]) for tensor in description["tensors"]), default=0)
     for tensor in description["tensors"]:
         shape = " x ".join(str(size) for size in tensor["shape"])
-        lines.append(f"  {tensor['name']:<{width}}  {tensor['type']:<5} {shape:<16} {tensor['bytes']:>14,} bytes")
+        lines.append(
+            f"  {tensor['name']:<{width}}  {tensor['type']:<5} {shape:<16} {tensor['bytes']:>14,} bytes"
+        )
     lines += ["", f"spans ({description['layer_layouts']} layouts of layers)"]
     for span in description["spans"]:
         ranges = ", ".join(f"{first}..{last}" for _, first, last in span["pages"])
@@ -94,7 +96,9 @@ def _one_line(value: Any) -> str:
     if isinstance(value, list):
         return f"[{_join(value)}]"
     text = str(value).replace("\n", "\\n")
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"
+    return (
+        text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"
+    )
 
 
 def _join(items: Iterable[Any]) -> str:

@@ -156,7 +156,9 @@ class _Reader:
         if kind == _STRING:
             return self.text(self.scalar(10, f"the length of {what}"), what)
         if kind != _ARRAY:
-            raise self.error(f"{what} has value type {kind}, which the format does not have: the file is damaged")
+            raise self.error(
+                f"{what} has value type {kind}, which the format does not have: the file is damaged"
+            )
         if depth >= _MAX_NESTING:
             raise self.error(f"{what} nests arrays deeper than {_MAX_NESTING}: the file is damaged")
         item = self.scalar(4, f"the item type of {what}")
@@ -170,7 +172,9 @@ class _Reader:
         if item == _STRING:
             return self.strings(count, what)
         if item != _ARRAY:
-            raise self.error(f"{what} has item type {item}, which the format does not have: the file is damaged")
+            raise self.error(
+                f"{what} has item type {item}, which the format does not have: the file is damaged"
+            )
         self.need(12 * count, what)  # the least that so many arrays take
         return [self.value(_ARRAY, what, depth + 1) for _ in range(count)]
 
@@ -204,7 +208,9 @@ def parse_header(data: memoryview, where: str, shard: int) -> Header:
     version = reader.scalar(4, "the version")
     if version not in _VERSIONS:
         if version.to_bytes(4, "little")[::-1] in (v.to_bytes(4, "little") for v in _VERSIONS):
-            raise reader.error("the file is big-endian: convert it to little-endian with gguf-py's gguf_convert_endian")
+            raise reader.error(
+                "the file is big-endian: convert it to little-endian with gguf-py's gguf_convert_endian"
+            )
         raise reader.error(f"GGUF version must be 2 or 3, got {version}: convert the model again")
     tensors = reader.scalar(10, "the tensor count")
     keys = reader.scalar(10, "the metadata count")
@@ -218,7 +224,9 @@ def parse_header(data: memoryview, where: str, shard: int) -> Header:
         metadata[key] = reader.value(kind, f"metadata {key!r}")
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 30 or alignment & (alignment - 1):
-        raise reader.error(f"general.alignment must be a power of two, got {alignment!r}: convert the model again")
+        raise reader.error(
+            f"general.alignment must be a power of two, got {alignment!r}: convert the model again"
+        )
     reader.need(tensors * 24, f"a tensor table of {tensors} entries")
     infos = [_tensor(reader, number, shard) for number in range(tensors)]
     start = reader.at + -reader.at % alignment
@@ -231,7 +239,9 @@ def _check_magic(reader: _Reader) -> None:
         reader.at = 4
         return
     if head[:4] == _MAGIC[::-1]:
-        raise reader.error("the file is big-endian: convert it to little-endian with gguf-py's gguf_convert_endian")
+        raise reader.error(
+            "the file is big-endian: convert it to little-endian with gguf-py's gguf_convert_endian"
+        )
     if not head:
         raise reader.error("the file is empty: download it again")
     guesses = (
@@ -245,7 +255,9 @@ def _check_magic(reader: _Reader) -> None:
     guess = next((text for magic, text in guesses if head.lower().startswith(magic.lower())), "")
     if not guess and head[8:9] == b"{":
         guess = "a safetensors file: convert it to GGUF"
-    raise reader.error(f"it is not a GGUF file (it begins with {head[:4]!r})" + (f", but {guess}" if guess else ""))
+    raise reader.error(
+        f"it is not a GGUF file (it begins with {head[:4]!r})" + (f", but {guess}" if guess else "")
+    )
 
 
 def _tensor(reader: _Reader, number: int, shard: int) -> TensorInfo:
@@ -266,7 +278,9 @@ def _tensor(reader: _Reader, number: int, shard: int) -> TensorInfo:
     elements = 1
     for size in shape:
         if size < 1:
-            raise reader.error(f"tensor {name} has the shape {shape}, with an axis of {size}: the file is damaged")
+            raise reader.error(
+                f"tensor {name} has the shape {shape}, with an axis of {size}: the file is damaged"
+            )
         elements *= size
         if elements >= 1 << 62:
             raise reader.error(f"tensor {name} has the shape {shape}, which is absurd: the file is damaged")

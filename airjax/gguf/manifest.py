@@ -122,7 +122,9 @@ def build_manifest(gguf: GGUF, align: int = 64, max_gap: int = 65536) -> Manifes
             others[info.name] = _span(info.name, [(info.name, info)], align, max_gap)
     for number, layer in enumerate(sorted(layers)):
         if layer != number:
-            raise GGUFError(f"{gguf.path}: layer {number} has no tensors but layer {layer} has: download the file again")
+            raise GGUFError(
+                f"{gguf.path}: layer {number} has no tensors but layer {layer} has: download the file again"
+            )
     spans = tuple(_span(f"blk.{layer}", layers[layer], align, max_gap) for layer in sorted(layers))
     return Manifest(spans, others)
 
@@ -132,12 +134,18 @@ def _span(name: str, tensors: Iterable[tuple[str, TensorInfo]], align: int, max_
     slots: list[tuple[str, Slot]] = []
     for short, info in sorted(tensors, key=lambda item: (item[1].shard, item[1].offset)):
         last = extents[-1] if extents else None
-        near = last is not None and last.shard == info.shard and info.offset - last.start - last.nbytes <= max_gap
+        near = (
+            last is not None
+            and last.shard == info.shard
+            and info.offset - last.start - last.nbytes <= max_gap
+        )
         if last is None or not near:
             start = info.offset - info.offset % align
             last = Extent(info.shard, start, 0)
             extents.append(last)
         extents[-1] = last._replace(nbytes=info.offset + info.nbytes - last.start)
-        slots.append((short, Slot(info.type, info.shape, len(extents) - 1, info.offset - last.start, info.nbytes)))
+        slots.append(
+            (short, Slot(info.type, info.shape, len(extents) - 1, info.offset - last.start, info.nbytes))
+        )
     layout = Layout(tuple(sorted(slots)), tuple(extent.nbytes for extent in extents))
     return Span(name, tuple(extents), layout)

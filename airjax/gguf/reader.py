@@ -117,11 +117,15 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUF:
     if match:
         count = int(match["count"])
         if not 1 <= count <= _MAX_SHARDS:
-            raise GGUFError(f"{path}: a split model must have 1 to {_MAX_SHARDS} files, got {count} by the name")
+            raise GGUFError(
+                f"{path}: a split model must have 1 to {_MAX_SHARDS} files, got {count} by the name"
+            )
         paths = [path.with_name(f"{match['stem']}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
         missing = [part for part in paths if not part.exists()]
         if missing and path.exists():
-            raise GGUFError(f"{path}: the model is split into {count} files and {missing[0].name} is missing: download it")
+            raise GGUFError(
+                f"{path}: the model is split into {count} files and {missing[0].name} is missing: download it"
+            )
     files: list[_File] = []
     try:
         headers = []
@@ -189,15 +193,19 @@ def _check_shards(paths: list[Path], headers: list[Header]) -> None:
         if len(paths) > 1 and own is not None and own != shard:
             raise GGUFError(f"{path}: the file says it is part {own} but its name says {shard}: rename it")
         if header.alignment != first.alignment and shard and "general.alignment" in header.metadata:
-            raise GGUFError(f"{path}: its alignment differs from that of {paths[0].name}: the files don't belong together")
+            raise GGUFError(
+                f"{path}: its alignment differs from that of {paths[0].name}: the files don't belong together"
+            )
     names: dict[str, Path] = {}
     for path, header in zip(paths, headers, strict=True):
         for name in header.tensors:
             if name in names:
-                raise GGUFError(f"{path}: tensor {name} is in {names[name].name} too: the files don't belong together")
+                raise GGUFError(
+                    f"{path}: tensor {name} is in {names[name].name} too: the files don't belong together"
+                )
             names[name] = path
     total = number(first, "split.tensors.count", paths[0])
     if total is not None and len(paths) > 1 and total != len(names):
-        raise GGUFError(f"{paths[0]}: the parts hold {len(names)} tensors, but {total} are promised: download them again")
-
-
+        raise GGUFError(
+            f"{paths[0]}: the parts hold {len(names)} tensors, but {total} are promised: download them again"
+        )

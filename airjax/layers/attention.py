@@ -100,9 +100,7 @@ def attention(
     return out.reshape(batch, new, heads, width)
 
 
-def _attend(
-    q: Array, keys: Array, values: Array, visible: Array, scale: float, softcap: float
-) -> Array:
+def _attend(q: Array, keys: Array, values: Array, visible: Array, scale: float, softcap: float) -> Array:
     scores = jnp.einsum("btkgh,bksh->bkgts", q, keys, preferred_element_type=jnp.float32) * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)

@@ -109,7 +109,9 @@ def common_sizes(gguf: GGUF, compute_dtype: str) -> dict[str, Any]:
         full = f"{arch}.{name}"
         value = gguf.get(full, int) if default is None else gguf.get(full, int, default)
         if not 0 < value < 2**31:
-            raise GGUFError(f"{gguf.path}: {full} must be a positive 32-bit number, got {value}: convert the model again")
+            raise GGUFError(
+                f"{gguf.path}: {full} must be a positive 32-bit number, got {value}: convert the model again"
+            )
         return value
 
     heads = key("attention.head_count")
@@ -185,6 +187,6 @@ def check_tensors(gguf: GGUF, architecture: Architecture, config: Config) -> Non
     unknown = [name for name in gguf.tensors if name.startswith("blk.") and name not in specs]
     if unknown:
         raise GGUFError(
-            f"{gguf.path}: tensor {unknown[0]} is not part of a {config.architecture} model of {config.n_layers} layers "
-            f"as airjax knows it ({len(unknown)} such tensors): the output would be wrong, so it is refused"
+            f"{gguf.path}: tensor {unknown[0]} is not part of a {config.architecture} model of "
+            f"{config.n_layers} layers as airjax knows it ({len(unknown)} such tensors): the output would be wrong, so it is refused"
         )

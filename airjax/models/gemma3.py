@@ -40,7 +40,9 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> Gemma3Config:
     sizes = common_sizes(gguf, compute_dtype)
     scaling = gguf.get("gemma3.rope.scaling.type", str, "none")
     if scaling not in ("none", "linear"):
-        raise GGUFError(f"{gguf.path}: gemma3.rope.scaling.type {scaling!r} can't be run: none and linear can")
+        raise GGUFError(
+            f"{gguf.path}: gemma3.rope.scaling.type {scaling!r} can't be run: none and linear can"
+        )
     sliding_window = gguf.get("gemma3.attention.sliding_window", int)
     pattern = gguf.get("gemma3.attention.sliding_window_pattern", int, 6)
     if sliding_window < 1 or pattern < 1:

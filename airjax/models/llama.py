@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from airjax import layers, quants
-from airjax.gguf import GGUF, GGUFError, GGMLType
+from airjax.gguf import GGUF, GGMLType, GGUFError
 from airjax.models.architecture import Config, TensorSpec, Weights, common_sizes, project, vector
 from airjax.types import Array, LayerKV
 
@@ -34,10 +34,14 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> LlamaConfig:
     sizes = common_sizes(gguf, compute_dtype)
     experts = gguf.get("llama.expert_count", int, 0)
     if experts:
-        raise GGUFError(f"{gguf.path}: a llama model with {experts} experts can't be run yet: use a dense model")
+        raise GGUFError(
+            f"{gguf.path}: a llama model with {experts} experts can't be run yet: use a dense model"
+        )
     scaling = gguf.get("llama.rope.scaling.type", str, "none")
     if scaling not in ("none", "linear"):
-        raise GGUFError(f"{gguf.path}: llama.rope.scaling.type {scaling!r} can't be run yet: none and linear can")
+        raise GGUFError(
+            f"{gguf.path}: llama.rope.scaling.type {scaling!r} can't be run yet: none and linear can"
+        )
     width = gguf.get("llama.rope.dimension_count", int, sizes["head_dim"])
     if not 0 < width <= sizes["head_dim"] or width % 2:
         raise GGUFError(

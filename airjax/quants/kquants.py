@@ -70,9 +70,7 @@ def q4_k(b: Array) -> Groups:
     quarters = _halves(b[..., 16:144], 4)
     # Joined on the last axis, which XLA's CPU backend likes better than a stack.
     q = _flat(jnp.concatenate([quarters & 15, quarters >> 4], axis=-1), 2)
-    return Groups(
-        _regroup(q, 32), _per_group(d[..., None] * scale), _per_group(-(dmin[..., None] * minimum))
-    )
+    return Groups(_regroup(q, 32), _per_group(d[..., None] * scale), _per_group(-(dmin[..., None] * minimum)))
 
 
 def q5_k(b: Array) -> Groups:
@@ -80,9 +78,7 @@ def q5_k(b: Array) -> Groups:
     d, dmin = half(b[..., 0:2]), half(b[..., 2:4])
     scale, minimum = _six_bit_scales(b[..., 4:16])
     q = _flat(nibbles(_halves(b[..., 48:176], 4)), 3) | _flat(bits(b[..., 16:48]), 2) << 4
-    return Groups(
-        _regroup(q, 32), _per_group(d[..., None] * scale), _per_group(-(dmin[..., None] * minimum))
-    )
+    return Groups(_regroup(q, 32), _per_group(d[..., None] * scale), _per_group(-(dmin[..., None] * minimum)))
 
 
 def q6_k(b: Array) -> Groups:

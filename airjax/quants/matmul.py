@@ -98,5 +98,3 @@ def _round_activations(x: Array, width: int) -> tuple[Array, Array, Array]:
 
     # A branch is never fused into its consumer; without it XLA rounds the activations anew for every weight.
     return jax.lax.cond(jnp.any(x != 0), rounded, zeros, x)
-
-

@@ -96,7 +96,9 @@ class PinnedMemory:
         try:
             owner = mmap.mmap(-1, max(nbytes, 1))
         except OSError as error:
-            raise MemoryError(f"{nbytes} bytes of host memory can't be had: lower --ram_budget_gib") from error
+            raise MemoryError(
+                f"{nbytes} bytes of host memory can't be had: lower --ram_budget_gib"
+            ) from error
         array = np.frombuffer(owner, np.uint8)[:nbytes]
         if pin:
             cuda_driver().register(array.ctypes.data, len(owner), _PORTABLE)

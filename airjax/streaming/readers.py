@@ -179,11 +179,13 @@ class RingReader:
         begin = time.perf_counter()
         done = 0
         while done < needed:
-            view = memoryview(target)[done:]
+            view = target[done:].data
             try:
                 got = os.preadv(self._files[file], [view], start + done)
             except OSError as error:
-                raise ReadError(f"reading layer data at byte {start + done} failed: {error.strerror}") from error
+                raise ReadError(
+                    f"reading layer data at byte {start + done} failed: {error.strerror}"
+                ) from error
             if not got:
                 raise ReadError(
                     f"the model file ended at byte {start + done}, but layer data was expected there: "

@@ -51,7 +51,9 @@ class Ring:
         self, source: Source, items: Sequence[int], depth: int, timeline: Timeline | None = None
     ) -> None:
         if depth < 1:
-            raise ValueError(f"stream_depth must be at least 1, got {depth}: 3 overlaps copy and compute well")
+            raise ValueError(
+                f"stream_depth must be at least 1, got {depth}: 3 overlaps copy and compute well"
+            )
         self.bytes_put = 0
         self.wait_s = 0.0
         self._source = source
@@ -103,7 +105,9 @@ class Ring:
     def drop(self) -> None:
         """Forgets everything fetched ahead; the next sweep starts over."""
         waiting: list[tuple[Buffers, Any]] = [(busy.weights, busy.done) for busy in self._busy]
-        waiting += [(weights, weights) for weights in [*self._taken, *(weights for _, weights in self._ahead)]]
+        waiting += [
+            (weights, weights) for weights in [*self._taken, *(weights for _, weights in self._ahead)]
+        ]
         for weights, last_use in waiting:
             # A computation that failed has reported it already; here only its end matters.
             with contextlib.suppress(RuntimeError):

@@ -47,7 +47,7 @@ class Shuttle:
         self._depth = depth
         self._timeline = timeline
         self._memory: list[PinnedMemory] = []
-        self._host: list[LayerKV] = []
+        self._host: list[tuple[np.ndarray, np.ndarray]] = []
         for size in sizes:
             pair = []
             for _ in range(2):
@@ -55,7 +55,7 @@ class Shuttle:
                 memory = PinnedMemory.allocate(int(np.prod(shape)) * dtype.itemsize, pin=pin)
                 self._memory.append(memory)
                 pair.append(memory.array.view(dtype).reshape(shape))
-            self._host.append(LayerKV(*pair))
+            self._host.append((pair[0], pair[1]))
         self._landing: dict[int, tuple[LayerKV, np.ndarray]] = {}
         self._ahead: collections.deque[tuple[int, LayerKV]] = collections.deque()
         self._lengths: Sequence[int] = ()
@@ -113,7 +113,7 @@ class Shuttle:
         if landing is None:
             return
         rows, positions = landing
-        for host, new in ((self._host[layer].k, rows.k), (self._host[layer].v, rows.v)):
+        for host, new in zip(self._host[layer], (rows.k, rows.v), strict=True):
             values = np.asarray(new)  # [B, K, T, H]
             for sequence, row_positions in enumerate(positions):
                 used = np.flatnonzero(row_positions >= 0)
@@ -127,7 +127,7 @@ class Shuttle:
             self._land(ahead)
             host = self._host[ahead]
             length = self._lengths[ahead]
-            kv = LayerKV(*(put_snapshot(part[:length], self._device) for part in (host.k, host.v)))
+            kv = LayerKV(*(put_snapshot(part[:length], self._device) for part in host))
             nbytes = kv.k.nbytes + kv.v.nbytes
             self.bytes_up += nbytes
             if self._timeline is not None:
@@ -139,6 +139,3 @@ class Shuttle:
 def to_cache(kv: LayerKV) -> LayerKV:
     """`[S, B, K, H]` as it travels to `[B, K, S, H]` as blocks want it."""
     return jax.tree.map(lambda part: part.transpose(1, 2, 0, 3), kv)
-
-
-

@@ -1,9 +1,9 @@
 """The tiers: how the bytes of a layer reach the device.
 
-  aliased mapping     CPU backend: the array is the file's own mapping, nothing is copied
-  registered mapping  GPU, the file fits in RAM: the mapping itself is the source of the DMA
-  pageable mapping    everywhere: the driver copies the mapping through its own staging buffer
-  ring                the file does not fit in RAM: reader threads fill host slots, the slots are the source
+aliased mapping     CPU backend: the array is the file's own mapping, nothing is copied
+registered mapping  GPU, the file fits in RAM: the mapping itself is the source of the DMA
+pageable mapping    everywhere: the driver copies the mapping through its own staging buffer
+ring                the file does not fit in RAM: reader threads fill host slots, the slots are the source
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ _TYPES = sorted(quants.supported())
 # float16 scales that tend to be forgotten: zeros of both signs, subnormals, the largest, infinities, NaN.
 _EXTREME = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E01]
 
+
 def _same_bits(got, expected):
     got, expected = np.asarray(got), np.asarray(expected)
     return (got.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(got) & np.isnan(expected))
@@ -45,7 +46,9 @@ def test_every_bit_of_a_block_counts(kind):
 
 def test_a_view_starts_at_its_offset():
     data = random_rows(GGMLType.Q8_0, 4, 64, seed=0, scales=[0x3C00])
-    buffer = jnp.concatenate([jnp.zeros(96, jnp.uint8), jnp.asarray(data.reshape(-1)), jnp.ones(7, jnp.uint8)])
+    buffer = jnp.concatenate(
+        [jnp.zeros(96, jnp.uint8), jnp.asarray(data.reshape(-1)), jnp.ones(7, jnp.uint8)]
+    )
     got = quants.dequantize(quants.view(buffer, GGMLType.Q8_0, (4, 64), 96))
     np.testing.assert_array_equal(got, oracle.dequantize(data, GGMLType.Q8_0))
 

@@ -81,7 +81,11 @@ def test_the_forms_for_few_rows_agree_with_each_other():
     data, _ = _weights(kind)
     w = quants.view(jnp.asarray(data.reshape(-1)), kind, (_N, _K))
     x = jnp.asarray(np.random.default_rng(5).normal(size=(2, _K)), jnp.float32)
-    forms = [module._by_integers(x, w), module._by_reduction(x, w), module._decoded(x, w, np.dtype("float32"))]
+    forms = [
+        module._by_integers(x, w),
+        module._by_reduction(x, w),
+        module._decoded(x, w, np.dtype("float32")),
+    ]
     for other in forms[1:]:
         assert _error(np.asarray(other), np.asarray(forms[0])) < 3e-5
 

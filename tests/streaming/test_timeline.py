@@ -1,5 +1,6 @@
 """The timeline: what it records and what it writes."""
 
+import itertools
 import json
 import time
 
@@ -25,7 +26,7 @@ def test_watched_work_on_a_lane_does_not_overlap():
         timeline.watch("compute", str(step), jnp.ones((200, 200)) @ jnp.ones((200, 200)))
     events = timeline.events()
     assert [event.name for event in events] == [str(step) for step in range(20)]
-    for before, after in zip(events, events[1:], strict=False):
+    for before, after in itertools.pairwise(events):
         assert before.start_s <= before.end_s <= after.end_s
         assert after.start_s >= before.end_s - 1e-9
 

