@@ -13,8 +13,9 @@ DEMO_PROMPT ?= What is the capital of France, and what is it known for?
 
 # A real model, fetched from its package and streamed through a ring of three slots; nothing stays resident.
 demo: $(VENV)/.demo
-	$(BIN)/airjax generate --chat --prompt="$(DEMO_PROMPT)" --temperature=0 --max_tokens=80 \
-	    --stream_depth=3 --resident=none --model="$$($(BIN)/python -c '$(FIND_SMOLLM2)')"
+	@model="$$($(BIN)/python -c '$(FIND_SMOLLM2)')" && set -x && \
+	$(BIN)/airjax generate --model="$$model" --chat --prompt="$(DEMO_PROMPT)" \
+	    --temperature=0 --max_tokens=80 --stream_depth=3 --resident=none
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -23,7 +24,7 @@ check: $(VENV)/.check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_floors.py
+	$(BIN)/python -m pytest --noconftest tests/test_floors.py
 
 format: $(VENV)/.check
 	$(BIN)/ruff format .

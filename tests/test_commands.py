@@ -324,6 +324,14 @@ def test_interrupting_a_generation_exits_with_130_and_the_meter(smollm2, tmp_pat
     assert re.fullmatch(METER, err)
 
 
+def test_interrupting_a_long_prompt_exits_with_130(smollm2):
+    command = [sys.executable, "-m", "airjax.main", "generate", f"--model={smollm2}", "--resident=all"]
+    with open_terminal([*command, "--prompt=" + "word and " * 1500, "--max_tokens=3"]) as terminal:
+        terminal.wait_for("first token n/a")  # the live meter: the prompt is under way
+        terminal.type("\x03")
+        assert terminal.wait() == 130
+
+
 def test_a_reader_that_goes_away_ends_the_generation_quietly(smollm2):
     command = child(smollm2, "generate", f"--prompt={PROMPT}", "--max_tokens=240", "--ignore_eos")
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

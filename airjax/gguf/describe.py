@@ -82,12 +82,15 @@ def _describe_span(span: Span, layout: int) -> dict[str, Any]:
 
 
 def _short(metadata: Metadata, key: str) -> Any:
-    length = metadata.length(key)
-    value = metadata[key]
-    if not length:
+    return _plain(metadata[key])
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, list | np.ndarray):
         return value
-    items = [item.item() if isinstance(item, np.generic) else item for item in value[:_SHOWN_ITEMS]]
-    return items if length <= _SHOWN_ITEMS else {"length": length, "first": items}
+    first = value[:_SHOWN_ITEMS]
+    items = first.tolist() if isinstance(first, np.ndarray) else [_plain(item) for item in first]
+    return items if len(value) <= _SHOWN_ITEMS else {"length": len(value), "first": items}
 
 
 def _one_line(value: Any) -> str:

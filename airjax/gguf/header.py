@@ -22,6 +22,8 @@ from airjax.gguf.errors import GGUFError
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_NAME_BYTES = 64 * 1024
+# Of one metadata value; the largest token lists take some 10 MB. Bounds what a damaged length can cost.
+_MAX_VALUE_BYTES = 64 * 1024 * 1024
 _MAX_DIMS = 4
 _MAX_NESTING = 4
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -124,6 +126,11 @@ class _Reader:
                 "it is truncated or damaged, so download it again"
             )
 
+    def need_value(self, nbytes: int, what: str) -> None:
+        if nbytes > _MAX_VALUE_BYTES:
+            raise self.error(f"{what} takes {nbytes} bytes, more than {_MAX_VALUE_BYTES}: the file is damaged")
+        self.need(nbytes, what)
+
     def scalar(self, kind: int, what: str) -> Any:
         letter = _SCALARS[kind]
         size = struct.calcsize(letter)
@@ -142,7 +149,7 @@ class _Reader:
         return self.text(size, what)
 
     def text(self, size: int, what: str) -> str:
-        self.need(size, what)
+        self.need_value(size, what)
         raw = bytes(self.data[self.at : self.at + size])
         self.at += size
         try:
@@ -165,31 +172,36 @@ class _Reader:
         count = self.scalar(10, f"the item count of {what}")
         if item in _SCALARS:
             dtype = np.dtype("?" if item == _BOOL else "<" + _SCALARS[item])
-            self.need(count * dtype.itemsize, what)
+            self.need_value(count * dtype.itemsize, what)
             array = np.frombuffer(self.data, np.uint8 if item == _BOOL else dtype, count, self.at)
             self.at += count * dtype.itemsize
             return array != 0 if item == _BOOL else array.copy()
         if item == _STRING:
-            return self.strings(count, what)
+            strings = self.strings(count, what)
+            return strings.decode() if depth else strings
         if item != _ARRAY:
             raise self.error(
                 f"{what} has item type {item}, which the format does not have: the file is damaged"
             )
-        self.need(12 * count, what)  # the least that so many arrays take
+        self.need_value(12 * count, what)  # the least that so many arrays take
         return [self.value(_ARRAY, what, depth + 1) for _ in range(count)]
 
     def strings(self, count: int, what: str) -> StringArray:
-        self.need(8 * count, what)
-        data, at, end, unpack = self.data, self.at, len(self.data), _U64.unpack_from
-        begin = at
+        self.need_value(8 * count, what)
+        data, begin, unpack = self.data, self.at, _U64.unpack_from
+        at, end = begin, min(len(data), begin + _MAX_VALUE_BYTES)
         for _ in range(count):
             if at + 8 > end:
                 break
             at += 8 + unpack(data, at)[0]
-        if at > end:
-            raise self.error(f"the strings of {what} go past the end of the file: it is truncated or damaged")
-        self.at = at
-        return StringArray(bytes(data[begin:at]), count)
+        else:
+            if at <= end:
+                self.at = at
+                return StringArray(bytes(data[begin:at]), count)
+        raise self.error(
+            f"the strings of {what} go past the end of the file or take more than {_MAX_VALUE_BYTES} bytes: "
+            "it is truncated or damaged, so download it again"
+        )
 
 
 def parse_header(data: memoryview, where: str, shard: int) -> Header:
@@ -223,14 +235,19 @@ def parse_header(data: memoryview, where: str, shard: int) -> Header:
         kind = reader.scalar(4, f"the type of metadata {key!r}")
         metadata[key] = reader.value(kind, f"metadata {key!r}")
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 30 or alignment & (alignment - 1):
+    if type(alignment) is not int or not 1 <= alignment <= 1 << 30 or alignment & (alignment - 1):
         raise reader.error(
-            f"general.alignment must be a power of two, got {alignment!r}: convert the model again"
+            f"general.alignment must be a power of two from 1 to 2**30, got {_brief(alignment)}: convert the model again"
         )
     reader.need(tensors * 24, f"a tensor table of {tensors} entries")
     infos = [_tensor(reader, number, shard) for number in range(tensors)]
     start = reader.at + -reader.at % alignment
     return Header(version, alignment, Metadata(metadata), _place(reader, infos, start, alignment))
+
+
+def _brief(value: Any) -> str:
+    """A metadata value for a message."""
+    return repr(value) if isinstance(value, bool | int | float) else f"a value of type {type(value).__name__}"
 
 
 def _check_magic(reader: _Reader) -> None:
@@ -247,12 +264,13 @@ def _check_magic(reader: _Reader) -> None:
     guesses = (
         (b"version https://git-lfs", "a Git LFS pointer: fetch the file itself with git lfs pull"),
         (b"PK\x03\x04", "a zip archive or PyTorch checkpoint: convert it to GGUF"),
-        (b"ggml", "an old GGML file: convert the model to GGUF"),
-        (b"ggjt", "an old GGML file: convert the model to GGUF"),
-        (b"ggla", "an adapter: convert the whole model to GGUF"),
+        (b"lmgg", "an old GGML file: convert the model to GGUF"),  # "ggml" as a little-endian number
+        (b"fmgg", "an old GGML file: convert the model to GGUF"),
+        (b"tjgg", "an old GGML file: convert the model to GGUF"),
+        (b"algg", "an adapter: convert the whole model to GGUF"),
         (b"<", "a web page: download the file itself"),
     )
-    guess = next((text for magic, text in guesses if head.lower().startswith(magic.lower())), "")
+    guess = next((text for magic, text in guesses if head.lstrip().startswith(magic)), "")
     if not guess and head[8:9] == b"{":
         guess = "a safetensors file: convert it to GGUF"
     raise reader.error(

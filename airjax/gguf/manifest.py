@@ -13,7 +13,7 @@ from airjax.gguf.header import TensorInfo
 from airjax.gguf.reader import GGUF
 
 PAGE_BYTES = 4096
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)", re.DOTALL)
 
 
 class Slot(NamedTuple):

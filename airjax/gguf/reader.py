@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +91,10 @@ class GGUF:
           GGUFError: naming the file.
         """
         for file in self._files:
-            if _identity(os.fstat(file.descriptor)) != file.identity:
+            now = {_identity(os.fstat(file.descriptor))}
+            with contextlib.suppress(FileNotFoundError):  # a deleted file lives on while it is open
+                now.add(_identity(os.stat(file.path)))
+            if now != {file.identity}:
                 raise GGUFError(f"{file.path}: the file changed while it was open: load it again")
 
     def close(self) -> None:
@@ -120,9 +125,14 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUF:
             raise GGUFError(
                 f"{path}: a split model must have 1 to {_MAX_SHARDS} files, got {count} by the name"
             )
+        if not 1 <= int(match["number"]) <= count:
+            raise GGUFError(
+                f"{path}: the number of a part must be 1 to {count}, got {int(match['number'])} by the name: "
+                "give the file its own name back"
+            )
         paths = [path.with_name(f"{match['stem']}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
-        missing = [part for part in paths if not part.exists()]
-        if missing and path.exists():
+        missing = [part for part in paths if not os.path.exists(part)]
+        if missing and os.path.exists(path):
             raise GGUFError(
                 f"{path}: the model is split into {count} files and {missing[0].name} is missing: download it"
             )
@@ -144,16 +154,21 @@ def _open(path: Path) -> _File:
     def refused(text: str) -> GGUFError:
         return GGUFError(f"{path}: {text}")
 
-    if path.is_dir():
-        raise refused("it is a directory: name the .gguf file in it")
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        mode = os.stat(path).st_mode  # first, since to open a pipe waits and to open a device may act
+        regular = stat.S_ISREG(mode)
+        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(path, flags) if regular else -1
     except FileNotFoundError:
         raise refused("there is no such file: check the path") from None
     except PermissionError:
         raise refused("the file can't be read: you lack the permission") from None
     except (OSError, ValueError) as error:
-        raise refused(f"the file can't be opened: {error}") from None
+        raise refused(f"the file can't be opened ({error}): check the path") from None
+    if stat.S_ISDIR(mode):
+        raise refused("it is a directory: name the .gguf file in it")
+    if not regular:
+        raise refused("it is a pipe, socket or device, which can't be mapped: copy its content to a file")
     try:
         status = os.fstat(descriptor)
         if not status.st_size:
@@ -161,7 +176,7 @@ def _open(path: Path) -> _File:
         try:
             mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise refused(f"the file can't be mapped into memory: {error}") from None
+            raise refused(f"the file can't be mapped ({error}): copy it to a local disk") from None
         return _File(path, descriptor, _identity(status), np.frombuffer(mapping, np.uint8))
     except BaseException:
         os.close(descriptor)
@@ -178,17 +193,17 @@ def _check_shards(paths: list[Path], headers: list[Header]) -> None:
     def number(header: Header, key: str, where: Path) -> int | None:
         value = header.metadata.get(key)
         if value is not None and type(value) is not int:
-            raise GGUFError(f"{where}: metadata {key} must be a number, got {value!r}: the file is damaged")
+            raise GGUFError(f"{where}: metadata {key} must be a whole number, got {type(value).__name__}: the file is damaged")
         return value
 
     first = headers[0]
-    count = number(first, "split.count", paths[0])
-    if count is not None and count > 1 and count != len(paths):
-        raise GGUFError(
-            f"{paths[0]}: the model is split into {count} files by its metadata, but its name says {len(paths)}: "
-            "give the files their own names back"
-        )
     for shard, (path, header) in enumerate(zip(paths, headers, strict=True)):
+        count = number(header, "split.count", path)
+        if count is not None and count > 1 and count != len(paths):
+            raise GGUFError(
+                f"{path}: the model is split into {count} files by its metadata, but its name says {len(paths)}: "
+                "give the files their own names back"
+            )
         own = number(header, "split.no", path)
         if len(paths) > 1 and own is not None and own != shard:
             raise GGUFError(f"{path}: the file says it is part {own} but its name says {shard}: rename it")

@@ -1,0 +1,149 @@
+"""The same models by transformers, in float32, with weights that the gguf package decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+
+from airjax.gguf import GGUF, open_gguf
+
+_PROJECTIONS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NORMS = {
+    "llama": {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+    "gemma3": {
+        "attn_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
+    },
+}
+
+
+def torch_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
+    """Teacher-forced logits of every position, float32 `[T, V]`.
+
+    Args:
+      path: a GGUF file of architecture llama or gemma3.
+      ids: the tokens.
+    """
+    with open_gguf(path) as file:
+        architecture = file.metadata["general.architecture"]
+        model = _llama(file) if architecture == "llama" else _gemma3(file)
+        missing, unexpected = model.load_state_dict(_state(file, architecture), strict=False)
+        tied = {"lm_head.weight"} if "output.weight" not in file.tensors else set()
+        assert not unexpected and set(missing) <= tied, (missing, unexpected)
+        if "rope_freqs.weight" in file.tensors:
+            model.model.rotary_emb.inv_freq /= _decoded(file, "rope_freqs.weight")
+    model.tie_weights()
+    with torch.inference_mode():
+        return model.eval()(torch.tensor([list(ids)])).logits[0].numpy()
+
+
+def _sizes(file: GGUF, architecture: str) -> dict[str, Any]:
+    def key(name: str, default: Any = None) -> Any:
+        return file.metadata.get(f"{architecture}.{name}", default)
+
+    heads, d = key("attention.head_count"), key("embedding_length")
+    return {
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "hidden_size": d,
+        "intermediate_size": key("feed_forward_length"),
+        "num_hidden_layers": key("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": key("attention.head_count_kv"),
+        "head_dim": key("attention.key_length", d // heads),
+        "max_position_embeddings": key("context_length"),
+        "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attn_implementation": "eager",
+        "dtype": "float32",
+        "use_cache": False,
+        "pad_token_id": None,
+    }
+
+
+def _rope(file: GGUF, architecture: str, base: float) -> dict[str, Any]:
+    if file.metadata.get(f"{architecture}.rope.scaling.type") == "linear":
+        factor = file.metadata[f"{architecture}.rope.scaling.factor"]
+        return {"rope_type": "linear", "factor": factor, "rope_theta": base}
+    return {"rope_type": "default", "rope_theta": base}
+
+
+def _llama(file: GGUF) -> Any:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **_sizes(file, "llama"),
+            attention_bias="blk.0.attn_q.bias" in file.tensors,
+            mlp_bias="blk.0.ffn_up.bias" in file.tensors,
+            rope_parameters=_rope(file, "llama", file.metadata["llama.rope.freq_base"]),
+        )
+    )
+
+
+def _gemma3(file: GGUF) -> Any:
+    sizes = _sizes(file, "gemma3")
+    return transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **sizes,
+            query_pre_attn_scalar=sizes["head_dim"],
+            sliding_window=file.metadata["gemma3.attention.sliding_window"],
+            sliding_window_pattern=6,
+            final_logit_softcapping=file.metadata.get("gemma3.final_logit_softcapping"),
+            rope_parameters={
+                "full_attention": _rope(file, "gemma3", file.metadata["gemma3.rope.freq_base"]),
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        )
+    )
+
+
+def _state(file: GGUF, architecture: str) -> dict[str, torch.Tensor]:
+    one = 1.0 if architecture == "gemma3" else 0.0  # transformers adds it to each of Gemma's norm weights
+    state = {
+        "model.embed_tokens.weight": _decoded(file, "token_embd.weight"),
+        "model.norm.weight": _decoded(file, "output_norm.weight") - one,
+    }
+    if "output.weight" in file.tensors:
+        state["lm_head.weight"] = _decoded(file, "output.weight")
+    for layer in range(file.metadata[f"{architecture}.block_count"]):
+        for ours, theirs in _NORMS[architecture].items():
+            values = _decoded(file, f"blk.{layer}.{ours}.weight")
+            state[f"model.layers.{layer}.{theirs}.weight"] = values - one
+        for ours, theirs in _PROJECTIONS.items():
+            for part in ("weight", "bias"):
+                name = f"blk.{layer}.{ours}.{part}"
+                if name in file.tensors:
+                    values = _decoded(file, name)
+                    if architecture == "llama" and ours in ("attn_q", "attn_k"):
+                        heads = "head_count" if ours == "attn_q" else "head_count_kv"
+                        values = _neighbours_to_halves(values, file.metadata[f"llama.attention.{heads}"])
+                    state[f"model.layers.{layer}.{theirs}.{part}"] = values
+    return state
+
+
+def _decoded(file: GGUF, name: str) -> torch.Tensor:
+    info = file.tensors[name]
+    values = gguf.quants.dequantize(file.raw(name), info.type) if info.type.name != "F32" else file.raw(name)
+    return torch.from_numpy(np.array(values.view(np.float32)).reshape(info.shape))
+
+
+def _neighbours_to_halves(values: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows whose rope turns neighbours, in the order whose rope turns halves."""
+    pairs = values.reshape(heads, -1, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)

@@ -1,0 +1,236 @@
+"""Tiny models with random weights as GGUF files, the same bytes for the same options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as GGMLType
+from random_blocks import random_rows
+from toy_vocabularies import pairs_metadata, spm_metadata
+
+# Where a block's scale lies in its bytes, and for a format with minima how many scales a minimum is worth for
+# weights of mean zero.
+_SCALE_AT = {"Q2_K": 80, "Q3_K": 108, "Q4_K": 0, "Q5_K": 0, "Q6_K": 208}
+_MINIMUM = {"Q2_K": 1.5, "Q4_K": 7.5, "Q5_K": 15.5}
+
+
+def toy_llama(
+    path: Path,
+    *,
+    block_type: str = "F32",
+    separate_output: bool = False,
+    rope_factors: bool = False,
+    linear_factor: float = 1.0,
+    head_width: int | None = None,
+    attention_biases: bool = False,
+    mlp_biases: bool = False,
+    layers: int = 4,
+    seed: int = 0,
+) -> Path:
+    """Writes a llama of 4 heads on 2 of keys and values; its q and k rows are for rope on neighbours.
+
+    Args:
+      path: the file.
+      block_type: of all matrices.
+      separate_output: an output matrix of its own, else the embedding is used twice.
+      rope_factors: a divisor for each rope frequency, as llama 3.1 has.
+      linear_factor: of rope scaling; 1 for none.
+      head_width: other than the model's width divided by the heads.
+      attention_biases: q, k, v and the output of attention have biases.
+      mlp_biases: gate, up and down have biases.
+      layers: how many.
+      seed: of the weights.
+    """
+    wide = block_type in _SCALE_AT
+    d, f, heads, kv_heads = (256, 512, 4, 2) if wide else (64, 128, 4, 2)
+    width = head_width or d // heads
+    toy = _Toy(path, "llama", pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed)
+    toy.sizes(layers, d, f, heads, kv_heads, context=512)
+    toy.value("rope.freq_base", 10_000.0)
+    toy.value("rope.dimension_count", width)
+    if head_width is not None:
+        toy.value("attention.key_length", width)
+        toy.value("attention.value_length", width)
+    if linear_factor != 1:
+        toy.value("rope.scaling.type", "linear")
+        toy.value("rope.scaling.factor", linear_factor)
+    toy.outside(d, separate_output)
+    if rope_factors:
+        toy.tensor("rope_freqs.weight", np.linspace(1, 8, width // 2))
+    q, kv = heads * width, kv_heads * width
+    for layer in range(layers):
+        for name, rows, columns, gain in (
+            ("attn_q", q, d, 1.5),
+            ("attn_k", kv, d, 1.5),
+            ("attn_v", kv, d, 1.0),
+            ("attn_output", d, q, 1.0),
+            ("ffn_gate", f, d, 1.0),
+            ("ffn_up", f, d, 1.0),
+            ("ffn_down", d, f, 1.0),
+        ):
+            toy.matrix(f"blk.{layer}.{name}.weight", rows, columns, gain)
+            if attention_biases if name.startswith("attn") else mlp_biases:
+                toy.tensor(f"blk.{layer}.{name}.bias", toy.generator.normal(scale=0.5, size=rows))
+        for name in ("attn_norm", "ffn_norm"):
+            toy.norm(f"blk.{layer}.{name}.weight", d)
+    return toy.write()
+
+
+def toy_gemma3(
+    path: Path,
+    *,
+    block_type: str = "F32",
+    separate_output: bool = False,
+    linear_factor: float = 1.0,
+    head_width: int | None = None,
+    softcap: float = 0.0,
+    layers: int = 7,
+    window: int = 8,
+    seed: int = 0,
+) -> Path:
+    """Writes a gemma3 whose sixth layer sees everything and the others `window` tokens.
+
+    Its norm weights hold the 1 that the architecture adds, and its rope is on halves, as converted files have it.
+
+    Args:
+      path: the file.
+      block_type: of all matrices.
+      separate_output: an output matrix of its own, else the embedding is used twice.
+      linear_factor: of the global layers' rope scaling; 1 for none.
+      head_width: other than the model's width divided by the heads.
+      softcap: of the logits; 0 for none.
+      layers: how many.
+      window: of the local layers.
+      seed: of the weights.
+    """
+    wide = block_type in _SCALE_AT
+    d, f, heads, kv_heads = (256, 512, 4, 2) if wide else (64, 128, 4, 2)
+    width = head_width or d // heads
+    toy = _Toy(path, "gemma3", spm_metadata(), GGMLType[block_type], seed)
+    toy.sizes(layers, d, f, heads, kv_heads, context=512)
+    toy.value("rope.freq_base", 1_000_000.0)
+    toy.value("attention.sliding_window", window)
+    toy.value("attention.key_length", width)
+    toy.value("attention.value_length", width)
+    if linear_factor != 1:
+        toy.value("rope.scaling.type", "linear")
+        toy.value("rope.scaling.factor", linear_factor)
+    if softcap:
+        toy.value("final_logit_softcapping", softcap)
+    toy.outside(d, separate_output)
+    q, kv = heads * width, kv_heads * width
+    for layer in range(layers):
+        for name, rows, columns in (
+            ("attn_q", q, d),
+            ("attn_k", kv, d),
+            ("attn_v", kv, d),
+            ("attn_output", d, q),
+            ("ffn_gate", f, d),
+            ("ffn_up", f, d),
+            ("ffn_down", d, f),
+        ):
+            toy.matrix(f"blk.{layer}.{name}.weight", rows, columns)
+        for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
+            toy.norm(f"blk.{layer}.{name}.weight", d)
+        for name in ("attn_q_norm", "attn_k_norm"):
+            toy.norm(f"blk.{layer}.{name}.weight", width)
+    return toy.write()
+
+
+class _Toy:
+    """A GGUF file in the making."""
+
+    def __init__(
+        self, path: Path, architecture: str, vocabulary: Mapping[str, Any], block_type: GGMLType, seed: int
+    ) -> None:
+        self.path = Path(path)
+        self.generator = np.random.default_rng(seed)
+        self._architecture = architecture
+        self._type = block_type
+        self._writer = gguf.GGUFWriter(self.path, architecture)
+        self._vocabulary_size = len(vocabulary["tokenizer.ggml.tokens"])
+        for key, value in vocabulary.items():
+            if key != "general.architecture":
+                self._add(key, value)
+
+    def sizes(self, layers: int, d: int, f: int, heads: int, kv_heads: int, context: int) -> None:
+        """The metadata that every architecture has."""
+        self.value("block_count", layers)
+        self.value("context_length", context)
+        self.value("embedding_length", d)
+        self.value("feed_forward_length", f)
+        self.value("attention.head_count", heads)
+        self.value("attention.head_count_kv", kv_heads)
+        self.value("attention.layer_norm_rms_epsilon", 1e-5)
+
+    def value(self, key: str, value: Any) -> None:
+        """A metadata value of the architecture."""
+        self._add(f"{self._architecture}.{key}", value)
+
+    def outside(self, d: int, separate_output: bool) -> None:
+        """The tensors outside the layers."""
+        self.matrix("token_embd.weight", self._vocabulary_size, d, 2.0)
+        self.norm("output_norm.weight", d)
+        if separate_output:
+            self.matrix("output.weight", self._vocabulary_size, d, 2.0)
+
+    def norm(self, name: str, width: int) -> None:
+        """A norm weight around 1."""
+        self.tensor(name, self.generator.uniform(0.5, 1.5, width))
+
+    def tensor(self, name: str, values: np.ndarray) -> None:
+        """A float32 tensor."""
+        self._writer.add_tensor(name, values.astype(np.float32))
+
+    def matrix(self, name: str, rows: int, columns: int, gain: float = 1.0) -> None:
+        """Random weights in the file's block type; `gain` is the spread of the products of unit inputs."""
+        spread = gain * columns**-0.5
+        if self._type.name in _SCALE_AT:
+            data = self._random_blocks(rows, columns, spread)
+        else:
+            values = self.generator.normal(scale=spread, size=(rows, columns)).astype(np.float32)
+            data = gguf.quants.quantize(values, self._type)
+        self._writer.add_tensor(name, data, raw_dtype=self._type)
+
+    def write(self) -> Path:
+        """Writes the file."""
+        self._writer.write_header_to_file()
+        self._writer.write_kv_data_to_file()
+        self._writer.write_tensors_to_file()
+        self._writer.close()
+        return self.path
+
+    def _random_blocks(self, rows: int, columns: int, spread: float) -> np.ndarray:
+        """The gguf package can't quantize to these formats: random bits, with scales set for the spread."""
+        _, block_bytes = gguf.GGML_QUANT_SIZES[self._type]
+        at, minimum = _SCALE_AT[self._type.name], _MINIMUM.get(self._type.name)
+        seed = int(self.generator.integers(1 << 32))
+        data = random_rows(self._type, rows, columns, seed).reshape(-1, block_bytes)
+        chance = self.generator.uniform(0.7, 1.3, (len(data), 1))
+
+        def set_scales(unit: float) -> None:
+            scales = chance * unit
+            if minimum is not None:
+                scales = np.concatenate([scales, scales * minimum], axis=1)
+            data[:, at : at + 2 * scales.shape[1]] = scales.astype(np.float16).view(np.uint8)
+
+        set_scales(1.0)
+        set_scales(spread / float(gguf.quants.dequantize(data, self._type).std()))
+        return data.reshape(rows, -1)
+
+    def _add(self, key: str, value: Any) -> None:
+        writer = self._writer
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value.tolist() if isinstance(value, np.ndarray) else value)
