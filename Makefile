@@ -30,8 +30,10 @@ format: $(VENV)/.check
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.test
-	$(BIN)/python -m bench $(BENCH_FLAGS)
+# Beside llama.cpp, which is built on the way; for a GPU see bench/gpu_check.py.
+bench: $(VENV)/.demo
+	$(PIP) --editable '.[bench]'
+	$(BIN)/python bench/cpu_vs_llama_cpp.py --model="$$($(BIN)/python -c '$(FIND_SMOLLM2)')" $(BENCH_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

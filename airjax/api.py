@@ -167,6 +167,7 @@ class Engine:
 
     def close(self) -> None:
         """Frees device memory, threads, pinned memory and the file."""
+        self.model.wait()
         if self._state is not None:
             self._state.close()
             self._state = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -295,6 +296,8 @@ def _choose_tier(
         return tier, "as asked"  # type: ignore[return-value]
     host_bytes = sum(manifest.layers[layer].nbytes for layer in streamed)
     numbers = f"{host_bytes / GIB:.3f} GiB of streamed layers, RAM budget {ram_budget_bytes / GIB:.3f} GiB"
-    if host_bytes > ram_budget_bytes:
+    if host_bytes > ram_budget_bytes and hasattr(os, "preadv"):
         return "ring", f"the streamed layers don't fit in RAM ({numbers})"
+    if host_bytes > ram_budget_bytes:
+        return "pageable mapping", f"the streamed layers don't fit in RAM, and this system has no preadv ({numbers})"
     return mapping, f"the streamed layers fit in RAM ({numbers})"

@@ -103,7 +103,7 @@ def generate(
         token, logprob, sampler_state, x = draw(
             model.globals, x, last_row, sampler_state, token, keys, np.int32(count)
         )
-        last_row = only_row
+        last_row, model.pending = only_row, x
         drawn = Draw(int(token[0]), float(logprob[0]))
         if count == 0:
             stats.prefill_s = clock.lap()
@@ -146,6 +146,7 @@ def score(model: Model, state: State, ids: Sequence[int]) -> Iterator[Array]:
     for x, rows in prefill(model, state, ids):
         for begin in range(0, rows, piece):
             logits = unembed(model.globals, x[0, begin : begin + piece])
+            model.pending = logits
             yield logits[: rows - begin]
         model.stats.prefill_s += clock.lap()
     model.stats.peak_device_bytes = peak_device_bytes(model.device)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -40,6 +41,7 @@ class Model:
       weights: the layers' weights.
       timeline: records events if tracing is on.
       stats: counters of the present run.
+      pending: the newest output of the device; when it is ready, all work given to the device is done.
     """
 
     gguf: GGUF
@@ -52,6 +54,7 @@ class Model:
     weights: LayerWeights
     timeline: Timeline | None
     stats: Stats = field(default_factory=Stats)
+    pending: Any = None
 
     @functools.cached_property
     def kinds(self) -> list[str]:
@@ -76,8 +79,16 @@ class Model:
             self.stats.bytes_streamed += shuttle.bytes_up
             shuttle.bytes_up = 0
 
+    def wait(self) -> None:
+        """Waits until the device has done all its work, which may still read the mapping."""
+        # Work that failed has reported it already; here only its end matters.
+        with contextlib.suppress(RuntimeError):
+            jax.block_until_ready(self.pending)
+        self.pending = None
+
     def close(self) -> None:
         """Frees device memory, threads, pinned memory and the file."""
+        self.wait()
         try:
             self.weights.close()
         finally:

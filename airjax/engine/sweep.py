@@ -91,6 +91,7 @@ def sweep(model: Model, x: Array, state: State, positions: np.ndarray) -> Array:
         kv = state.kv[layer] if state.shuttle is None else state.shuttle.take(layer)
         before = x
         x, kv = step(weights, before, kv, device_positions)
+        model.pending = x
         if state.shuttle is None:
             state.kv[layer] = kv
         else:

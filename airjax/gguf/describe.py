@@ -98,10 +98,9 @@ def _one_line(value: Any) -> str:
         return f"[{_join(value['first'])}, ...] ({value['length']} items)"
     if isinstance(value, list):
         return f"[{_join(value)}]"
-    text = str(value).replace("\n", "\\n")
-    return (
-        text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"
-    )
+    text = str(value)
+    shown = text[:_SHOWN_CHARACTERS].replace("\n", "\\n")
+    return shown if len(text) <= _SHOWN_CHARACTERS else f"{shown}... ({len(text)} characters)"
 
 
 def _join(items: Iterable[Any]) -> str:

@@ -26,6 +26,7 @@ _MAX_NAME_BYTES = 64 * 1024
 _MAX_VALUE_BYTES = 64 * 1024 * 1024
 _MAX_DIMS = 4
 _MAX_NESTING = 4
+_MAX_NESTED = 64 * 1024  # an empty array takes ten times its 12 bytes here
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 # The format document's value types: number -> struct letter.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -128,7 +129,9 @@ class _Reader:
 
     def need_value(self, nbytes: int, what: str) -> None:
         if nbytes > _MAX_VALUE_BYTES:
-            raise self.error(f"{what} takes {nbytes} bytes, more than {_MAX_VALUE_BYTES}: the file is damaged")
+            raise self.error(
+                f"{what} takes {nbytes} bytes, more than {_MAX_VALUE_BYTES}: the file is damaged"
+            )
         self.need(nbytes, what)
 
     def scalar(self, kind: int, what: str) -> Any:
@@ -183,7 +186,9 @@ class _Reader:
             raise self.error(
                 f"{what} has item type {item}, which the format does not have: the file is damaged"
             )
-        self.need_value(12 * count, what)  # the least that so many arrays take
+        if count > _MAX_NESTED:
+            raise self.error(f"{what} holds {count} arrays, more than {_MAX_NESTED}: the file is damaged")
+        self.need(12 * count, what)  # the least that so many arrays take
         return [self.value(_ARRAY, what, depth + 1) for _ in range(count)]
 
     def strings(self, count: int, what: str) -> StringArray:
@@ -237,7 +242,7 @@ def parse_header(data: memoryview, where: str, shard: int) -> Header:
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= 1 << 30 or alignment & (alignment - 1):
         raise reader.error(
-            f"general.alignment must be a power of two from 1 to 2**30, got {_brief(alignment)}: convert the model again"
+            f"general.alignment must be a power of two up to 2**30, got {_brief(alignment)}: convert the model again"
         )
     reader.need(tensors * 24, f"a tensor table of {tensors} entries")
     infos = [_tensor(reader, number, shard) for number in range(tensors)]

@@ -193,7 +193,9 @@ def _check_shards(paths: list[Path], headers: list[Header]) -> None:
     def number(header: Header, key: str, where: Path) -> int | None:
         value = header.metadata.get(key)
         if value is not None and type(value) is not int:
-            raise GGUFError(f"{where}: metadata {key} must be a whole number, got {type(value).__name__}: the file is damaged")
+            raise GGUFError(
+                f"{where}: metadata {key} must be a whole number, got {type(value).__name__}: the file is damaged"
+            )
         return value
 
     first = headers[0]

@@ -1,41 +1,81 @@
-"""The gemma3 architecture against transformers, on toys, past the sliding window."""
+"""The gemma3 architecture against transformers, on random models of every option and block type."""
 
 import numpy as np
 import pytest
-from torch_models import max_kl, torch_logits
-from toy_models import VOCABULARY, toy_gemma3
+from divergence import max_kl
+from other_ways import bare_logits, logits_in_pieces, stepwise_logits
+from torch_models import torch_logits
+from toy_models import toy_gemma3
 
 import airjax
+from airjax import quants
 
-_IDS = np.random.default_rng(0).integers(0, VOCABULARY, 90).tolist()
-
-
-def _logits(path, ids=_IDS, **options):
-    with airjax.load(path, vram_budget_gib=1, context=256, **options) as engine:
-        return engine.logits(ids)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"window": 200}, {"kv_heads": 2}, {"rope_linear": 8.0}, {"kind": "Q5_0"}, {"kind": "Q4_K", "layers": 6}],
-    ids=str,
-)
-def test_logits_are_those_of_transformers(tmp_path, options):
-    path = toy_gemma3(tmp_path / "toy.gguf", **options)
-    assert max_kl(torch_logits(path, _IDS), _logits(path)) < 1e-6
-
-
-@pytest.mark.parametrize("chunk", [1, 16])
-def test_a_cache_shorter_than_the_text_gives_the_same(tmp_path, chunk):
-    """A window of 8 and chunks of 16 leave a cache of 24 slots for 90 tokens: it wraps."""
-    path = toy_gemma3(tmp_path / "toy.gguf")
-    with airjax.load(path, vram_budget_gib=1, context=256, prefill_chunk=chunk) as engine:
-        assert min(engine.plan.kv_slots) == 8 + chunk
-        got = engine.logits(_IDS)
-    assert max_kl(torch_logits(path, _IDS), got) < 1e-5
+_OPTIONS = {
+    "plain": {},
+    "output matrix of its own": {"separate_output": True},
+    "linear rope scaling": {"linear_factor": 8.0},
+    "one key head": {"kv_heads": 1},
+    "wide heads": {"head_width": 24},
+    "narrow heads": {"head_width": 8},
+    "capped logits": {"softcap": 3.0},
+    "another window": {"window": 5},
+    "no local layer sees less": {"window": 512},
+    "two global layers": {"layers": 12},
+    "all together": {"separate_output": True, "linear_factor": 8.0, "head_width": 24, "softcap": 3.0},
+}
+_BLOCK_TYPES = sorted(kind.name for kind in quants.supported())
 
 
-def test_the_window_matters(tmp_path):
-    narrow = toy_gemma3(tmp_path / "narrow.gguf", window=8)
-    wide = toy_gemma3(tmp_path / "wide.gguf", window=200)
-    assert max_kl(_logits(narrow), _logits(wide)) > 1e-4
+def _ids(model, count):
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
+
+
+def _against_transformers(path):
+    with airjax.load(path, vram_budget_gib=1, context=128) as loaded:
+        ids = _ids(loaded.model, 100)  # many windows of 8
+        return max_kl(torch_logits(path, ids), loaded.logits(ids))
+
+
+@pytest.mark.parametrize("options", _OPTIONS)
+def test_a_random_model_gives_the_logits_of_transformers(tmp_path, options):
+    assert _against_transformers(toy_gemma3(tmp_path / "toy.gguf", **_OPTIONS[options])) < 1e-6
+
+
+@pytest.mark.parametrize("block_type", _BLOCK_TYPES)
+def test_each_block_type_gives_the_logits_of_transformers(tmp_path, block_type):
+    assert _against_transformers(toy_gemma3(tmp_path / "toy.gguf", block_type=block_type)) < 1e-6
+
+
+@pytest.mark.parametrize("options", [o for o in _OPTIONS if o != "plain"])
+def test_each_option_changes_the_logits(tmp_path, options):
+    """Else the tests above would say nothing about it."""
+    ids = list(range(260, 300))
+    plain = torch_logits(toy_gemma3(tmp_path / "plain.gguf"), ids)
+    changed = torch_logits(toy_gemma3(tmp_path / "toy.gguf", **_OPTIONS[options]), ids)
+    assert max_kl(plain, changed) > 1e-3
+
+
+@pytest.mark.parametrize("block_type", ["F32", "Q4_K"])
+def test_token_by_token_equals_the_full_forward_past_the_window(tmp_path, block_type):
+    path = toy_gemma3(tmp_path / "toy.gguf", block_type=block_type)
+    with airjax.load(path, vram_budget_gib=1, context=64) as loaded:
+        ids = _ids(loaded.model, 40)
+        whole = loaded.logits(ids)
+        assert max_kl(whole, stepwise_logits(loaded, ids, prompt=11)) < 1e-5
+    with airjax.load(path, vram_budget_gib=1, context=64, prefill_chunk=4) as loaded:
+        assert min(loaded.plan.kv_slots) == 8 + 4  # the local layers' caches go round
+        assert max_kl(whole, loaded.logits(ids)) < 1e-6
+        assert max_kl(whole, stepwise_logits(loaded, ids, prompt=11)) < 1e-5
+
+
+def test_a_prompt_in_pieces_equals_the_prompt_in_one_past_the_window(tmp_path):
+    with airjax.load(toy_gemma3(tmp_path / "toy.gguf"), vram_budget_gib=1, context=128) as loaded:
+        ids = _ids(loaded.model, 60)
+        np.testing.assert_array_equal(logits_in_pieces(loaded, ids, cuts=(1, 2, 17, 50)), loaded.logits(ids))
+
+
+def test_the_bare_functions_give_the_logits_of_the_engine(tmp_path):
+    path = toy_gemma3(tmp_path / "toy.gguf", block_type="Q8_0")
+    with airjax.load(path, vram_budget_gib=1, context=64) as loaded:
+        ids = _ids(loaded.model, 20)
+        np.testing.assert_allclose(bare_logits(path, ids), loaded.logits(ids), atol=1e-4)

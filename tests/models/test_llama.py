@@ -1,85 +1,83 @@
-"""The llama architecture against transformers, on toys with each option and block type."""
+"""The llama architecture against transformers, on random models of every option and block type."""
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as GGMLType
-from torch_models import max_kl, torch_logits
-from toy_models import VOCABULARY, toy_llama
+from divergence import max_kl
+from other_ways import bare_logits, logits_in_pieces, stepwise_logits
+from torch_models import torch_logits
+from toy_models import toy_llama
 
 import airjax
 from airjax import quants
 
-_IDS = np.random.default_rng(0).integers(0, VOCABULARY, 90).tolist()
+_OPTIONS = {
+    "plain": {},
+    "output matrix of its own": {"separate_output": True},
+    "rope factors": {"rope_factors": True},
+    "linear rope scaling": {"linear_factor": 4.0},
+    "a key head for each": {"kv_heads": 4},
+    "one key head": {"kv_heads": 1},
+    "wide heads": {"head_width": 24},
+    "narrow heads": {"head_width": 8},
+    "attention biases": {"attention_biases": True},
+    "biases everywhere": {"attention_biases": True, "mlp_biases": True},
+    "all together": {
+        "separate_output": True,
+        "rope_factors": True,
+        "linear_factor": 2.0,
+        "head_width": 24,
+        "attention_biases": True,
+        "mlp_biases": True,
+    },
+}
+_BLOCK_TYPES = sorted(kind.name for kind in quants.supported())
 
 
-def _logits(path, ids=_IDS, **options):
-    with airjax.load(path, vram_budget_gib=1, context=256, **options) as engine:
-        return engine.logits(ids)
+def _ids(model, count):
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"tied": True},
-        {"kv_heads": 4},
-        {"kv_heads": 1},
-        {"head_dim": 32},
-        {"biases": True},
-        {"rope_factors": True, "rope_base": 500_000.0},
-        {"rope_linear": 4.0},
-        {"layers": 1},
-    ],
-    ids=str,
-)
-def test_logits_are_those_of_transformers(tmp_path, options):
-    path = toy_llama(tmp_path / "toy.gguf", **options)
-    assert max_kl(torch_logits(path, _IDS), _logits(path)) < 1e-6
+def _against_transformers(path):
+    with airjax.load(path, vram_budget_gib=1, context=128) as loaded:
+        ids = _ids(loaded.model, 100)
+        return max_kl(torch_logits(path, ids), loaded.logits(ids))
 
 
-@pytest.mark.parametrize("kind", sorted(kind.name for kind in quants.supported()))
-def test_every_block_type_gives_the_logits_of_transformers(tmp_path, kind):
-    path = toy_llama(tmp_path / "toy.gguf", kind=kind, layers=2)
-    assert max_kl(torch_logits(path, _IDS), _logits(path)) < 1e-6
+@pytest.mark.parametrize("options", _OPTIONS)
+def test_a_random_model_gives_the_logits_of_transformers(tmp_path, options):
+    assert _against_transformers(toy_llama(tmp_path / "toy.gguf", **_OPTIONS[options])) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["Q4_1", "Q6_K"])
-def test_token_by_token_gives_the_logits_of_transformers(tmp_path, kind):
-    path = toy_llama(tmp_path / "toy.gguf", kind=kind)
-    got = _logits(path, _IDS[:30], prefill_chunk=1)
-    # Decoding on a CPU rounds activations to 16 bits.
-    assert max_kl(torch_logits(path, _IDS[:30]), got) < 1e-4
+@pytest.mark.parametrize("block_type", _BLOCK_TYPES)
+def test_each_block_type_gives_the_logits_of_transformers(tmp_path, block_type):
+    assert _against_transformers(toy_llama(tmp_path / "toy.gguf", block_type=block_type)) < 1e-6
 
 
-def test_another_seed_gives_other_logits(tmp_path):
-    one, two = (toy_llama(tmp_path / f"{seed}.gguf", seed=seed) for seed in (1, 2))
-    assert max_kl(_logits(one), _logits(two)) > 0.01
+@pytest.mark.parametrize("options", [o for o in _OPTIONS if o != "plain"])
+def test_each_option_changes_the_logits(tmp_path, options):
+    """Else the tests above would say nothing about it."""
+    ids = list(range(40))
+    plain = torch_logits(toy_llama(tmp_path / "plain.gguf"), ids)
+    changed = torch_logits(toy_llama(tmp_path / "toy.gguf", **_OPTIONS[options]), ids)
+    assert max_kl(plain, changed) > 1e-3
 
 
-def test_the_blocks_by_hand_equal_the_engine(tmp_path):
-    """The bare functional level: pure functions over weights, no engine, no streaming."""
-    import jax
-    import jax.numpy as jnp
+@pytest.mark.parametrize("block_type", ["F32", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
+def test_token_by_token_equals_the_full_forward(tmp_path, block_type):
+    path = toy_llama(tmp_path / "toy.gguf", block_type=block_type)
+    with airjax.load(path, vram_budget_gib=1, context=128) as loaded:
+        ids = _ids(loaded.model, 24)
+        assert max_kl(loaded.logits(ids), stepwise_logits(loaded, ids, prompt=8)) < 1e-5
 
-    from airjax import gguf, models
-    from airjax.types import LayerKV
 
-    path = toy_llama(tmp_path / "toy.gguf", kind=GGMLType.Q4_0.name)
-    with gguf.open_gguf(path) as file:
-        architecture, config = models.from_gguf(file, "float32")
-        manifest = gguf.build_manifest(file)
+def test_a_prompt_in_pieces_equals_the_prompt_in_one(tmp_path):
+    with airjax.load(toy_llama(tmp_path / "toy.gguf"), vram_budget_gib=1, context=128) as loaded:
+        ids = _ids(loaded.model, 30)
+        np.testing.assert_array_equal(logits_in_pieces(loaded, ids, cuts=(1, 2, 17)), loaded.logits(ids))
 
-        def weights(span):
-            buffers = tuple(jnp.asarray(file.maps[e.shard][e.start : e.start + e.nbytes]) for e in span.extents)
-            return models.unpack(buffers, span.layout)
 
-        shared = {name: w for span in manifest.globals.values() for name, w in weights(span).items()}
-        positions = jnp.arange(len(_IDS), dtype=jnp.int32)[None]
-        x = architecture.embed(shared, jnp.asarray([_IDS]), config)
-        for layer, span in enumerate(manifest.layers):
-            empty = jnp.zeros((1, config.n_kv_heads, 128, config.head_dim))
-            kind = architecture.layer_kind(config, layer)
-            block = jax.jit(architecture.block, static_argnames=("config", "kind", "length"))
-            x, _ = block(weights(span), x, LayerKV(empty, empty), positions, config=config, kind=kind, length=128)
-        logits = architecture.unembed(shared, x[0], config)
-    assert max_kl(_logits(path), np.asarray(logits)) < 1e-9
+def test_the_bare_functions_give_the_logits_of_the_engine(tmp_path):
+    path = toy_llama(tmp_path / "toy.gguf", block_type="Q4_0", rope_factors=True, separate_output=True)
+    with airjax.load(path, vram_budget_gib=1, context=64) as loaded:
+        ids = _ids(loaded.model, 20)
+        np.testing.assert_allclose(bare_logits(path, ids), loaded.logits(ids), atol=1e-4)

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import torch
 import transformers
+from divergence import max_kl as max_kl
 
 from airjax.gguf import GGUF, open_gguf
 

@@ -25,13 +25,14 @@ def toy_llama(
     separate_output: bool = False,
     rope_factors: bool = False,
     linear_factor: float = 1.0,
+    kv_heads: int = 2,
     head_width: int | None = None,
     attention_biases: bool = False,
     mlp_biases: bool = False,
     layers: int = 4,
     seed: int = 0,
 ) -> Path:
-    """Writes a llama of 4 heads on 2 of keys and values; its q and k rows are for rope on neighbours.
+    """Writes a llama of 4 heads; the rows of its q and k are in the order for rope on neighbours.
 
     Args:
       path: the file.
@@ -39,6 +40,7 @@ def toy_llama(
       separate_output: an output matrix of its own, else the embedding is used twice.
       rope_factors: a divisor for each rope frequency, as llama 3.1 has.
       linear_factor: of rope scaling; 1 for none.
+      kv_heads: 1, 2 or 4.
       head_width: other than the model's width divided by the heads.
       attention_biases: q, k, v and the output of attention have biases.
       mlp_biases: gate, up and down have biases.
@@ -46,7 +48,7 @@ def toy_llama(
       seed: of the weights.
     """
     wide = block_type in _SCALE_AT
-    d, f, heads, kv_heads = (256, 512, 4, 2) if wide else (64, 128, 4, 2)
+    d, f, heads = (256, 512, 4) if wide else (64, 128, 4)
     width = head_width or d // heads
     toy = _Toy(path, "llama", pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed)
     toy.sizes(layers, d, f, heads, kv_heads, context=512)
@@ -86,6 +88,7 @@ def toy_gemma3(
     block_type: str = "F32",
     separate_output: bool = False,
     linear_factor: float = 1.0,
+    kv_heads: int = 2,
     head_width: int | None = None,
     softcap: float = 0.0,
     layers: int = 7,
@@ -101,6 +104,7 @@ def toy_gemma3(
       block_type: of all matrices.
       separate_output: an output matrix of its own, else the embedding is used twice.
       linear_factor: of the global layers' rope scaling; 1 for none.
+      kv_heads: 1, 2 or 4.
       head_width: other than the model's width divided by the heads.
       softcap: of the logits; 0 for none.
       layers: how many.
@@ -108,7 +112,7 @@ def toy_gemma3(
       seed: of the weights.
     """
     wide = block_type in _SCALE_AT
-    d, f, heads, kv_heads = (256, 512, 4, 2) if wide else (64, 128, 4, 2)
+    d, f, heads = (256, 512, 4) if wide else (64, 128, 4)
     width = head_width or d // heads
     toy = _Toy(path, "gemma3", spm_metadata(), GGMLType[block_type], seed)
     toy.sizes(layers, d, f, heads, kv_heads, context=512)
