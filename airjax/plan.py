@@ -299,5 +299,8 @@ def _choose_tier(
     if host_bytes > ram_budget_bytes and hasattr(os, "preadv"):
         return "ring", f"the streamed layers don't fit in RAM ({numbers})"
     if host_bytes > ram_budget_bytes:
-        return "pageable mapping", f"the streamed layers don't fit in RAM, and this system has no preadv ({numbers})"
+        return (
+            "pageable mapping",
+            f"the streamed layers don't fit in RAM, and this system has no preadv ({numbers})",
+        )
     return mapping, f"the streamed layers fit in RAM ({numbers})"

@@ -130,9 +130,8 @@ def main() -> None:
 
 def _print_table(results: dict[str, list[list[float]]], args: argparse.Namespace) -> None:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "llama-cpp-python"))
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads; Python {platform.python_version()}, {versions}"
-    )
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads")
+    print(f"Python {platform.python_version()}, {versions}")
     print(
         f"{Path(args.model).name}, prompt {PROMPT_TOKENS}, {DECODE_TOKENS} decoded, median of {args.rounds} rounds\n"
     )

@@ -23,8 +23,13 @@ def test_perplexity_is_that_of_llama_cpp(name, request):
         windows = cut_windows(ids, golden["window"], tokenizer.bos_id if tokenizer.add_bos else None)
         means = [float(score(engine.logits(window), window).mean()) for window in windows]
     assert len(means) == len(golden["mean_nll_of_windows"]) >= 3
-    ratio = math.exp(np.mean(means) - np.mean(golden["mean_nll_of_windows"]))
-    assert ratio == pytest.approx(1, abs=0.006)
+
+    def ratio(of):
+        return math.exp(np.mean(means) - np.mean(golden[of]))
+
+    assert ratio("mean_nll_of_windows_with_decoded_weights") == pytest.approx(1, abs=0.001)
+    # On the file as it is llama.cpp rounds activations to 8 bits, which costs it 0.4 % and 0.9 % of perplexity here.
+    assert 0.985 < ratio("mean_nll_of_windows") < 1.001
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma3"])

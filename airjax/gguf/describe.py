@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from airjax.gguf.header import Metadata
+from airjax.gguf.errors import shown
 from airjax.gguf.manifest import Manifest, Span
 from airjax.gguf.reader import GGUF
 
@@ -28,7 +29,7 @@ def describe(gguf: GGUF, manifest: Manifest) -> dict[str, Any]:
         "files": [str(path) for path in gguf.paths],
         "version": gguf.version,
         "alignment": gguf.alignment,
-        "metadata": {key: _short(gguf.metadata, key) for key in gguf.metadata},
+        "metadata": {key: _plain(value) for key, value in gguf.metadata.items()},
         "types": types,
         "tensors": [
             {
@@ -50,22 +51,22 @@ def format_description(description: dict[str, Any]) -> str:
     """The description as text."""
     lines = [f"{name}  (GGUF version {description['version']})" for name in description["files"]]
     lines += ["", "metadata"]
-    lines += [f"  {key} = {_one_line(value)}" for key, value in description["metadata"].items()]
+    lines += [f"  {shown(key)} = {_one_line(value)}" for key, value in description["metadata"].items()]
     lines += ["", "block types"]
     for name, entry in description["types"].items():
         lines.append(f"  {name:<6}{entry['tensors']:>6} tensors {entry['bytes']:>16,} bytes")
     lines += ["", "tensors"]
-    width = max((len(tensor["name"]) for tensor in description["tensors"]), default=0)
+    width = max((len(shown(tensor["name"])) for tensor in description["tensors"]), default=0)
     for tensor in description["tensors"]:
         shape = " x ".join(str(size) for size in tensor["shape"])
         lines.append(
-            f"  {tensor['name']:<{width}}  {tensor['type']:<5} {shape:<16} {tensor['bytes']:>14,} bytes"
+            f"  {shown(tensor['name']):<{width}}  {tensor['type']:<5} {shape:<16} {tensor['bytes']:>14,} bytes"
         )
     lines += ["", f"spans ({description['layer_layouts']} layouts of layers)"]
     for span in description["spans"]:
         ranges = ", ".join(f"{first}..{last}" for _, first, last in span["pages"])
         lines.append(
-            f"  {span['name']:<{width}}  {span['bytes']:>14,} bytes  waste {span['waste_bytes']:>6,}  "
+            f"  {shown(span['name']):<{width}}  {span['bytes']:>14,} bytes  waste {span['waste_bytes']:>6,}  "
             f"layout {span['layout']}  pages {ranges}"
         )
     return "\n".join(lines)
@@ -81,15 +82,13 @@ def _describe_span(span: Span, layout: int) -> dict[str, Any]:
     }
 
 
-def _short(metadata: Metadata, key: str) -> Any:
-    return _plain(metadata[key])
-
-
 def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no such numbers
     if not isinstance(value, list | np.ndarray):
         return value
     first = value[:_SHOWN_ITEMS]
-    items = first.tolist() if isinstance(first, np.ndarray) else [_plain(item) for item in first]
+    items = [_plain(item) for item in (first.tolist() if isinstance(first, np.ndarray) else first)]
     return items if len(value) <= _SHOWN_ITEMS else {"length": len(value), "first": items}
 
 
@@ -99,9 +98,9 @@ def _one_line(value: Any) -> str:
     if isinstance(value, list):
         return f"[{_join(value)}]"
     text = str(value)
-    shown = text[:_SHOWN_CHARACTERS].replace("\n", "\\n")
-    return shown if len(text) <= _SHOWN_CHARACTERS else f"{shown}... ({len(text)} characters)"
+    line = shown(text, _SHOWN_CHARACTERS)
+    return line if len(text) <= _SHOWN_CHARACTERS else f"{line} ({len(text)} characters)"
 
 
 def _join(items: Iterable[Any]) -> str:
-    return ", ".join(repr(item) for item in items)
+    return ", ".join(f"'{shown(item)}'" if isinstance(item, str) else _one_line(item) for item in items)

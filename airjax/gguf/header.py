@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as GGMLType
 
-from airjax.gguf.errors import GGUFError
+from airjax.gguf.errors import GGUFError, shown
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -26,7 +27,7 @@ _MAX_NAME_BYTES = 64 * 1024
 _MAX_VALUE_BYTES = 64 * 1024 * 1024
 _MAX_DIMS = 4
 _MAX_NESTING = 4
-_MAX_NESTED = 64 * 1024  # an empty array takes ten times its 12 bytes here
+_MAX_NESTED = 64 * 1024  # of a whole file; an empty array takes ten times its 12 bytes here
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 # The format document's value types: number -> struct letter.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -63,7 +64,8 @@ class Header(NamedTuple):
     tensors: dict[str, TensorInfo]
 
 
-class StringArray(NamedTuple):
+@dataclass(frozen=True)
+class StringArray:
     """An array of strings that was walked but not decoded."""
 
     data: bytes
@@ -95,6 +97,9 @@ class Metadata(Mapping[str, Any]):
             value = self._values[key] = value.decode()
         return value
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._values  # that of Mapping would decode
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
@@ -116,6 +121,7 @@ class _Reader:
         self.data = data
         self.where = where
         self.at = 0
+        self.nested = 0
 
     def error(self, text: str) -> GGUFError:
         return GGUFError(f"{self.where}: {text}")
@@ -153,10 +159,10 @@ class _Reader:
 
     def text(self, size: int, what: str) -> str:
         self.need_value(size, what)
-        raw = bytes(self.data[self.at : self.at + size])
+        raw = self.data[self.at : self.at + size]
         self.at += size
         try:
-            return raw.decode("utf-8")
+            return str(raw, "utf-8")
         except UnicodeDecodeError as error:
             raise self.error(f"{what} is not UTF-8 (byte {error.start}): the file is damaged") from None
 
@@ -186,8 +192,12 @@ class _Reader:
             raise self.error(
                 f"{what} has item type {item}, which the format does not have: the file is damaged"
             )
-        if count > _MAX_NESTED:
-            raise self.error(f"{what} holds {count} arrays, more than {_MAX_NESTED}: the file is damaged")
+        # Counted over the file: a bound of each level alone would allow its power.
+        self.nested += count
+        if self.nested > _MAX_NESTED:
+            raise self.error(
+                f"{what} brings the nested arrays to {self.nested}, more than {_MAX_NESTED}: the file is damaged"
+            )
         self.need(12 * count, what)  # the least that so many arrays take
         return [self.value(_ARRAY, what, depth + 1) for _ in range(count)]
 
@@ -236,9 +246,9 @@ def parse_header(data: memoryview, where: str, shard: int) -> Header:
     for number in range(keys):
         key = reader.name(f"the key of metadata entry {number}")
         if key in metadata:
-            raise reader.error(f"metadata key {key!r} appears twice: the file is damaged")
-        kind = reader.scalar(4, f"the type of metadata {key!r}")
-        metadata[key] = reader.value(kind, f"metadata {key!r}")
+            raise reader.error(f"metadata key '{shown(key)}' appears twice: the file is damaged")
+        kind = reader.scalar(4, f"the type of metadata '{shown(key)}'")
+        metadata[key] = reader.value(kind, f"metadata '{shown(key)}'")
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= 1 << 30 or alignment & (alignment - 1):
         raise reader.error(
@@ -285,31 +295,30 @@ def _check_magic(reader: _Reader) -> None:
 
 def _tensor(reader: _Reader, number: int, shard: int) -> TensorInfo:
     name = reader.name(f"the name of tensor {number}")
-    dims = reader.scalar(4, f"the rank of tensor {name}")
+    label = f"tensor {shown(name)}"
+    dims = reader.scalar(4, f"the rank of {label}")
     if not 1 <= dims <= _MAX_DIMS:
-        raise reader.error(f"tensor {name} must have 1 to {_MAX_DIMS} axes, got {dims}: the file is damaged")
-    shape = tuple(reader.scalar(10, f"the shape of tensor {name}") for _ in range(dims))[::-1]
-    number_of_type = reader.scalar(4, f"the type of tensor {name}")
-    offset = reader.scalar(10, f"the offset of tensor {name}")
+        raise reader.error(f"{label} must have 1 to {_MAX_DIMS} axes, got {dims}: the file is damaged")
+    shape = tuple(reader.scalar(10, f"the shape of {label}") for _ in range(dims))[::-1]
+    number_of_type = reader.scalar(4, f"the type of {label}")
+    offset = reader.scalar(10, f"the offset of {label}")
     try:
         kind = GGMLType(number_of_type)
         block, block_bytes = GGML_QUANT_SIZES[kind]
     except (ValueError, KeyError):
         raise reader.error(
-            f"tensor {name} has block type number {number_of_type}, which is unknown: use a file of a known type"
+            f"{label} has block type number {number_of_type}, which is unknown: use a file of a known type"
         ) from None
     elements = 1
     for size in shape:
         if size < 1:
-            raise reader.error(
-                f"tensor {name} has the shape {shape}, with an axis of {size}: the file is damaged"
-            )
+            raise reader.error(f"{label} has the shape {shape}, with an axis of {size}: the file is damaged")
         elements *= size
         if elements >= 1 << 62:
-            raise reader.error(f"tensor {name} has the shape {shape}, which is absurd: the file is damaged")
+            raise reader.error(f"{label} has the shape {shape}, which is absurd: the file is damaged")
     if shape[-1] % block:
         raise reader.error(
-            f"tensor {name} has rows of {shape[-1]}, not a multiple of {kind.name}'s block of {block}: "
+            f"{label} has rows of {shape[-1]}, not a multiple of {kind.name}'s block of {block}: "
             "the file is damaged"
         )
     return TensorInfo(name, kind, shape, shard, offset, elements // block * block_bytes)
@@ -321,22 +330,24 @@ def _place(reader: _Reader, infos: list[TensorInfo], start: int, alignment: int)
     placed: dict[str, TensorInfo] = {}
     for info in infos:
         if info.name in placed:
-            raise reader.error(f"tensor {info.name} appears twice: the file is damaged")
+            raise reader.error(f"tensor {shown(info.name)} appears twice: the file is damaged")
         if info.offset % alignment:
             raise reader.error(
-                f"tensor {info.name} must start at a multiple of {alignment}, got offset {info.offset}: "
+                f"tensor {shown(info.name)} must start at a multiple of {alignment}, got offset {info.offset}: "
                 "the file is damaged"
             )
         info = info._replace(offset=start + info.offset)
         if info.offset + info.nbytes > end:
             raise reader.error(
-                f"tensor {info.name} lies at bytes {info.offset} to {info.offset + info.nbytes} but the file ends "
-                f"at byte {end}: it is truncated, so download it again"
+                f"tensor {shown(info.name)} lies at bytes {info.offset} to {info.offset + info.nbytes} "
+                f"but the file ends at byte {end}: it is truncated, so download it again"
             )
         placed[info.name] = info
     last = None
     for info in sorted(placed.values(), key=lambda info: info.offset):
         if last is not None and info.offset < last.offset + last.nbytes:
-            raise reader.error(f"tensors {last.name} and {info.name} overlap: the file is damaged")
+            raise reader.error(
+                f"tensors {shown(last.name)} and {shown(info.name)} overlap: the file is damaged"
+            )
         last = info
     return placed

@@ -111,7 +111,10 @@ def build_manifest(gguf: GGUF, align: int = 64, max_gap: int = 65536) -> Manifes
 
     Raises:
       GGUFError: the layers are not numbered from 0 without a gap.
+      ValueError: `align` is no power of two.
     """
+    if align < 1 or align & (align - 1):
+        raise ValueError(f"align must be a power of two, got {align}: pass 1 for exact ranges, 64 for views")
     layers: dict[int, list[tuple[str, TensorInfo]]] = {}
     others: dict[str, Span] = {}
     for info in gguf.tensors.values():

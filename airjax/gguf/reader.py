@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from airjax.gguf.errors import GGUFError
+from airjax.gguf.errors import GGUFError, shown
 from airjax.gguf.header import Header, Metadata, TensorInfo, parse_header
 
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -24,6 +24,7 @@ class _File(NamedTuple):
     """An open file and what it was when it was opened."""
 
     path: Path
+    absolute: str  # the working directory may change
     descriptor: int
     identity: tuple[int, int, int, int]
     data: np.ndarray
@@ -91,10 +92,13 @@ class GGUF:
           GGUFError: naming the file.
         """
         for file in self._files:
-            now = {_identity(os.fstat(file.descriptor))}
-            with contextlib.suppress(FileNotFoundError):  # a deleted file lives on while it is open
-                now.add(_identity(os.stat(file.path)))
-            if now != {file.identity}:
+            try:
+                same = _identity(os.fstat(file.descriptor)) == file.identity
+            except OSError:  # a network file that its server lost
+                same = False
+            with contextlib.suppress(OSError):  # a deleted or moved file lives on while it is open
+                same = same and _identity(os.stat(file.absolute)) == file.identity
+            if not same:
                 raise GGUFError(f"{file.path}: the file changed while it was open: load it again")
 
     def close(self) -> None:
@@ -141,7 +145,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUF:
         headers = []
         for shard, part in enumerate(paths):
             files.append(_open(part))
-            headers.append(parse_header(memoryview(files[-1].data), str(part), shard))
+            headers.append(parse_header(files[-1].data.data, str(part), shard))
         _check_shards(paths, headers)
         return GGUF(files, headers)
     except BaseException:
@@ -177,7 +181,9 @@ def _open(path: Path) -> _File:
             mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise refused(f"the file can't be mapped ({error}): copy it to a local disk") from None
-        return _File(path, descriptor, _identity(status), np.frombuffer(mapping, np.uint8))
+        return _File(
+            path, os.path.abspath(path), descriptor, _identity(status), np.frombuffer(mapping, np.uint8)
+        )
     except BaseException:
         os.close(descriptor)
         raise
@@ -218,7 +224,7 @@ def _check_shards(paths: list[Path], headers: list[Header]) -> None:
         for name in header.tensors:
             if name in names:
                 raise GGUFError(
-                    f"{path}: tensor {name} is in {names[name].name} too: the files don't belong together"
+                    f"{path}: tensor {shown(name)} is in {names[name].name} too: the files don't belong together"
                 )
             names[name] = path
     total = number(first, "split.tensors.count", paths[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -101,12 +103,18 @@ def attention(
 
 
 def _attend(q: Array, keys: Array, values: Array, visible: Array, scale: float, softcap: float) -> Array:
-    scores = jnp.einsum("btkgh,bksh->bkgts", q, keys, preferred_element_type=jnp.float32) * scale
+    # A GPU would round float32 factors to 10 bits (tf32); a float32 cache wants float32 products.
+    einsum = functools.partial(
+        jnp.einsum,
+        preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if keys.dtype == jnp.float32 else None,
+    )
+    scores = einsum("btkgh,bksh->bkgts", q, keys) * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(visible[:, None, None], scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgts,bksh->btkgh", weights, values, preferred_element_type=jnp.float32)
+    return einsum("bkgts,bksh->btkgh", weights, values)
 
 
 def _tile_rows(row_bytes: int, rows: int) -> int:

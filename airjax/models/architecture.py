@@ -188,5 +188,6 @@ def check_tensors(gguf: GGUF, architecture: Architecture, config: Config) -> Non
     if unknown:
         raise GGUFError(
             f"{gguf.path}: tensor {unknown[0]} is not part of a {config.architecture} model of "
-            f"{config.n_layers} layers as airjax knows it ({len(unknown)} such tensors): the output would be wrong, so it is refused"
+            f"{config.n_layers} layers as airjax knows it ({len(unknown)} such tensors), and without "
+            "it the output would be wrong: use a file of a supported model"
         )

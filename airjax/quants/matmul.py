@@ -48,7 +48,12 @@ def groups_of(w: QTensor) -> bool:
 def _decoded(x: Array, w: QTensor, dtype: np.dtype) -> Array:
     """Decodes the matrix, then one product: for many rows."""
     return jnp.einsum(
-        "rk,nk->rn", x.astype(dtype), dequantize(w).astype(dtype), preferred_element_type=jnp.float32
+        "rk,nk->rn",
+        x.astype(dtype),
+        dequantize(w).astype(dtype),
+        preferred_element_type=jnp.float32,
+        # A GPU would round float32 factors to 10 bits (tf32); who asks for float32 wants it.
+        precision=jax.lax.Precision.HIGHEST if dtype == np.float32 else None,
     )
 
 

@@ -119,6 +119,34 @@ def test_the_text_names_every_key_tensor_and_span(model):
     assert "2 x 3 x 4" in text
 
 
+def test_text_from_the_file_steers_no_terminal(tmp_path):
+    hostile = "x\x1b[31m\r\n\u202ey"
+    path = tmp_path / "m.gguf"
+    entries = [
+        raw.entry(hostile, raw.STRING, hostile * 50),
+        raw.entry("strings", raw.ARRAY, (raw.STRING, [hostile, "z" * 5000])),
+        raw.entry("nested", raw.ARRAY, (raw.ARRAY, [(raw.STRING, [hostile])])),
+    ]
+    path.write_bytes(raw.build(entries, [raw.tensor(f"blk.0.{hostile}")], bytes(32)))
+    described = description(path)
+    assert described["metadata"][hostile] == hostile * 50  # JSON escapes by itself
+    text = format_description(described)
+    assert all(character.isprintable() for character in text.replace("\n", ""))
+    assert r"blk.0.x\x1b[31m\r\n\u202ey" in text
+    assert max(map(len, text.splitlines())) < 300
+
+
+def test_numbers_that_json_lacks_are_written_as_words(tmp_path):
+    path = tmp_path / "m.gguf"
+    numbers = [float("nan"), float("inf"), float("-inf"), 1.5]
+    path.write_bytes(
+        raw.build([raw.entry("a", raw.F64, numbers[0]), raw.entry("b", raw.ARRAY, (raw.F32, numbers))])
+    )
+    described = description(path)
+    assert described["metadata"] == {"a": "nan", "b": ["nan", "inf", "-inf", 1.5]}
+    json.dumps(described, allow_nan=False)
+
+
 def test_a_file_with_nothing_in_it(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(raw.build())

@@ -114,6 +114,12 @@ class TestValues:
         data = raw.build([raw.entry("a", raw.ARRAY, (raw.STRING, [b"\xff", b"ok"]))])
         assert parse(data).metadata["a"] == ["�", "ok"]
 
+    def test_asking_whether_a_key_is_there_decodes_nothing(self, monkeypatch):
+        metadata = parse(raw.every_value_type()).metadata
+        monkeypatch.setattr(StringArray, "decode", lambda self: pytest.fail("decoded"))
+        assert "array.strings" in metadata
+        assert "absent" not in metadata
+
     def test_length_is_that_of_arrays_and_zero_of_all_else(self):
         metadata = parse(raw.every_value_type()).metadata
         assert [
@@ -307,6 +313,45 @@ class TestDamage:
         assert "nests arrays deeper than 4" in refusal(raw.build([raw.entry("a", raw.ARRAY, content)]))
         endless = raw.string("a") + raw.u32(raw.ARRAY) + (raw.u32(raw.ARRAY) + raw.u64(1)) * 5000
         assert "nests arrays deeper than 4" in refusal(raw.build([endless]))
+
+    def test_nested_arrays_are_bounded_over_the_whole_file(self):
+        # Each level keeps to the bound of 65536; together they would make a million arrays out of zeros.
+        inner = raw.u32(raw.ARRAY) + raw.u64(65536) + bytes(12 * 65536)
+        array = raw.u32(raw.ARRAY) + raw.u32(raw.ARRAY) + raw.u64(16) + inner * 16
+        entries = [raw.string("a") + array]
+        data = raw.build(entries, alignment=1)
+        tracemalloc.start()
+        try:
+            assert "brings the nested arrays to 65552, more than 65536" in refusal(data)
+            assert tracemalloc.get_traced_memory()[1] < 1e6
+        finally:
+            tracemalloc.stop()
+        half = [raw.entry(key, raw.ARRAY, (raw.ARRAY, [(raw.U8, [])] * 40000)) for key in "ab"]
+        assert len(parse(raw.build(half[:1])).metadata["a"]) == 40000
+        assert "metadata 'b' brings the nested arrays to 80000" in refusal(raw.build(half))
+
+    def test_long_names_are_cut_off_in_messages(self):
+        name = "x" * 60000
+        for data in (
+            raw.build([raw.entry(name, raw.U8, 1)] * 2),
+            raw.build([raw.string(name) + raw.u32(99)]),
+            raw.build([], [raw.tensor(name, offset=4096)], bytes(32)),
+            raw.build([], [raw.tensor(name, dims=(0,))], bytes(32)),
+            raw.build([], [raw.tensor(name), raw.tensor(name, offset=32)], bytes(64)),
+            raw.build([], [raw.tensor(name), raw.tensor(name + "y")], bytes(64)),
+        ):
+            assert "x" * 80 + "..." in refusal(data)
+
+    def test_names_that_would_steer_a_terminal_are_escaped_in_messages(self):
+        name = "a\x1b[31m\n\u202eb"
+        for data in (
+            raw.build([raw.entry(name, raw.U8, 1)] * 2),
+            raw.build([raw.string(name) + raw.u32(99)]),
+            raw.build([], [raw.tensor(name, offset=4096)], bytes(32)),
+            raw.build([], [raw.tensor(name, dims=(31,), kind=raw.Q8_0_TYPE)], bytes(32)),
+            raw.build([], [raw.tensor(name), raw.tensor(name, offset=32)], bytes(64)),
+        ):
+            assert r"a\x1b[31m\n\u202eb" in refusal(data)
 
     def test_a_key_twice_is_refused(self):
         assert "'a' appears twice" in refusal(raw.build([raw.entry("a", raw.U8, 1)] * 2))

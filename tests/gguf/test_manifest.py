@@ -24,7 +24,7 @@ def model(
     return open_gguf(path)
 
 
-def layers(count: int, order: tuple[str, ...] = ("attn_q.weight", "ffn_up.weight", "norm.weight")) -> list:
+def layers(count: int, order: tuple[str, ...] = ("norm.weight", "attn_q.weight", "ffn_up.weight")) -> list:
     """Equal layers, each of whole 64-byte steps."""
     return [(f"blk.{n}.{name}", 16 * (k + 1)) for n in range(count) for k, name in enumerate(order)]
 
@@ -182,6 +182,15 @@ def test_layers_are_ordered_by_number_and_not_by_place(tmp_path):
     with model(tmp_path / "m.gguf", [(f"blk.{n}.a", 8) for n in (10, 2, 0, 1, 9, 3, 8, 4, 7, 5, 6)]) as file:
         manifest = build_manifest(file)
     assert [span.name for span in manifest.layers] == [f"blk.{n}" for n in range(11)]
+
+
+@pytest.mark.parametrize("align", [0, -64, 48])
+def test_align_must_be_a_power_of_two(tmp_path, align):
+    with (
+        model(tmp_path / "m.gguf", layers(1)) as file,
+        pytest.raises(ValueError, match=f"power of two, got {align}"),
+    ):
+        build_manifest(file, align=align)
 
 
 def test_a_file_without_layers(tmp_path):

@@ -314,6 +314,39 @@ class TestCheckUnchanged:
             model.unlink()
             file.check_unchanged()
 
+    def test_a_relative_path_means_the_file_that_was_opened(self, model, monkeypatch):
+        monkeypatch.chdir(model.parent)
+        with open_gguf("m.gguf") as file:
+            other = model.parent / "elsewhere"
+            other.mkdir()
+            (other / "m.gguf").write_bytes(b"another file of that name")
+            monkeypatch.chdir(other)
+            file.check_unchanged()
+            os.truncate(model, 100)
+            with pytest.raises(GGUFError, match=r"^m\.gguf: the file changed"):
+                file.check_unchanged()
+
+    def test_a_moved_file_passes_even_when_its_folder_became_something_else(self, tmp_path):
+        folder = tmp_path / "models"
+        folder.mkdir()
+        (folder / "m.gguf").write_bytes(raw.every_value_type())
+        with open_gguf(folder / "m.gguf") as file:
+            folder.rename(tmp_path / "moved")
+            folder.touch()
+            file.check_unchanged()
+            os.truncate(tmp_path / "moved" / "m.gguf", 100)
+            with pytest.raises(GGUFError, match="the file changed"):
+                file.check_unchanged()
+
+    def test_a_file_that_its_server_lost(self, model, monkeypatch):
+        def stale(descriptor: int) -> os.stat_result:
+            raise OSError(116, "Stale file handle")
+
+        with open_gguf(model) as file, monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", stale)
+            with pytest.raises(GGUFError, match="the file changed"):
+                file.check_unchanged()
+
     def test_a_shrunken_file(self, model):
         with open_gguf(model) as file:
             os.truncate(model, 100)

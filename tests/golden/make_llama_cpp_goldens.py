@@ -14,8 +14,10 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import tempfile
 from pathlib import Path
 
+import gguf
 import llama_cpp
 import numpy as np
 
@@ -34,6 +36,32 @@ def _model(path: str) -> llama_cpp.Llama:
     )
 
 
+def _decoded_copy(path: str, target: Path) -> str:
+    """The same model with every weight in float32."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            item = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], item)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, values.reshape(tensor.shape[::-1]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(target)
+
+
+def _means(llm: llama_cpp.Llama, bos: bool) -> list[float]:
+    ids = llm.tokenize((HERE.parent / "data" / "prose.txt").read_bytes(), add_bos=bos, special=False)
+    windows = [ids[at : at + WINDOW] for at in range(0, len(ids) - WINDOW + 1, WINDOW)]
+    if bos:
+        windows = [[llm.token_bos(), *window[1:]] for window in windows]
+    return [float(_losses(llm, window).mean()) for window in windows]
+
+
 def _losses(llm: llama_cpp.Llama, window: list[int]) -> np.ndarray:
     llm.reset()
     llm.eval(window)
@@ -45,13 +73,10 @@ def _losses(llm: llama_cpp.Llama, window: list[int]) -> np.ndarray:
 
 
 def _golden(path: str, bos: bool) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        decoded = _means(_model(_decoded_copy(path, Path(folder) / "decoded.gguf")), bos)
     llm = _model(path)
-    text = (HERE.parent / "data" / "prose.txt").read_bytes()
-    ids = llm.tokenize(text, add_bos=bos, special=False)
-    windows = [ids[at : at + WINDOW] for at in range(0, len(ids) - WINDOW + 1, WINDOW)]
-    if bos:
-        windows = [[llm.token_bos(), *window[1:]] for window in windows]
-    means = [float(_losses(llm, window).mean()) for window in windows]
+    means = _means(llm, bos)
     greedy = []
     for prompt in PROMPTS:
         llm.reset()
@@ -62,7 +87,12 @@ def _golden(path: str, bos: bool) -> dict:
             if len(drawn) == 32:
                 break
         greedy.append({"prompt": prompt, "ids": drawn})
-    return {"window": WINDOW, "mean_nll_of_windows": means, "greedy": greedy}
+    return {
+        "window": WINDOW,
+        "mean_nll_of_windows": means,
+        "mean_nll_of_windows_with_decoded_weights": decoded,
+        "greedy": greedy,
+    }
 
 
 def main() -> None:

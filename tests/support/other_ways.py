@@ -62,6 +62,7 @@ def logits_in_pieces(loaded: airjax.Engine, ids: Sequence[int], cuts: Sequence[i
     rows = []
     for start, end in zip((0, *cuts), (*cuts, len(ids)), strict=True):
         for x, count in prefill(model, state, ids[start:end], start):
-            rows.append(np.asarray(unembed(model.globals, x[0]))[:count])  # all: one row sums in another order
+            # Padding and all, since a product with few rows sums in another order.
+            rows.append(np.asarray(unembed(model.globals, x[0]))[:count])
     state.close()
     return np.concatenate(rows)
