@@ -32,7 +32,9 @@ def test_resident_layers_stream_nothing(path):
 
 
 def test_shuttled_kv_counts_as_streamed(path):
-    with airjax.load(path, vram_budget_gib=1, context=128, resident="all", kv_shuttle="on") as engine:
+    with airjax.load(
+        path, vram_budget_gib=1, context=128, resident="all", kv_shuttle="on", compute_dtype="float32"
+    ) as engine:
         list(engine.generate([1, 2, 3], max_tokens=5, ignore_eos=True))
         config = engine.model.config
         row_bytes = 2 * 4 * config.n_kv_heads * config.head_dim

@@ -31,7 +31,7 @@ def _ids(model, count):
 
 
 def _against_transformers(path):
-    with airjax.load(path, vram_budget_gib=1, context=128) as loaded:
+    with airjax.load(path, vram_budget_gib=1, context=128, compute_dtype="float32") as loaded:
         ids = _ids(loaded.model, 100)  # many windows of 8
         return max_kl(torch_logits(path, ids), loaded.logits(ids))
 
@@ -58,24 +58,26 @@ def test_each_option_changes_the_logits(tmp_path, options):
 @pytest.mark.parametrize("block_type", ["F32", "Q4_K"])
 def test_token_by_token_equals_the_full_forward_past_the_window(tmp_path, block_type):
     path = toy_gemma3(tmp_path / "toy.gguf", block_type=block_type)
-    with airjax.load(path, vram_budget_gib=1, context=64) as loaded:
+    with airjax.load(path, vram_budget_gib=1, context=64, compute_dtype="float32") as loaded:
         ids = _ids(loaded.model, 40)
         whole = loaded.logits(ids)
         assert max_kl(whole, stepwise_logits(loaded, ids, prompt=11)) < 1e-5
-    with airjax.load(path, vram_budget_gib=1, context=64, prefill_chunk=4) as loaded:
+    with airjax.load(path, vram_budget_gib=1, context=64, compute_dtype="float32", prefill_chunk=4) as loaded:
         assert min(loaded.plan.kv_slots) == 8 + 4  # the local layers' caches go round
         assert max_kl(whole, loaded.logits(ids)) < 1e-6
         assert max_kl(whole, stepwise_logits(loaded, ids, prompt=11)) < 1e-5
 
 
 def test_a_prompt_in_pieces_equals_the_prompt_in_one_past_the_window(tmp_path):
-    with airjax.load(toy_gemma3(tmp_path / "toy.gguf"), vram_budget_gib=1, context=128) as loaded:
+    with airjax.load(
+        toy_gemma3(tmp_path / "toy.gguf"), vram_budget_gib=1, context=128, compute_dtype="float32"
+    ) as loaded:
         ids = _ids(loaded.model, 60)
         np.testing.assert_array_equal(logits_in_pieces(loaded, ids, cuts=(1, 2, 17, 50)), loaded.logits(ids))
 
 
 def test_the_bare_functions_give_the_logits_of_the_engine(tmp_path):
     path = toy_gemma3(tmp_path / "toy.gguf", block_type="Q8_0")
-    with airjax.load(path, vram_budget_gib=1, context=64) as loaded:
+    with airjax.load(path, vram_budget_gib=1, context=64, compute_dtype="float32") as loaded:
         ids = _ids(loaded.model, 20)
         np.testing.assert_allclose(bare_logits(path, ids), loaded.logits(ids), atol=1e-4)

@@ -38,7 +38,7 @@ def _ids(model, count):
 
 
 def _against_transformers(path):
-    with airjax.load(path, vram_budget_gib=1, context=128) as loaded:
+    with airjax.load(path, vram_budget_gib=1, context=128, compute_dtype="float32") as loaded:
         ids = _ids(loaded.model, 100)
         return max_kl(torch_logits(path, ids), loaded.logits(ids))
 
@@ -65,19 +65,21 @@ def test_each_option_changes_the_logits(tmp_path, options):
 @pytest.mark.parametrize("block_type", ["F32", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
 def test_token_by_token_equals_the_full_forward(tmp_path, block_type):
     path = toy_llama(tmp_path / "toy.gguf", block_type=block_type)
-    with airjax.load(path, vram_budget_gib=1, context=128) as loaded:
+    with airjax.load(path, vram_budget_gib=1, context=128, compute_dtype="float32") as loaded:
         ids = _ids(loaded.model, 24)
         assert max_kl(loaded.logits(ids), stepwise_logits(loaded, ids, prompt=8)) < 1e-5
 
 
 def test_a_prompt_in_pieces_equals_the_prompt_in_one(tmp_path):
-    with airjax.load(toy_llama(tmp_path / "toy.gguf"), vram_budget_gib=1, context=128) as loaded:
+    with airjax.load(
+        toy_llama(tmp_path / "toy.gguf"), vram_budget_gib=1, context=128, compute_dtype="float32"
+    ) as loaded:
         ids = _ids(loaded.model, 30)
         np.testing.assert_array_equal(logits_in_pieces(loaded, ids, cuts=(1, 2, 17)), loaded.logits(ids))
 
 
 def test_the_bare_functions_give_the_logits_of_the_engine(tmp_path):
     path = toy_llama(tmp_path / "toy.gguf", block_type="Q4_0", rope_factors=True, separate_output=True)
-    with airjax.load(path, vram_budget_gib=1, context=64) as loaded:
+    with airjax.load(path, vram_budget_gib=1, context=64, compute_dtype="float32") as loaded:
         ids = _ids(loaded.model, 20)
         np.testing.assert_allclose(bare_logits(path, ids), loaded.logits(ids), atol=1e-4)

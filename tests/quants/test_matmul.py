@@ -62,7 +62,10 @@ def test_a_row_alone_equals_the_row_among_few():
     x = np.random.default_rng(3).normal(size=(8, _K)).astype(np.float32)
     together = _product(kind, data, x)
     alone = np.concatenate([_product(kind, data, row[None]) for row in x])
-    np.testing.assert_array_equal(together, alone)
+    if jax.default_backend() == "cpu":
+        np.testing.assert_array_equal(together, alone)
+    else:  # a GPU splits the sums by the shape of the whole fusion
+        assert _error(together, alone) < 1e-6
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
