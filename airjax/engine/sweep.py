@@ -107,8 +107,8 @@ def _lengths(model: Model, positions: np.ndarray) -> list[int]:
     """How many slots of each layer's cache this sweep looks at: few distinct values, so few programs."""
     needed = int(positions.max()) + 1
     length = _SMALLEST_LENGTH
-    while length < needed:
-        length *= 2
+    while length < needed:  # 256, 384, 512, 768, 1024, 1536, ...
+        length += length // 2 if length & (length - 1) == 0 else length // 3
     return [min(length, slots) for slots in model.plan.kv_slots]
 
 

@@ -51,7 +51,11 @@ def q5_1(b: Array) -> Groups:
 
 def q8_0(b: Array) -> Groups:
     """d, 32 signed bytes; w = d q."""
-    return Groups(signed(b[..., 2:]), half(b[..., :2]), None)
+    low, high = signed(b[..., 2:18]), signed(b[..., 18:])
+    # `low` in other words. A plain slice of 32 bytes becomes scalar code in XLA's CPU backend; two halves that
+    # look different stay a concatenation, as in the formats with nibbles, and become vector code: seven times faster.
+    low = jnp.where(low == -128, jnp.int8(-128), jnp.maximum(low, -127))
+    return Groups(jnp.concatenate([low, high], axis=-1), half(b[..., :2]), None)
 
 
 def float16(b: Array) -> Array:

@@ -89,17 +89,17 @@ def _integer_row(x: Array, w: Groups) -> Array:
 
 def _round_activations(x: Array, width: int) -> tuple[Array, Array, Array]:
     """16-bit integers `[groups, width]`, their scales and the sums of the groups, both float32 `[groups]`."""
-    count = x.shape[0] // width
+    parts = x.reshape(-1, width)
+    scale = jnp.max(jnp.abs(parts), axis=-1) / 32767.0
 
-    def rounded(x: Array) -> tuple[Array, Array, Array]:
-        parts = x.reshape(count, width)
-        scale = jnp.max(jnp.abs(parts), axis=-1) / 32767.0
-        q = jnp.round(parts / jnp.maximum(scale, np.float32(1e-30))[:, None]).astype(jnp.int16)
-        return q, scale, jnp.sum(parts, axis=-1)
+    def rounded(parts: Array, scale: Array) -> Array:
+        return jnp.round(parts / jnp.maximum(scale, np.float32(1e-30))[:, None]).astype(jnp.int16)
 
-    def zeros(x: Array) -> tuple[Array, Array, Array]:
-        del x
-        return jnp.zeros((count, width), jnp.int16), jnp.zeros(count), jnp.zeros(count)
+    def zeros(parts: Array, scale: Array) -> Array:
+        del scale
+        return jnp.zeros(parts.shape, jnp.int16)
 
-    # A branch is never fused into its consumer; without it XLA rounds the activations anew for every weight.
-    return jax.lax.cond(jnp.any(x != 0), rounded, zeros, x)
+    # Always true, which XLA can't know: a branch is never fused into its consumer, and without it the activations
+    # would be rounded anew for every weight.
+    q = jax.lax.cond(~(scale[0] < 0), rounded, zeros, parts, scale)
+    return q, scale, jnp.sum(parts, axis=-1)

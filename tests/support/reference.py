@@ -31,7 +31,7 @@ def _llama(file: _File, ids: Array) -> Array:
         frequencies = frequencies / file("rope_freqs.weight")
     positions = np.arange(len(ids))
     seen = positions[None, :] <= positions[:, None]
-    x = file("token_embd.weight")[ids]
+    x = file("token_embd.weight", ids)
     for layer in range(file.key("block_count")):
         h = file.norm(layer, "attn_norm", x)
         q = _turn_neighbours(file.product(layer, "attn_q", h, heads), positions, frequencies)
@@ -52,7 +52,7 @@ def _gemma3(file: _File, ids: Array) -> Array:
     window = file.key("attention.sliding_window")
     positions = np.arange(len(ids))
     age = positions[:, None] - positions[None, :]
-    x = file("token_embd.weight")[ids] * file.dtype(file.key("embedding_length") ** 0.5)
+    x = file("token_embd.weight", ids) * file.dtype(file.key("embedding_length") ** 0.5)
     for layer in range(file.key("block_count")):
         everything = layer % 6 == 5
         seen = (age >= 0) if everything else (age >= 0) & (age < window)
@@ -82,10 +82,10 @@ class _File:
         self._fields = reader.fields
         self.architecture = self._fields["general.architecture"].contents()
 
-    def __call__(self, name: str) -> Array:
-        tensor = self.tensors[name]
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        return values.reshape([int(n) for n in tensor.shape[::-1]]).astype(self.dtype, copy=False)
+    def __call__(self, name: str, rows: Any = ...) -> Array:
+        tensor = self.tensors[name]  # its data is a row of bytes, or of numbers, for each row of the tensor
+        values = gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)
+        return values.astype(self.dtype, copy=False)
 
     def key(self, name: str, default: Any = None) -> Any:
         """A metadata value of the architecture."""
