@@ -180,10 +180,12 @@ class Engine:
         self.close()
 
     def _begin(self) -> engine.State:
-        """Fresh counters, and the cache of the last run: its old rows are never looked at again."""
+        """Fresh counters and an empty cache."""
         self.model.stats = engine.Stats()
-        if self._state is None:
-            self._state = engine.new_state(self.model)
+        self.model.wait()
+        if self._state is not None:
+            self._state.close()
+        self._state = engine.new_state(self.model)
         return self._state
 
     def _check_ids(self, ids: Sequence[int], room: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import jax
@@ -41,7 +42,7 @@ class State:
 
 
 def new_state(model: Model, batch: int = 1) -> State:
-    """An empty cache for `batch` sequences, as the plan says."""
+    """An empty cache for `batch` sequences, as the plan says; on the device it grows with what it holds."""
     config, plan = model.config, model.plan
     dtype = jnp.dtype(config.compute_dtype)
     if plan.shuttle:
@@ -58,7 +59,7 @@ def new_state(model: Model, batch: int = 1) -> State:
         return State(batch, shuttle=shuttle)
     kv = []
     for slots in plan.kv_slots:
-        shape = (batch, config.n_kv_heads, slots, config.head_dim)
+        shape = (batch, config.n_kv_heads, min(slots, _SMALLEST_LENGTH), config.head_dim)
         kv.append(LayerKV(*(jnp.zeros(shape, dtype, device=model.device) for _ in range(2))))
     return State(batch, kv=kv)
 
@@ -88,7 +89,7 @@ def sweep(model: Model, x: Array, state: State, positions: np.ndarray) -> Array:
         state.shuttle.begin_sweep(lengths)
     for layer, step in enumerate(steps):
         weights = model.weights.take(layer)
-        kv = state.kv[layer] if state.shuttle is None else state.shuttle.take(layer)
+        kv = _grown(state.kv[layer], lengths[layer]) if state.shuttle is None else state.shuttle.take(layer)
         before = x
         x, kv = step(weights, before, kv, device_positions)
         model.pending = x
@@ -110,6 +111,22 @@ def _lengths(model: Model, positions: np.ndarray) -> list[int]:
     while length < needed:  # 256, 384, 512, 768, 1024, 1536, ...
         length += length // 2 if length & (length - 1) == 0 else length // 3
     return [min(length, slots) for slots in model.plan.kv_slots]
+
+
+def _grown(kv: LayerKV, slots: int) -> LayerKV:
+    """The cache with at least `slots` slots. Until a cache has all its slots nothing in it has wrapped."""
+    missing = slots - kv.k.shape[2]
+    if missing <= 0:
+        return kv
+    grown = _pad(kv, missing)
+    kv.k.delete()
+    kv.v.delete()
+    return grown
+
+
+@functools.partial(jax.jit, static_argnames="missing")
+def _pad(kv: LayerKV, missing: int) -> LayerKV:
+    return jax.tree.map(lambda part: jnp.pad(part, ((0, 0), (0, 0), (0, missing), (0, 0))), kv)
 
 
 def _steps(model: Model, state: State, lengths: list[int]) -> list:

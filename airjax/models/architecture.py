@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -87,14 +87,24 @@ def project(x: Array, weights: Weights, name: str, config: Config) -> Array:
     Args:
       x: `[..., n_in]`.
       weights: tensors of the layer.
-      name: for example "attn_q".
+      name: for example "attn_output".
       config: gives the dtype of the product.
 
     Returns:
       `[..., n_out]` float32.
     """
-    y = quants.matmul(x, weights[f"{name}.weight"], dtype=np.dtype(config.compute_dtype))
-    return y + vector(weights, f"{name}.bias") if f"{name}.bias" in weights else y
+    (y,) = project_many(x, weights, (name,), config)
+    return y
+
+
+def project_many(x: Array, weights: Weights, names: Sequence[str], config: Config) -> list[Array]:
+    """`project` of the same input by several names, which may share work."""
+    ws = [weights[f"{name}.weight"] for name in names]
+    ys = quants.matmul_many(x, ws, dtype=np.dtype(config.compute_dtype))
+    return [
+        y + vector(weights, f"{name}.bias") if f"{name}.bias" in weights else y
+        for y, name in zip(ys, names, strict=True)
+    ]
 
 
 def common_sizes(gguf: GGUF, compute_dtype: str) -> dict[str, Any]:

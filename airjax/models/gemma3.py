@@ -11,7 +11,15 @@ import jax.numpy as jnp
 
 from airjax import layers, quants
 from airjax.gguf import GGUF, GGUFError
-from airjax.models.architecture import Config, TensorSpec, Weights, common_sizes, project, vector
+from airjax.models.architecture import (
+    Config,
+    TensorSpec,
+    Weights,
+    common_sizes,
+    project,
+    project_many,
+    vector,
+)
 from airjax.types import Array, LayerKV
 
 # The one size whose attention scale is not 1 / sqrt(head width); llama.cpp tells it by its depth as well.
@@ -138,9 +146,10 @@ def block(
         return layers.rms_norm(x, vector(weights, f"{name}.weight"), config.norm_eps)
 
     h = norm(x, "attn_norm")
-    q = project(h, weights, "attn_q", config).reshape(batch, new, config.n_heads, config.head_dim)
-    k = project(h, weights, "attn_k", config).reshape(batch, new, config.n_kv_heads, config.head_dim)
-    v = project(h, weights, "attn_v", config).reshape(batch, new, config.n_kv_heads, config.head_dim)
+    q, k, v = (
+        y.reshape(batch, new, -1, config.head_dim)
+        for y in project_many(h, weights, ("attn_q", "attn_k", "attn_v"), config)
+    )
     q = layers.rope(norm(q, "attn_q_norm"), positions, frequencies, interleaved=False)
     k = layers.rope(norm(k, "attn_k_norm"), positions, frequencies, interleaved=False)
     kv = layers.write_rows(kv, k, v, positions)
@@ -151,10 +160,8 @@ def block(
     x = x + norm(attended, "post_attention_norm")
 
     h = norm(x, "ffn_norm")
-    gated = layers.gated(
-        project(h, weights, "ffn_gate", config), project(h, weights, "ffn_up", config), "gelu"
-    )
-    return x + norm(project(gated, weights, "ffn_down", config), "post_ffw_norm"), kv
+    gate, up = project_many(h, weights, ("ffn_gate", "ffn_up"), config)
+    return x + norm(project(layers.gated(gate, up, "gelu"), weights, "ffn_down", config), "post_ffw_norm"), kv
 
 
 def unembed(weights: Weights, x: Array, config: Gemma3Config) -> Array:

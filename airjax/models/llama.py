@@ -11,7 +11,15 @@ import numpy as np
 
 from airjax import layers, quants
 from airjax.gguf import GGUF, GGMLType, GGUFError
-from airjax.models.architecture import Config, TensorSpec, Weights, common_sizes, project, vector
+from airjax.models.architecture import (
+    Config,
+    TensorSpec,
+    Weights,
+    common_sizes,
+    project,
+    project_many,
+    vector,
+)
 from airjax.types import Array, LayerKV
 
 
@@ -144,9 +152,10 @@ def block(
         config.rope_width, config.rope_base, config.rope_linear_factor, config.rope_factors
     )
     h = layers.rms_norm(x, vector(weights, "attn_norm.weight"), config.norm_eps)
-    q = project(h, weights, "attn_q", config).reshape(batch, new, config.n_heads, config.head_dim)
-    k = project(h, weights, "attn_k", config).reshape(batch, new, config.n_kv_heads, config.head_dim)
-    v = project(h, weights, "attn_v", config).reshape(batch, new, config.n_kv_heads, config.head_dim)
+    q, k, v = (
+        y.reshape(batch, new, -1, config.head_dim)
+        for y in project_many(h, weights, ("attn_q", "attn_k", "attn_v"), config)
+    )
     q = layers.rope(q, positions, frequencies, interleaved=True)
     k = layers.rope(k, positions, frequencies, interleaved=True)
     kv = layers.write_rows(kv, k, v, positions)
@@ -154,8 +163,7 @@ def block(
     x = x + project(attended.reshape(batch, new, -1), weights, "attn_output", config)
 
     h = layers.rms_norm(x, vector(weights, "ffn_norm.weight"), config.norm_eps)
-    gate = project(h, weights, "ffn_gate", config)
-    up = project(h, weights, "ffn_up", config)
+    gate, up = project_many(h, weights, ("ffn_gate", "ffn_up"), config)
     return x + project(layers.gated(gate, up, "silu"), weights, "ffn_down", config), kv
 
 

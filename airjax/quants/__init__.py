@@ -1,6 +1,7 @@
 """Block formats of GGUF files, decoded inside jit, and products with them."""
 
 from airjax.quants.matmul import matmul as matmul
+from airjax.quants.matmul import matmul_many as matmul_many
 from airjax.quants.qtensor import QTensor as QTensor
 from airjax.quants.qtensor import dequantize as dequantize
 from airjax.quants.qtensor import row_bytes as row_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,29 @@ def matmul(x: Array, w: QTensor, *, dtype: np.dtype) -> Array:
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
+def matmul_many(x: Array, ws: Sequence[QTensor], *, dtype: np.dtype) -> list[Array]:
+    """`matmul` of the same activations with several matrices; they are rounded once where they are rounded.
+
+    Args:
+      x: `[..., n_in]`.
+      ws: `[n_out, n_in]` each.
+      dtype: as in `matmul`.
+
+    Returns:
+      float32 `[..., n_out]` each.
+    """
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    if rows.shape[0] > _FEW_ROWS or not all(groups_of(w) for w in ws):
+        return [matmul(x, w, dtype=dtype) for w in ws]
+    ys = jax.lax.platform_dependent(
+        rows,
+        tuple(ws),
+        cpu=_all_by_integers,
+        default=lambda rows, ws: [_by_reduction(rows, w) for w in ws],
+    )
+    return [y.reshape(*x.shape[:-1], w.shape[0]) for y, w in zip(ys, ws, strict=True)]
+
+
 def groups_of(w: QTensor) -> bool:
     """Whether the format has integer groups."""
     return w.type.name.startswith("Q")
@@ -70,13 +94,19 @@ def _by_integers(x: Array, w: QTensor) -> Array:
     group of activations becomes 16-bit integers with one scale, 2^-16 of the group's largest value at worst: finer
     by eight bits than the 8-bit activations that CPU engines usually take.
     """
-    weights = groups(w)
-    assert weights is not None
-    return jnp.stack([_integer_row(row, weights) for row in x])
+    return _all_by_integers(x, [w])[0]
 
 
-def _integer_row(x: Array, w: Groups) -> Array:
-    q, scale, sums = _round_activations(x, w.q.shape[-1])
+def _all_by_integers(x: Array, ws: Sequence[QTensor]) -> list[Array]:
+    decoded = [part for part in map(groups, ws) if part is not None]
+    ys = []
+    for row in x:
+        rounded = {width: _round_activations(row, width) for width in {part.q.shape[-1] for part in decoded}}
+        ys.append([_integer_row(*rounded[part.q.shape[-1]], part) for part in decoded])
+    return [jnp.stack(column) for column in zip(*ys, strict=True)]
+
+
+def _integer_row(q: Array, scale: Array, sums: Array, w: Groups) -> Array:
     # The shape of this product matters: XLA turns 8-bit times 16-bit, summed over a contiguous axis, into
     # multiply-and-add instructions.
     dots = jnp.sum(w.q.astype(jnp.int32) * q.astype(jnp.int32), axis=-1)  # [n_out, groups]

@@ -24,6 +24,9 @@ _TOYS = {
     "gemma3": ("gemma3", {}),
     "gemma3 of every option": ("gemma3", {**_COMMON, "softcap": 3.0, "layers": 12}),
     "gemma3 of K-quants": ("gemma3", {"block_type": "Q6_K", "kv_heads": 1}),
+    "gemma3 with a pattern in the file": ("gemma3", {"pattern": 3}),
+    "gemma3 with a local rope base in the file": ("gemma3", {"local_rope_base": 500.0}),
+    "gemma3 as deep as the 27B model": ("gemma3", {"layers": 62, "head_width": 32}),
 }
 
 

@@ -47,14 +47,18 @@ def _llama(file: _File, ids: Array) -> Array:
 
 def _gemma3(file: _File, ids: Array) -> Array:
     heads, kv_heads, width = file.heads()
-    near = file.frequencies(10_000.0, width, scaled=False)
+    near = file.frequencies(file.key("rope.freq_base_swa", 10_000.0), width, scaled=False)
     far = file.frequencies(file.key("rope.freq_base"), width)
     window = file.key("attention.sliding_window")
+    pattern = file.key("attention.sliding_window_pattern", 6)
     positions = np.arange(len(ids))
     age = positions[:, None] - positions[None, :]
+    layers = file.key("block_count")
+    # The 27B model, which has 62 layers, divides by the root of D / heads; the others of a head's width.
+    scaled_by = file.key("embedding_length") / heads if layers == 62 else width
     x = file("token_embd.weight", ids) * file.dtype(file.key("embedding_length") ** 0.5)
-    for layer in range(file.key("block_count")):
-        everything = layer % 6 == 5
+    for layer in range(layers):
+        everything = (layer + 1) % pattern == 0
         seen = (age >= 0) if everything else (age >= 0) & (age < window)
         frequencies = far if everything else near
         h = file.norm(layer, "attn_norm", x)
@@ -62,7 +66,7 @@ def _gemma3(file: _File, ids: Array) -> Array:
         k = file.norm(layer, "attn_k_norm", file.product(layer, "attn_k", h, kv_heads))
         v = file.product(layer, "attn_v", h, kv_heads)
         q, k = (_turn_halves(y, positions, frequencies) for y in (q, k))
-        h = file.product(layer, "attn_output", _attend(q, k, v, seen))
+        h = file.product(layer, "attn_output", _attend(q, k, v, seen, scaled_by))
         x = x + file.norm(layer, "post_attention_norm", h)
         h = file.norm(layer, "ffn_norm", x)
         h = _gelu(file.product(layer, "ffn_gate", h)) * file.product(layer, "ffn_up", h)
@@ -126,11 +130,11 @@ class _File:
         return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + epsilon) * self(name)
 
 
-def _attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
-    """`[heads, T, H]`; each key head serves the query heads next to one another."""
+def _attend(q: Array, k: Array, v: Array, seen: Array, scaled_by: float = 0.0) -> Array:
+    """`[heads, T, H]`; each key head serves the query heads next to one another; `scaled_by` 0 means H."""
     group = len(q) // len(k)
     k, v = (np.repeat(y, group, axis=0) for y in (k, v))
-    scores = q @ k.swapaxes(1, 2) / q.dtype.type(q.shape[-1] ** 0.5)  # [heads, T, S]
+    scores = q @ k.swapaxes(1, 2) / q.dtype.type((scaled_by or q.shape[-1]) ** 0.5)  # [heads, T, S]
     scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True) @ v

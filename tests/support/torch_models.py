@@ -102,16 +102,26 @@ def _gemma3(file: GGUF) -> Any:
     return transformers.Gemma3ForCausalLM(
         transformers.Gemma3TextConfig(
             **sizes,
-            query_pre_attn_scalar=sizes["head_dim"],
+            query_pre_attn_scalar=_scaled_by(sizes),
             sliding_window=file.metadata["gemma3.attention.sliding_window"],
-            sliding_window_pattern=6,
+            sliding_window_pattern=file.metadata.get("gemma3.attention.sliding_window_pattern", 6),
             final_logit_softcapping=file.metadata.get("gemma3.final_logit_softcapping"),
             rope_parameters={
                 "full_attention": _rope(file, "gemma3", file.metadata["gemma3.rope.freq_base"]),
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "sliding_attention": {
+                    "rope_type": "default",
+                    "rope_theta": file.metadata.get("gemma3.rope.freq_base_swa", 10_000.0),
+                },
             },
         )
     )
+
+
+def _scaled_by(sizes: dict[str, Any]) -> int:
+    """Google's configuration of the 27B model, the one with 62 layers, has D / heads here."""
+    if sizes["num_hidden_layers"] == 62:
+        return sizes["hidden_size"] // sizes["num_attention_heads"]
+    return sizes["head_dim"]
 
 
 def _state(file: GGUF, architecture: str) -> dict[str, torch.Tensor]:

@@ -93,9 +93,11 @@ def toy_gemma3(
     softcap: float = 0.0,
     layers: int = 7,
     window: int = 8,
+    pattern: int | None = None,
+    local_rope_base: float | None = None,
     seed: int = 0,
 ) -> Path:
-    """Writes a gemma3 whose sixth layer sees everything and the others `window` tokens.
+    """Writes a gemma3 whose every sixth layer sees everything and the others `window` tokens.
 
     Its norm weights hold the 1 that the architecture adds, and its rope is on halves, as converted files have it.
 
@@ -107,8 +109,10 @@ def toy_gemma3(
       kv_heads: 1, 2 or 4.
       head_width: other than the model's width divided by the heads.
       softcap: of the logits; 0 for none.
-      layers: how many.
+      layers: how many; with 62 it is the 27B model, whose attention is scaled otherwise.
       window: of the local layers.
+      pattern: every how manyth layer sees everything, written to the file; None for the default, 6.
+      local_rope_base: of the local layers, written to the file; None for the default, 10000.
       seed: of the weights.
     """
     wide = block_type in _SCALE_AT
@@ -118,6 +122,10 @@ def toy_gemma3(
     toy.sizes(layers, d, f, heads, kv_heads, context=512)
     toy.value("rope.freq_base", 1_000_000.0)
     toy.value("attention.sliding_window", window)
+    if pattern is not None:
+        toy.value("attention.sliding_window_pattern", pattern)
+    if local_rope_base is not None:
+        toy.value("rope.freq_base_swa", local_rope_base)
     toy.value("attention.key_length", width)
     toy.value("attention.value_length", width)
     if linear_factor != 1:
