@@ -4,7 +4,8 @@
     python bench/cpu_vs_llama_cpp.py --model=SmolLM2-135M-Instruct.Q4_1.gguf
 
 Each engine runs in a process of its own and is asked for a 512-token prompt and then 64 tokens, by turns with the
-others, so that all see the same neighbours. Memory is the process's peak resident set.
+others, so that all see the same neighbours. Each may use the first --threads cores. Memory is the process's peak
+resident set, of which the pages of the file that it maps are a part.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ def _airjax(model: str, resident: Literal["all", "none"]) -> Any:
 
 def worker(name: str, model: str, threads: int) -> None:
     """Runs one engine: a line on stdin asks for a round, a line on stdout answers."""
+    # XLA takes a thread for each core it may use and has no flag for fewer; before jax is imported this binds it too.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     once = (
         _llama_cpp(model, threads)
         if name == "llama.cpp"
@@ -91,41 +94,40 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(args.worker, args.model, args.threads)
         return
     command = [sys.executable, __file__, f"--model={args.model}", f"--threads={args.threads}"]
-    processes = {
-        name: subprocess.Popen(
-            [*command, f"--worker={name}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for name in ENGINES
-    }
-
-    def answer(name: str) -> Any:
-        stdout = processes[name].stdout
-        assert stdout is not None
-        return json.loads(stdout.readline())
-
+    processes: dict[str, subprocess.Popen[str]] = {}
     results: dict[str, list[list[float]]] = {name: [] for name in ENGINES}
-    for name in ENGINES:
-        answer(name)
-    for _ in range(args.rounds):
+    try:
+        for name in ENGINES:
+            processes[name] = subprocess.Popen(
+                [*command, f"--worker={name}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
         for name, process in processes.items():
-            assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-            results[name].append(answer(name))
-    for process in processes.values():
-        process.kill()
+            _answer(name, process)
+        for _ in range(args.rounds):
+            for name, process in processes.items():
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+                results[name].append(_answer(name, process))
+    finally:
+        for process in processes.values():
+            process.kill()
     _print_table(results, args)
+
+
+def _answer(name: str, process: subprocess.Popen[str]) -> Any:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        sys.exit(f"{name} ended with exit code {process.wait()}: what it said is above")
+    return json.loads(line)
 
 
 def _print_table(results: dict[str, list[list[float]]], args: argparse.Namespace) -> None:
