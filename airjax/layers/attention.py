@@ -131,7 +131,7 @@ def _attend(q: Array, keys: Array, values: Array, visible: Array, scale: float, 
         jnp.einsum, preferred_element_type=jnp.float32, precision=_precision(keys.dtype)
     )
     scores = einsum("btkgh,bksh->bkgts", q, keys)
-    weights = _weights(scores, visible[:, None, None], scale, softcap)
+    weights = jax.nn.softmax(_masked(scores, visible[:, None, None], scale, softcap), axis=-1)
     return einsum("bkgts,bksh->btkgh", weights.astype(values.dtype), values)
 
 
@@ -139,20 +139,47 @@ def _attend_one(q: Array, keys: Array, values: Array, visible: Array, scale: flo
     """`_attend` of one new token, `[B, K, G, H]`, in products that take the cache as it lies in memory.
 
     In the general form XLA's CPU backend transposes all values first, which takes longer than the products.
+    Nothing here is computed in a way that XLA chooses by the batch, so a sequence's bits don't depend on it.
     """
+    batch, kv_heads, group, width = q.shape
     dot = functools.partial(
         jax.lax.dot_general, preferred_element_type=jnp.float32, precision=_precision(keys.dtype)
     )
-    scores = dot(keys, q, (((3,), (3,)), ((0, 1), (0, 1)))).swapaxes(2, 3)  # [B, K, G, S]
-    weights = _weights(scores, visible[:, None, None], scale, softcap)
-    return dot(weights.astype(values.dtype), values, (((3,), (2,)), ((0, 1), (0, 1))))
+
+    def merged(
+        x: Array,
+    ) -> Array:  # with two batch axes XLA orders the factors in one way for B = 1, in another for more
+        return x.reshape(batch * kv_heads, *x.shape[2:])
+
+    scores = dot(merged(q), merged(keys), (((2,), (2,)), ((0,), (0,))))  # [B * K, G, S]
+    scores = _masked(scores, jnp.repeat(visible, kv_heads, axis=0)[:, None], scale, softcap)
+    weights = jnp.exp(scores - _largest(scores)).astype(values.dtype)
+    out = dot(weights, merged(values), (((2,), (1,)), ((0,), (0,))))
+    # XLA would split a plain sum by the shape of the whole array.
+    ones = jnp.ones((*keys.shape[:3], 1), values.dtype)
+    total = dot(weights, merged(ones), (((2,), (1,)), ((0,), (0,))))
+    return (out / total).reshape(batch, kv_heads, group, width)
 
 
-def _weights(scores: Array, visible: Array, scale: float, softcap: float) -> Array:
+def _largest(x: Array) -> Array:
+    """The maximum over the last axis, kept, of float32 by way of integers in the same order.
+
+    XLA's CPU backend gives large float maxima, and the `exp` that follows, to a library with another `exp`.
+    """
+
+    def flipped(bits: Array) -> Array:  # its own inverse
+        return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+
+    ordered = flipped(jax.lax.bitcast_convert_type(x, jnp.int32))
+    largest = flipped(jnp.max(ordered, axis=-1, keepdims=True))
+    return jax.lax.bitcast_convert_type(largest, jnp.float32)
+
+
+def _masked(scores: Array, visible: Array, scale: float, softcap: float) -> Array:
     scores = scores * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    return jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1)
+    return jnp.where(visible, scores, _MASKED)
 
 
 def _precision(dtype: np.dtype) -> jax.lax.Precision | None:
