@@ -30,7 +30,7 @@ from airjax.engine.batch import (
 from airjax.engine.generation import padded_rows
 from airjax.engine.model import Model
 from airjax.engine.pages import Pages
-from airjax.engine.request import MAX_TOP_LOGPROBS, Event, Finish, Request
+from airjax.engine.request import MAX_TOP_LOGPROBS, Constraint, Event, Finish, Request
 from airjax.engine.stats import peak_device_bytes
 from airjax.engine.step import draw_rows_step, put_row
 from airjax.plan import KV_PAGE
@@ -338,7 +338,7 @@ class Scheduler:
 
     def _sweep(self, batch: Sequence[_Sequence]) -> list[Event]:
         masks = {
-            sequence.number: self._masks.submit(sequence.request.constraint.mask)
+            sequence.number: self._masks.submit(_mask, sequence.request.constraint)
             for sequence in batch
             if sequence.request.constraint is not None
         }
@@ -469,6 +469,10 @@ class Scheduler:
         stats, run = self.stats, self.model.stats
         stats.sweeps, stats.bytes_streamed, stats.wait_s = run.sweeps, run.bytes_streamed, run.wait_s
         stats.peak_device_bytes = peak_device_bytes(self.model.device)
+
+
+def _mask(constraint: Constraint) -> np.ndarray:
+    return constraint.mask()
 
 
 def _pages_for(positions: int) -> int:
