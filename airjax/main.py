@@ -21,8 +21,8 @@ COMMANDS = {
     "chat": "talk with a model in the terminal",
     "inspect": "show what a GGUF file holds",
     "plan": "show what would live where under a memory budget",
-    "bench": "measure the machine, and what a model reaches on it",
     "perplexity": "measure how well a model predicts a text",
+    "bench": "measure the machine, and what a model reaches on it",
 }
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141

@@ -31,7 +31,9 @@ def define_flags(values: Flags) -> None:
     """Declares the command's flags."""
     define_model(values)
     define_plan(values)
-    flags.DEFINE_list("batch", ["1"], "Sequences that decode together; several numbers.", flag_values=values)
+    flags.DEFINE_string(
+        "batch", "1", "Sequences that decode together: numbers with commas.", flag_values=values
+    )
     flags.DEFINE_integer("prompt", 512, "Tokens of each prompt.", flag_values=values)
     flags.DEFINE_integer("decode", 32, "Tokens to decode of each sequence.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of the prompts.", flag_values=values)
@@ -94,16 +96,15 @@ def run(values: Flags) -> None:
     print(json.dumps(report, indent=2) if values.json else bench.format_report(report))
 
 
-def parse_batches(words: list[str]) -> list[int]:
+def parse_batches(text: str) -> list[int]:
     """The numbers of --batch.
 
     Raises:
       ValueError: there is none, or one that is no positive number.
     """
-    if not words or any(not word.strip().isdigit() or int(word) < 1 for word in words):
-        raise ValueError(
-            f"batch must be positive numbers with commas, got {','.join(words)!r}: --batch=1,8,32"
-        )
+    words = [word.strip() for word in text.split(",")]
+    if any(not (word.isascii() and word.isdigit() and int(word)) for word in words):
+        raise ValueError(f"batch must be positive numbers with commas, got {text!r}: pass --batch=1,8,32")
     return [int(word) for word in words]
 
 

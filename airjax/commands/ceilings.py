@@ -49,9 +49,9 @@ def predict_run(engine: Engine) -> Prediction | None:
     """What the engine's last run should have reached; None where the ceilings are not known, or nothing ran."""
     from airjax.predict import predict
 
-    model = engine.model
     if not engine.stats.prompt_tokens:
         return None
+    model = engine.model
     ceilings = cached_ceilings(model.device, str(model.gguf.path))
     if ceilings is None:
         return None
