@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,9 +14,12 @@ from airjax import engine, sampling
 from airjax.bench.compilations import compilations
 from airjax.engine import Model
 from airjax.engine.stats import peak_device_bytes
+from airjax.engine.step import draw_step, embed_step
 
-# A run in which programs were compiled is thrown away; after that many a run counts as it is.
-_PASSES = 3
+# Tokens of the first pass, whose numbers are thrown away: most programs are compiled in it.
+_WARMING = 2
+# A pass in which programs were compiled is thrown away too; after that many one counts as it is.
+_PASSES = 2
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Measurement:
     Attributes:
       batch: sequences together.
       prompt_tokens: of each sequence.
-      prefill: from the start to the first token of the last sequence.
+      prefill: from the start to the first token of the last sequence; None if the cache was not filled.
       decode: the sweeps after that in which all sequences took part.
       peak_device_bytes: of the process so far; None where the backend does not tell.
       compiled: programs were still compiled while it ran, so that it is slower than it would be.
@@ -70,7 +76,7 @@ class Measurement:
 
     batch: int
     prompt_tokens: int
-    prefill: Phase
+    prefill: Phase | None
     decode: Phase
     peak_device_bytes: int | None
     compiled: bool
@@ -99,13 +105,67 @@ def measure(model: Model, *, batch: int, prompt: int, decode: int, seed: int = 0
         )
     generator = np.random.default_rng(seed)
     prompts = generator.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
+    (prefilled, decoded), compiled = _warm(lambda count: _alone(model, prompts[0], count), decode)
+    return Measurement(batch, prompt, prefilled, decoded, peak_device_bytes(model.device), compiled)
+
+
+def measure_at(model: Model, *, position: int, decode: int, seed: int = 0) -> Measurement:
+    """Decodes from a position on over a cache that nothing was written to: the time of a long context alone.
+
+    Args:
+      model: an open model whose context holds `position + decode` positions.
+      position: of the first token.
+      decode: tokens to draw.
+      seed: of that token.
+
+    Raises:
+      ValueError: a number is out of range.
+    """
+    if position < 1 or decode < 1 or position + decode > model.plan.context:
+        raise ValueError(
+            f"position and decode must be at least 1 and fit in the context of {model.plan.context}, "
+            f"got {position} and {decode}"
+        )
+    token = int(np.random.default_rng(seed).integers(model.config.vocab_size))
+    phase, compiled = _warm(lambda count: _from_position(model, token, position, count), decode)
+    return Measurement(1, position, None, phase, peak_device_bytes(model.device), compiled)
+
+
+def _warm(run: Callable[[int], Any], decode: int) -> tuple[Any, bool]:
+    """What `run` measures once everything is compiled, and whether it was not."""
+    run(min(_WARMING, decode))
     for _ in range(_PASSES):
         before = compilations()
-        prefilled, decoded = _alone(model, prompts[0], decode)
+        result = run(decode)
         compiled = compilations() > before
         if not compiled:
             break
-    return Measurement(batch, prompt, prefilled, decoded, peak_device_bytes(model.device), compiled)
+    return result, compiled
+
+
+def _from_position(model: Model, token: int, position: int, decode: int) -> Phase:
+    config, stats = model.config, engine.Stats()
+    model.stats = stats
+    state = engine.new_state(model)
+    draw = draw_step(model.layouts, config, sampling.greedy().apply)
+    row = jax.device_put(np.zeros(1, np.int32), model.device)
+    keys = jax.device_put(jax.random.key(0)[None], model.device)
+    sampler = sampling.greedy().init(np.zeros((1, 0), np.int32), config.vocab_size)
+    try:
+        ids = jax.device_put(np.array([[token]], np.int32), model.device)
+        x, drawn = embed_step(model.layouts, config)(model.globals, ids), ids[:, 0]
+        jax.block_until_ready(x)
+        begin = time.perf_counter()
+        for count in range(decode):
+            x = engine.sweep(model, x, state, np.full((1, 1), position + count, np.int32))
+            drawn, _, sampler, x = draw(model.globals, x, row, sampler, drawn, keys, np.int32(count))
+            model.pending = x
+            int(drawn[0])  # as a generation does, which gives the token out
+        seconds = time.perf_counter() - begin
+    finally:
+        model.wait()
+        state.close()
+    return Phase(decode, seconds, stats.sweeps, stats.bytes_streamed, stats.wait_s)
 
 
 def _alone(model: Model, ids: list[int], decode: int) -> tuple[Phase, Phase]:

@@ -35,7 +35,7 @@ def rows(
     prediction: Prediction | None,
     compiled_workspace_bytes: int | None,
 ) -> list[dict[str, Any]]:
-    """The two lines of the table that one run gives, prefill and decode, as plain values.
+    """The lines of the table that one run gives, prefill (if there was one) and decode, as plain values.
 
     Args:
       measurement: of the run.
@@ -61,10 +61,10 @@ def rows(
         "planned_workspace_bytes": plan.workspace_bytes,
         "compiled_workspace_bytes": compiled_workspace_bytes,
     }
-    return [
-        both | _row("prefill", measurement.prefill, plan, ceilings, *prefill),
-        both | _row("decode", measurement.decode, plan, ceilings, *decode),
-    ]
+    lines = [_row("decode", measurement.decode, plan, ceilings, *decode)]
+    if measurement.prefill is not None:
+        lines.insert(0, _row("prefill", measurement.prefill, plan, ceilings, *prefill))
+    return [both | line for line in lines]
 
 
 def summary(
@@ -99,7 +99,9 @@ def format_report(report: Mapping[str, Any]) -> str:
     ]
     ran = [
         f"{model['file']} ({model['bytes'] / GIB:.2f} GiB)",
-        f"prompts of {model['prompt']} random tokens",
+        f"prompts of {model['prompt']} random tokens"
+        if model["filled"]
+        else f"behind {model['prompt']} empty slots",
         f"{model['decode']} decoded",
         f"compute in {model['compute_dtype']}",
     ]

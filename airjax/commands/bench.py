@@ -15,6 +15,7 @@ from airjax.commands.plan import budget_bytes
 
 if TYPE_CHECKING:
     from airjax.api import Engine
+    from airjax.bench import Measurement
 
 USES_JAX = True
 HELP = """
@@ -22,6 +23,7 @@ HELP = """
 
 Probes the link, the disk, device memory and the arithmetic units, then times prefill and decode of random
 prompts for each batch, and prints both side by side. Stop tokens are ignored; the context is prompt + decode.
+The first run of each batch compiles and does not count.
 Everything in the table is measured, but for the columns that say predicted.
 """
 _TRACED_TOKENS = 6
@@ -36,6 +38,13 @@ def define_flags(values: Flags) -> None:
     )
     flags.DEFINE_integer("prompt", 512, "Tokens of each prompt.", flag_values=values)
     flags.DEFINE_integer("decode", 32, "Tokens to decode of each sequence.", flag_values=values)
+    flags.DEFINE_integer(
+        "decode_at",
+        None,
+        "Decode only, one sequence from this position on, over a cache that was never filled: the time of a long "
+        "context without its prompt.",
+        flag_values=values,
+    )
     flags.DEFINE_integer("seed", 0, "Of the prompts.", flag_values=values)
     flags.DEFINE_bool("json", False, "Print JSON.", flag_values=values)
     flags.DEFINE_string(
@@ -55,6 +64,8 @@ def run(values: Flags) -> None:
     for name, number in (("prompt", values.prompt), ("decode", values.decode)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+    if values.decode_at is not None and batches != [1]:
+        raise ValueError(f"decode_at runs one sequence, got --batch={values.batch}: pass --batch=1")
     import jax
 
     from airjax import api, bench
@@ -77,16 +88,15 @@ def run(values: Flags) -> None:
         with _load(values, batch) as engine:
             model = engine.model
             _say(f"batch {batch}: running")
-            measured = bench.measure(
-                model, batch=batch, prompt=values.prompt, decode=values.decode, seed=values.seed
-            )
-            predicted = predict(model.plan, model.config, ceilings, batch, values.prompt)
+            measured = _measure(values, engine, batch, values.decode)
+            predicted = predict(model.plan, model.config, ceilings, batch, measured.prompt_tokens)
             workspace = compiled_workspace(model.manifest, model.config, model.plan, batch)
             runs += bench.rows(measured, model.plan, ceilings, predicted, workspace)
             described = {
                 "file": Path(values.model).name,
                 "bytes": model.plan.model_bytes,
-                "prompt": values.prompt,
+                "prompt": measured.prompt_tokens,
+                "filled": measured.prefill is not None,
                 "decode": values.decode,
                 "compute_dtype": model.config.compute_dtype,
             }
@@ -119,10 +129,18 @@ def _load(values: Flags, batch: int, trace: bool = False) -> Engine:
         stream_depth=values.stream_depth,
         resident=values.resident,
         kv_shuttle=values.kv_shuttle,
-        context=values.prompt + values.decode,
+        context=(values.prompt if values.decode_at is None else values.decode_at) + values.decode,
         compute_dtype=values.compute_dtype,
         trace=trace,
     )
+
+
+def _measure(values: Flags, engine: Engine, batch: int, decode: int) -> Measurement:
+    from airjax import bench
+
+    if values.decode_at is not None:
+        return bench.measure_at(engine.model, position=values.decode_at, decode=decode, seed=values.seed)
+    return bench.measure(engine.model, batch=batch, prompt=values.prompt, decode=decode, seed=values.seed)
 
 
 def _trace(values: Flags, batch: int) -> None:
@@ -131,9 +149,7 @@ def _trace(values: Flags, batch: int) -> None:
 
     _say("tracing")
     with _load(values, batch, trace=True) as engine:
-        bench.measure(
-            engine.model, batch=batch, prompt=values.prompt, decode=min(values.decode, _TRACED_TOKENS)
-        )
+        _measure(values, engine, batch, min(values.decode, _TRACED_TOKENS))
         timeline = engine.timeline
         assert timeline is not None
         events = timeline.events()

@@ -72,11 +72,36 @@ def test_numbers_out_of_range_are_refused(model, options, sentence):
         bench.measure(model, **options)
 
 
+@pytest.mark.parametrize("shuttle", ["on", "off"])
+def test_a_long_context_is_decoded_without_its_prompt(path, shuttle):
+    with airjax.load(path, vram_budget_gib=1, context=400, resident="none", kv_shuttle=shuttle) as engine:
+        plan = engine.plan
+        measured = bench.measure_at(engine.model, position=390, decode=4)
+        runs = bench.rows(measured, plan, CEILINGS, None, None)
+    assert (measured.prefill, measured.prompt_tokens, measured.decode.tokens) == (None, 390, 4)
+    # 384 slots are not enough for position 390, the next size is the whole cache.
+    assert measured.decode.bytes_streamed == 4 * (plan.bytes_per_sweep + plan.kv_host_bytes)
+    assert [run["phase"] for run in runs] == ["decode"]
+
+
+@pytest.mark.parametrize(("position", "decode"), [(0, 1), (1, 0), (15, 6)])
+def test_a_position_out_of_range_is_refused(model, position, decode):
+    with pytest.raises(ValueError, match=f"context of 20, got {position} and {decode}"):
+        bench.measure_at(model, position=position, decode=decode)
+
+
 @pytest.fixture
 def report(model, measured):
     on_gpu = dataclasses.replace(measured, peak_device_bytes=GIB // 2)
     prediction = predict(model.plan, model.config, CEILINGS, 1, 12)
-    described = {"file": "toy.gguf", "bytes": 2 * GIB, "prompt": 12, "decode": 8, "compute_dtype": "float32"}
+    described = {
+        "file": "toy.gguf",
+        "bytes": 2 * GIB,
+        "prompt": 12,
+        "decode": 8,
+        "filled": True,
+        "compute_dtype": "float32",
+    }
     return bench.summary(
         machine=bench.identity(jax.devices()[0]),
         model=described,
@@ -133,7 +158,7 @@ def test_what_is_not_known_reads_not_available(measured, model):
     }
     report = bench.summary(
         machine=bench.identity(jax.devices()[0]),
-        model={"file": "x", "bytes": 1, "prompt": 1, "decode": 1, "compute_dtype": "float32"},
+        model={"file": "x", "bytes": 1, "prompt": 1, "decode": 1, "filled": True, "compute_dtype": "float32"},
         ceilings=none,
         runs=runs,
     )
