@@ -110,7 +110,7 @@ LEVELS = (
             for flags in (
                 "--vram_budget_gib=2.79",
                 "--vram_budget_gib=2.79 --stream_depth=2",
-                "--vram_budget_gib=4.8",
+                "--vram_budget_gib=3.7",
             )
         ),
         ((1, "decode", "95%"),),
