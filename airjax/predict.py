@@ -75,7 +75,7 @@ class Prediction:
       decode: one sweep that draws a token for each sequence.
       prefill: the first sweep of a prompt.
       decode_tokens_per_s: of all sequences together.
-      prefill_tokens_per_s: of the whole prompt.
+      prefill_tokens_per_s: of the prompts of all sequences, whose chunks fill one sweep after another.
     """
 
     decode: SweepTime
@@ -111,16 +111,17 @@ def predict(plan: Plan, config: Config, ceilings: Ceilings, batch: int, rows: in
     if not _measured(plan, ceilings):
         return None
     decode = _sweep(plan, config, ceilings, batch, 1, rows + 1)
-    sizes = [min(plan.prefill_chunk, rows - begin) for begin in range(0, rows, plan.prefill_chunk)]
+    total = batch * rows
+    sizes = [min(plan.prefill_chunk, total - begin) for begin in range(0, total, plan.prefill_chunk)]
     sweeps = [
-        _sweep(plan, config, ceilings, 1, size, index * plan.prefill_chunk + size)
+        _sweep(plan, config, ceilings, 1, size, min(index * plan.prefill_chunk + size, rows))
         for index, size in enumerate(sizes)
     ]
     return Prediction(
         decode=decode,
         prefill=sweeps[0],
         decode_tokens_per_s=batch / decode.seconds,
-        prefill_tokens_per_s=rows / sum(sweep.seconds for sweep in sweeps),
+        prefill_tokens_per_s=total / sum(sweep.seconds for sweep in sweeps),
     )
 
 
@@ -160,7 +161,8 @@ def _sweep(plan: Plan, config: Config, c: Ceilings, batch: int, new: int, length
 
 def _kv_row_bytes(plan: Plan) -> float:
     """Bytes of one slot of one layer's cache."""
-    return (plan.kv_host_bytes if plan.shuttle else plan.kv_bytes) / sum(plan.kv_slots)
+    slots = plan.kv_tokens * len(plan.kv_slots) if plan.kv_tokens else sum(plan.kv_slots)
+    return (plan.kv_host_bytes if plan.shuttle else plan.kv_bytes) / slots
 
 
 def _layer_weights(config: Config) -> int:

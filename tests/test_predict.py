@@ -51,6 +51,8 @@ PLAN = Plan(
     ram_budget_bytes=0,
     host_slots=0,
     model_bytes=2800,
+    max_batch=0,
+    kv_tokens=0,
 )
 CEILINGS = Ceilings(
     link_up_bytes_per_s=100.0,
@@ -79,8 +81,10 @@ def test_tokens_per_second_count_every_sequence_and_every_chunk():
     fast = dataclasses.replace(CEILINGS, memory_bytes_per_s=1e9, flops_per_s=1e9)
     prediction = predict(PLAN, CONFIG, fast, batch=8, rows=70)
     assert prediction.decode_tokens_per_s == pytest.approx(8 / prediction.decode.seconds)
-    # 70 tokens in chunks of 32, 32 and 6, each as long as the link.
-    assert prediction.prefill_tokens_per_s == pytest.approx(70 / (3 * 12))
+    # 560 tokens in 17 chunks of 32 and a half one, each as long as the link.
+    assert prediction.prefill_tokens_per_s == pytest.approx(560 / (18 * 12))
+    alone = predict(PLAN, CONFIG, fast, batch=1, rows=70)
+    assert alone.prefill_tokens_per_s == pytest.approx(70 / (3 * 12))
 
 
 def test_many_rows_write_and_read_each_matrix_decoded():
@@ -107,6 +111,12 @@ def test_the_ring_reads_the_streamed_layers_from_disk():
     ring = dataclasses.replace(PLAN, tier="ring")
     sweep = predict(ring, CONFIG, CEILINGS, batch=1, rows=1).decode
     assert (sweep.disk_s, sweep.bound) == (1200 / 10, "disk")
+
+
+def test_pages_hold_the_same_rows_as_a_cache_of_each_sequence():
+    paged = dataclasses.replace(PLAN, kv_tokens=500, max_batch=4, kv_bytes=4 * 500 * 8)
+    alone, pages = (predict(plan, CONFIG, CEILINGS, batch=4, rows=40).decode for plan in (PLAN, paged))
+    assert pages.memory_s == pytest.approx(alone.memory_s)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from airjax.bench.machine import disk_of as disk_of
 from airjax.bench.machine import identity as identity
 from airjax.bench.measure import Measurement as Measurement
 from airjax.bench.measure import Phase as Phase
+from airjax.bench.measure import context_for as context_for
 from airjax.bench.measure import measure as measure
 from airjax.bench.measure import measure_at as measure_at
 from airjax.bench.plot import check_can_plot as check_can_plot

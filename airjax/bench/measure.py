@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def measure(model: Model, *, batch: int, prompt: int, decode: int, seed: int = 0
     """Prefills random prompts and decodes greedily, whatever tokens come, until nothing is compiled any more.
 
     Args:
-      model: an open model whose context holds `prompt + decode` positions.
+      model: an open model with the context of `context_for`, and for a batch with its `max_batch`.
       batch: sequences together.
       prompt: tokens of each prompt.
       decode: tokens drawn of each sequence after the first, which the prefill gives.
@@ -95,18 +96,38 @@ def measure(model: Model, *, batch: int, prompt: int, decode: int, seed: int = 0
     Raises:
       ValueError: a number is out of range.
     """
-    if batch != 1:
-        raise ValueError(f"batch must be 1, got {batch}")
+    if not 1 <= batch <= max(model.plan.max_batch, 1):
+        raise ValueError(
+            f"batch must be between 1 and {max(model.plan.max_batch, 1)}, for which the model was opened, got {batch}"
+        )
     if prompt < 1 or decode < 1:
         raise ValueError(f"prompt and decode must be at least 1, got {prompt} and {decode}")
-    if prompt + decode > model.plan.context:
+    needed = context_for(batch, prompt, decode, model.plan.prefill_chunk)
+    if needed > model.plan.context:
         raise ValueError(
-            f"prompt + decode must fit in the context of {model.plan.context}, got {prompt} + {decode}"
+            f"{prompt} + {decode} tokens of {batch} sequences need a context of {needed}, got {model.plan.context}"
         )
     generator = np.random.default_rng(seed)
     prompts = generator.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
-    (prefilled, decoded), compiled = _warm(lambda count: _alone(model, prompts[0], count), decode)
+    if batch == 1:
+        (prefilled, decoded), compiled = _warm(lambda count: _alone(model, prompts[0], count), decode)
+    else:
+        (prefilled, decoded), compiled = _warm(lambda count: _together(model, prompts, count), decode)
     return Measurement(batch, prompt, prefilled, decoded, peak_device_bytes(model.device), compiled)
+
+
+def context_for(batch: int, prompt: int, decode: int, chunk: int) -> int:
+    """Positions that a sequence of a measured run needs.
+
+    While the prompts of a batch come in, a chunk in each sweep, the sequences before them decode already.
+
+    Args:
+      batch: sequences together.
+      prompt: tokens of each prompt.
+      decode: tokens that all decode together.
+      chunk: tokens of prompts in a sweep.
+    """
+    return prompt + decode + (0 if batch == 1 else batch * -(-prompt // chunk))
 
 
 def measure_at(model: Model, *, position: int, decode: int, seed: int = 0) -> Measurement:
@@ -127,7 +148,12 @@ def measure_at(model: Model, *, position: int, decode: int, seed: int = 0) -> Me
             f"got {position} and {decode}"
         )
     token = int(np.random.default_rng(seed).integers(model.config.vocab_size))
-    phase, compiled = _warm(lambda count: _from_position(model, token, position, count), decode)
+    state = engine.new_state(model)  # one for all passes: that of a long context takes a while to make
+    try:
+        phase, compiled = _warm(lambda count: _from_position(model, state, token, position, count), decode)
+    finally:
+        model.wait()
+        state.close()
     return Measurement(1, position, None, phase, peak_device_bytes(model.device), compiled)
 
 
@@ -143,28 +169,23 @@ def _warm(run: Callable[[int], Any], decode: int) -> tuple[Any, bool]:
     return result, compiled
 
 
-def _from_position(model: Model, token: int, position: int, decode: int) -> Phase:
-    config, stats = model.config, engine.Stats()
-    model.stats = stats
-    state = engine.new_state(model)
+def _from_position(model: Model, state: engine.State, token: int, position: int, decode: int) -> Phase:
+    config = model.config
+    stats = model.stats = engine.Stats()
     draw = draw_step(model.layouts, config, sampling.greedy().apply)
     row = jax.device_put(np.zeros(1, np.int32), model.device)
     keys = jax.device_put(jax.random.key(0)[None], model.device)
     sampler = sampling.greedy().init(np.zeros((1, 0), np.int32), config.vocab_size)
-    try:
-        ids = jax.device_put(np.array([[token]], np.int32), model.device)
-        x, drawn = embed_step(model.layouts, config)(model.globals, ids), ids[:, 0]
-        jax.block_until_ready(x)
-        begin = time.perf_counter()
-        for count in range(decode):
-            x = engine.sweep(model, x, state, np.full((1, 1), position + count, np.int32))
-            drawn, _, sampler, x = draw(model.globals, x, row, sampler, drawn, keys, np.int32(count))
-            model.pending = x
-            int(drawn[0])  # as a generation does, which gives the token out
-        seconds = time.perf_counter() - begin
-    finally:
-        model.wait()
-        state.close()
+    ids = jax.device_put(np.array([[token]], np.int32), model.device)
+    x, drawn = embed_step(model.layouts, config)(model.globals, ids), ids[:, 0]
+    jax.block_until_ready(x)
+    begin = time.perf_counter()
+    for count in range(decode):
+        x = engine.sweep(model, x, state, np.full((1, 1), position + count, np.int32))
+        drawn, _, sampler, x = draw(model.globals, x, row, sampler, drawn, keys, np.int32(count))
+        model.pending = x
+        int(drawn[0])  # as a generation does, which gives the token out
+    seconds = time.perf_counter() - begin
     return Phase(decode, seconds, stats.sweeps, stats.bytes_streamed, stats.wait_s)
 
 
@@ -198,3 +219,48 @@ def _alone(model: Model, ids: list[int], decode: int) -> tuple[Phase, Phase]:
             stats.wait_s - first[2],
         ),
     )
+
+
+def _together(model: Model, prompts: list[list[int]], decode: int) -> tuple[Phase, Phase]:
+    """A batch in shared sweeps; each sequence goes on until all have decoded `decode` tokens side by side."""
+    model.stats = engine.Stats()
+    scheduler = engine.Scheduler(model, sampler=sampling.greedy())
+    try:
+        waiting = {
+            scheduler.submit(
+                engine.Request(
+                    ids=tuple(ids),
+                    sampler=sampling.greedy(),
+                    key=jax.random.key(0),
+                    max_tokens=model.plan.context - len(ids) + 1,
+                )
+            )
+            for ids in prompts
+        }
+        start = time.perf_counter()
+        while waiting:
+            waiting -= {event.request for event in _step(scheduler)}
+        middle, first = time.perf_counter(), dataclasses.replace(scheduler.stats)
+        drawn = sum(len(_step(scheduler)) for _ in range(decode))
+        end, stats = time.perf_counter(), dataclasses.replace(scheduler.stats)
+    finally:
+        scheduler.close()
+    tokens = sum(len(ids) for ids in prompts)
+    return (
+        Phase(tokens, middle - start, first.sweeps, first.bytes_streamed, first.wait_s),
+        Phase(
+            drawn,
+            end - middle,
+            stats.sweeps - first.sweeps,
+            stats.bytes_streamed - first.bytes_streamed,
+            stats.wait_s - first.wait_s,
+        ),
+    )
+
+
+def _step(scheduler: engine.Scheduler) -> list[engine.Event]:
+    events = scheduler.step()
+    for event in events:
+        if event.token is None or event.finish_reason:
+            raise RuntimeError(f"a sequence ended early ({event.finish_reason}): {event.error}")
+    return events

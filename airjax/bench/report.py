@@ -49,17 +49,20 @@ def rows(
     if prediction is not None:
         prefill = prediction.prefill_tokens_per_s, prediction.prefill
         decode = prediction.decode_tokens_per_s, prediction.decode
+    peak = measurement.peak_device_bytes
     both = {
         "batch": measurement.batch,
         "compiled": measurement.compiled,
         "resident_layers": len(plan.resident),
         "streamed_layers": len(plan.streamed),
         "tier": plan.tier,
-        "peak_device_bytes": measurement.peak_device_bytes,
+        "peak_device_bytes": peak,
         "planned_peak_bytes": plan.peak_bytes,
         "vram_budget_bytes": plan.vram_budget_bytes,
         "planned_workspace_bytes": plan.workspace_bytes,
         "compiled_workspace_bytes": compiled_workspace_bytes,
+        # What the measured peak leaves beside weights and cache, whose sizes are known.
+        "peak_workspace_bytes": None if peak is None else peak - plan.peak_bytes + plan.workspace_bytes,
     }
     lines = [_row("decode", measurement.decode, plan, ceilings, *decode)]
     if measurement.prefill is not None:
@@ -117,7 +120,8 @@ def format_report(report: Mapping[str, Any]) -> str:
             f"batch {run['batch']}: {run['resident_layers']} layers resident, {run['streamed_layers']} streamed by "
             f"{run['tier']}; peak planned {run['planned_peak_bytes'] / GIB:.3f} GiB, "
             f"workspace planned {run['planned_workspace_bytes'] / GIB:.3f} GiB, "
-            f"by the compiled programs {_number(run['compiled_workspace_bytes'], 3, 1 / GIB, ' GiB')}"
+            f"by the compiled programs {_number(run['compiled_workspace_bytes'], 3, 1 / GIB, ' GiB')}, "
+            f"by the measured peak {_number(run['peak_workspace_bytes'], 3, 1 / GIB, ' GiB')}"
         )
         if text not in plans:
             plans.append(text)

@@ -90,7 +90,7 @@ def run(values: Flags) -> None:
             _say(f"batch {batch}: running")
             measured = _measure(values, engine, batch, values.decode)
             predicted = predict(model.plan, model.config, ceilings, batch, measured.prompt_tokens)
-            workspace = compiled_workspace(model.manifest, model.config, model.plan, batch)
+            workspace = compiled_workspace(model.manifest, model.config, model.plan)
             runs += bench.rows(measured, model.plan, ceilings, predicted, workspace)
             described = {
                 "file": Path(values.model).name,
@@ -119,9 +119,14 @@ def parse_batches(text: str) -> list[int]:
 
 
 def _load(values: Flags, batch: int, trace: bool = False) -> Engine:
-    from airjax import api
+    from airjax import api, bench
+    from airjax.plan import PREFILL_CHUNK
 
-    del batch
+    context = (
+        bench.context_for(batch, values.prompt, values.decode, PREFILL_CHUNK)
+        if values.decode_at is None
+        else values.decode_at + values.decode
+    )
     return api.load(
         values.model,
         vram_budget_gib=values.vram_budget_gib,
@@ -129,7 +134,8 @@ def _load(values: Flags, batch: int, trace: bool = False) -> Engine:
         stream_depth=values.stream_depth,
         resident=values.resident,
         kv_shuttle=values.kv_shuttle,
-        context=(values.prompt if values.decode_at is None else values.decode_at) + values.decode,
+        context=context,
+        max_batch=None if batch == 1 else batch,
         compute_dtype=values.compute_dtype,
         trace=trace,
     )

@@ -93,6 +93,25 @@ def test_the_table_goes_to_stdout(run, bench):
     assert all(line.startswith("airjax: ") for line in err.splitlines())
 
 
+def test_a_long_context_is_timed_without_its_prompt(run, bench):
+    status, out, err = run("bench", "--vram_budget_gib=1", "--decode_at=40", "--decode=3", "--resident=none")
+    assert status == 0, err
+    assert "behind 40 empty slots" in out
+    assert re.findall(r"^ +1 +(\w+) ", out, re.MULTILINE) == ["decode"]
+
+
+def test_each_batch_has_its_lines(run, bench):
+    status, out, err = run("bench", *ARGS, "--batch=1,3", "--json")
+    assert status == 0, err
+    runs = json.loads(out)["runs"]
+    assert [(line["batch"], line["phase"], line["tokens"]) for line in runs] == [
+        (1, "prefill", 12),
+        (1, "decode", 8),
+        (3, "prefill", 36),
+        (3, "decode", 24),
+    ]
+
+
 def test_the_plan_predicts_by_the_ceilings_that_a_bench_has_kept(run, bench):
     data = json.loads(run("plan", "--vram_budget_gib=1", "--json")[1])
     assert data["prediction"]["decode_tokens_per_s"] > 0
@@ -120,6 +139,7 @@ def test_without_ceilings_nothing_is_predicted(run, environment, tmp_path):
     ("args", "sentence"),
     [
         (["--batch=0"], "batch must be positive numbers with commas, got '0': pass --batch=1,8,32"),
+        (["--decode_at=40", "--batch=2"], "decode_at runs one sequence, got --batch=2: pass --batch=1"),
         (["--prompt=0"], "prompt must be at least 1, got 0"),
         (["--decode=0"], "decode must be at least 1, got 0"),
         (["--vram_budget_gib=-1"], "vram_budget_gib must be a positive number of GiB, got -1"),

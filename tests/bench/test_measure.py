@@ -61,15 +61,33 @@ def test_resident_layers_have_no_rate_and_no_stall():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"batch": 0, "prompt": 4, "decode": 4}, "batch must be"),
+        ({"batch": 0, "prompt": 4, "decode": 4}, "batch must be between 1 and 1"),
+        ({"batch": 2, "prompt": 4, "decode": 4}, "for which the model was opened, got 2"),
         ({"batch": 1, "prompt": 0, "decode": 4}, "must be at least 1, got 0 and 4"),
         ({"batch": 1, "prompt": 4, "decode": 0}, "must be at least 1, got 4 and 0"),
-        ({"batch": 1, "prompt": 16, "decode": 5}, "must fit in the context of 20, got 16 [+] 5"),
+        ({"batch": 1, "prompt": 16, "decode": 5}, "need a context of 21, got 20"),
     ],
 )
 def test_numbers_out_of_range_are_refused(model, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         bench.measure(model, **options)
+
+
+def test_a_batch_is_timed_while_all_of_its_sequences_decode(path):
+    context = bench.context_for(3, 70, 6, 64)
+    assert context == 70 + 6 + 3 * 2
+    options = {"context": context, "max_batch": 3, "prefill_chunk": 64, "resident": "none"}
+    with airjax.load(path, vram_budget_gib=1, **options) as engine:
+        measured = bench.measure(engine.model, batch=3, prompt=70, decode=6)
+        sweep_bytes = engine.plan.bytes_per_sweep
+        prediction = predict(engine.plan, engine.model.config, CEILINGS, 3, 70)
+    assert not measured.compiled
+    assert measured.batch == 3 and measured.prefill.tokens == 3 * 70
+    assert (measured.decode.tokens, measured.decode.sweeps) == (3 * 6, 6)
+    assert measured.prefill.sweeps >= 4
+    assert measured.prefill.bytes_streamed == measured.prefill.sweeps * sweep_bytes
+    assert measured.decode.bytes_streamed == 6 * sweep_bytes
+    assert prediction.decode_tokens_per_s > 0
 
 
 @pytest.mark.parametrize("shuttle", ["on", "off"])
@@ -148,6 +166,12 @@ def test_the_head_names_machine_versions_plan_and_ceilings(report, model):
         f"workspace planned {model.plan.workspace_bytes / GIB:.3f} GiB, by the compiled programs 0.250"
         in text
     )
+
+
+def test_the_measured_peak_tells_the_workspace(report, model):
+    plan = model.plan
+    beside = plan.globals_bytes + plan.kv_bytes + plan.slots_bytes + plan.resident_bytes
+    assert report["runs"][0]["peak_workspace_bytes"] == GIB // 2 - beside
 
 
 def test_what_is_not_known_reads_not_available(measured, model):

@@ -16,10 +16,8 @@ def model(tmp_path_factory):
         yield engine.model
 
 
-def workspace(model, batch=1, **changes):
-    return compiled_workspace(
-        model.manifest, model.config, dataclasses.replace(model.plan, **changes), batch=batch
-    )
+def workspace(model, **changes):
+    return compiled_workspace(model.manifest, model.config, dataclasses.replace(model.plan, **changes))
 
 
 def test_it_holds_the_scores_of_a_chunk_and_less_than_was_planned(model):
@@ -30,7 +28,8 @@ def test_it_holds_the_scores_of_a_chunk_and_less_than_was_planned(model):
 def test_it_grows_with_the_chunk_and_with_the_batch(model):
     small = workspace(model, prefill_chunk=8)
     assert small < workspace(model)
-    assert small < workspace(model, prefill_chunk=8, batch=64)
+    one, many = (workspace(model, prefill_chunk=8, max_batch=n, kv_tokens=64 * 256) for n in (1, 64))
+    assert one < many
 
 
 def test_a_shuttled_cache_arrives_in_another_order_and_is_copied(model):
