@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from airjax.api import Engine as Engine
+    from airjax.api import RequestError as RequestError
     from airjax.api import load as load
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "__version__", "load"]
+__all__ = ["Engine", "RequestError", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Engine", "load"):
+    if name in ("Engine", "RequestError", "load"):
         return getattr(importlib.import_module("airjax.api"), name)
     raise AttributeError(f"module 'airjax' has no attribute {name!r}")

@@ -131,6 +131,56 @@ class Engine:
         )
         return self._texts(draws, tuple(stop))
 
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samplers: Sequence[sampling.Transform] | sampling.Transform | None = None,
+        keys: Sequence[jax.Array] | None = None,
+        max_tokens: int | None = None,
+        ignore_eos: bool = False,
+    ) -> Iterator[tuple[int, Token]]:
+        """Generates after several prompts at once: all sequences share each sweep.
+
+        Args:
+          prompts: token ids, of any lengths; more than the engine's `max_batch` take turns.
+          samplers: one for all, or one each, of the same structure; None is greedy.
+          keys: the randomness of each; None is `jax.random.key(n)` for the n-th.
+          max_tokens: how many at most for each; None for as many as the context holds.
+          ignore_eos: go on after an end-of-generation token.
+
+        Yields:
+          `(n, token)` as tokens of the n-th prompt are drawn. `stats` is not touched: the scheduler has its own.
+
+        Raises:
+          RequestError: the engine was not loaded with `max_batch`, or a request cannot be run.
+        """
+        if not isinstance(samplers, Sequence) or isinstance(samplers, sampling.Transform):
+            samplers = [sampling.greedy() if samplers is None else samplers] * len(prompts)
+        keys = [jax.random.key(n) for n in range(len(prompts))] if keys is None else keys
+        stop_ids = frozenset() if ignore_eos else self.tokenizer.eog_ids
+        requests = [
+            engine.Request(
+                ids=tuple(self._check_ids(ids, room=1)),
+                sampler=sampler,
+                key=key,
+                max_tokens=self.plan.context if max_tokens is None else max_tokens,
+                stop_ids=stop_ids,
+            )
+            for ids, sampler, key in zip(prompts, samplers, keys, strict=True)
+        ]
+        return self._batch(requests)
+
+    def scheduler(self, sampler: sampling.Transform, *, batch_invariant: bool = False) -> engine.Scheduler:
+        """Continuous batching over this model, for requests whose samplers have the structure of `sampler`.
+
+        Raises:
+          RequestError: the engine was not loaded with `max_batch`.
+        """
+        if not self.plan.max_batch:
+            raise RequestError("this engine runs one sequence at a time: pass max_batch to airjax.load")
+        return engine.Scheduler(self.model, sampler=sampler, batch_invariant=batch_invariant)
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extra: Any
     ) -> list[int]:
@@ -188,6 +238,24 @@ class Engine:
         self._state = engine.new_state(self.model)
         return self._state
 
+    def _batch(self, requests: Sequence[engine.Request]) -> Iterator[tuple[int, Token]]:
+        if not requests:
+            return
+        scheduler = self.scheduler(requests[0].sampler)
+        try:
+            numbers = {scheduler.submit(request): n for n, request in enumerate(requests)}
+            streams = [self.tokenizer.stream(skip_special=True) for _ in requests]
+            while scheduler.busy:
+                for event in scheduler.step():
+                    n = numbers[event.request]
+                    if event.token is None:
+                        raise RuntimeError(f"sequence {n} ended early: {event.error}")
+                    text = "" if event.finish_reason == "stop" else streams[n].push(event.token)
+                    text += streams[n].flush() if event.finish_reason else ""
+                    yield n, Token(event.token, text, event.logprob)
+        finally:
+            scheduler.close()
+
     def _check_ids(self, ids: Sequence[int], room: int) -> list[int]:
         ids = [int(token) for token in ids]
         context, vocabulary = self.plan.context, self.model.config.vocab_size
@@ -235,6 +303,8 @@ def load(
     compute_dtype: ComputeDtype | None = None,
     tier: str = "auto",
     prefill_chunk: int | None = None,
+    max_batch: int | None = None,
+    kv_tokens: int | None = None,
     trace: bool = False,
     device: jax.Device | None = None,
 ) -> Engine:
@@ -252,6 +322,8 @@ def load(
       tier: how streamed layers reach the device; see `airjax.plan.Tier`.
       prefill_chunk: tokens of a prompt that share a sweep; None for 512. With 1 a prompt takes the very steps
         of decoding, so its logits are bit for bit those that decoding saw.
+      max_batch: sequences that may share a sweep, for `generate_batch` and `scheduler`; None for one alone.
+      kv_tokens: positions that the caches of a batch hold together; None for the context of every sequence.
       trace: record a timeline.
       device: None for JAX's first.
 
@@ -282,6 +354,8 @@ def load(
         compute_dtype=compute_dtype,
         tier=tier,
         prefill_chunk=prefill_chunk,
+        max_batch=max_batch,
+        kv_tokens=kv_tokens,
         timeline=Timeline() if trace else None,
     )
     try:

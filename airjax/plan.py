@@ -16,6 +16,8 @@ from airjax.models import Architecture, Config
 
 GIB = 1 << 30
 PREFILL_CHUNK = 512
+# Positions of one page of a batch's cache.
+KV_PAGE = 64
 LOGIT_ROWS_BYTES = 64 << 20
 # Threads, compiled programs and the allocator's rounding; measured on an H100 and on CPU, rounded up.
 _FIXED_WORKSPACE_BYTES = 64 << 20
@@ -54,6 +56,8 @@ class Plan:
       vram_budget_bytes, ram_budget_bytes: the budgets.
       host_slots: how many host slots the ring tier reads into (0 for the mappings).
       model_bytes: weights of the whole model.
+      max_batch: sequences that may share a sweep; 0 if the model was not opened for batches.
+      kv_tokens: positions that their caches hold together, in pages.
     """
 
     tier: Tier
@@ -77,6 +81,8 @@ class Plan:
     ram_budget_bytes: int
     host_slots: int
     model_bytes: int
+    max_batch: int
+    kv_tokens: int
 
 
 def make_plan(
@@ -93,6 +99,8 @@ def make_plan(
     kv_shuttle: Switch = "auto",
     tier: Tier | Literal["auto"] = "auto",
     prefill_chunk: int | None = None,
+    max_batch: int | None = None,
+    kv_tokens: int | None = None,
 ) -> Plan:
     """Decides what lives where.
 
@@ -109,6 +117,8 @@ def make_plan(
       kv_shuttle: keep the KV cache on the host; "auto" does so where it does not fit on the device.
       tier: how streamed layers reach the device; "auto" chooses by the budgets.
       prefill_chunk: tokens of a prompt that share a sweep; None for 512.
+      max_batch: sequences that may share a sweep, their cache in pages on the device; None for one alone.
+      kv_tokens: positions that these hold together; None for the context of every one.
 
     Raises:
       PlanError: nothing fits; the message gives the smallest budget that does.
@@ -133,8 +143,17 @@ def make_plan(
     )
     layer_bytes = [span.nbytes for span in manifest.layers]
     globals_bytes = sum(span.nbytes for span in _device_globals(manifest))
-    kv_rows = [2 * slots * config.n_kv_heads * config.head_dim * _itemsize(config) for slots in kv_slots]
+    kv_tokens = _kv_tokens(max_batch, kv_tokens, context)
+    if max_batch and kv_shuttle == "on":
+        raise PlanError("a batch keeps its KV cache on the device: pass --kv_shuttle=off")
+    kv_shuttle = "off" if max_batch else kv_shuttle
+    position_bytes = 2 * config.n_kv_heads * config.head_dim * _itemsize(config)
+    kv_rows = [(kv_tokens or slots) * position_bytes for slots in kv_slots]
     workspace = _workspace_bytes(config, manifest, context, chunk)
+    if max_batch:
+        # The gathered pages of one layer with a copy, and the logits of every sequence in a few forms.
+        workspace += 2 * min(kv_tokens, max_batch * context) * position_bytes
+        workspace += 4 * max_batch * config.vocab_size * 4
     fixed = globals_bytes + workspace
 
     def fits(kv_bytes: int) -> bool:
@@ -204,6 +223,8 @@ def make_plan(
         ram_budget_bytes=ram_budget_bytes,
         host_slots=host_slots,
         model_bytes=sum(layer_bytes) + globals_bytes,
+        max_batch=max_batch or 0,
+        kv_tokens=kv_tokens,
     )
 
 
@@ -220,7 +241,8 @@ def format_plan(plan: Plan) -> str:
         (
             "KV cache",
             plan.kv_bytes,
-            f"{plan.context} positions"
+            (f"{plan.kv_tokens} positions of {plan.max_batch} sequences" if plan.kv_tokens else "")
+            + (f"{plan.context} positions" if not plan.kv_tokens else "")
             + (f", shuttled: {plan.kv_host_bytes / GIB:.3f} GiB on the host" if plan.shuttle else ""),
         ),
         ("resident layers", plan.resident_bytes, f"{len(plan.resident)} layers"),
@@ -237,6 +259,22 @@ def format_plan(plan: Plan) -> str:
     )
     lines.append(f"{'tier':<22}{plan.tier}: {plan.tier_reason}")
     return "\n".join(lines)
+
+
+def _kv_tokens(max_batch: int | None, kv_tokens: int | None, context: int) -> int:
+    """Positions of the paged cache, in whole pages; 0 without a batch."""
+    if max_batch is None:
+        return 0
+    if max_batch < 1:
+        raise PlanError(f"max_batch must be at least 1, got {max_batch}")
+    whole = -(-context // KV_PAGE) * KV_PAGE
+    if kv_tokens is None:
+        return max_batch * whole
+    if kv_tokens < whole:
+        raise PlanError(
+            f"kv_tokens must be at least {whole}, the context in whole pages of {KV_PAGE}, got {kv_tokens}"
+        )
+    return -(-kv_tokens // KV_PAGE) * KV_PAGE
 
 
 def _itemsize(config: Config) -> int:

@@ -27,3 +27,19 @@ class LayerKV:
 
     k: Array
     v: Array
+
+
+@flax.struct.dataclass
+class PagedKV:
+    """A layer's cache in pages, and which of them each sequence uses.
+
+    Attributes:
+      pages: keys and values, `[P, K, page, H]` each.
+      table: `[B, N]` int32: the page with positions `n * page` to `(n + 1) * page - 1` of a sequence.
+    """
+
+    pages: LayerKV
+    table: Array
+
+
+KVCache = LayerKV | PagedKV

@@ -46,7 +46,7 @@ def prefill(model: Model, state: State, ids: Sequence[int], start: int = 0) -> I
     chunk = model.plan.prefill_chunk
     for begin in range(0, len(ids), chunk):
         part = ids[begin : begin + chunk]
-        rows = _padded_rows(len(part), chunk)
+        rows = padded_rows(len(part), chunk)
         padded = np.zeros((1, rows), np.int32)
         padded[0, : len(part)] = part
         positions = np.full((1, rows), -1, np.int32)
@@ -165,8 +165,8 @@ class _Clock:
         return seconds
 
 
-def _padded_rows(rows: int, chunk: int) -> int:
-    """Few distinct sizes, so few programs: powers of two, at most the chunk."""
+def padded_rows(rows: int, chunk: int) -> int:
+    """Rows of a call that takes `rows` tokens of a prompt: few distinct sizes, so few programs."""
     size = _SMALLEST_CHUNK
     while size < rows:
         size *= 2

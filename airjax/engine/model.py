@@ -20,6 +20,7 @@ from airjax.plan import Plan, Resident, Switch, make_plan
 from airjax.streaming import Timeline
 
 if TYPE_CHECKING:
+    from airjax.engine.batch import PagedState
     from airjax.engine.sweep import State
 
 # XLA's CPU backend takes an array as it lies in memory only from this alignment on; other backends copy.
@@ -66,7 +67,7 @@ class Model:
         """Layouts of the global tensors on the device."""
         return tuple((name, self.manifest.globals[name].layout) for name in self.globals)
 
-    def count_sweep(self, state: State) -> None:
+    def count_sweep(self, state: State | PagedState) -> None:
         """Adds a sweep to the run's counters."""
         self.stats.sweeps += 1
         ring, shuttle = self.weights.ring, state.shuttle
@@ -112,6 +113,8 @@ def open_model(
     compute_dtype: str,
     tier: str = "auto",
     prefill_chunk: int | None = None,
+    max_batch: int | None = None,
+    kv_tokens: int | None = None,
     timeline: Timeline | None = None,
 ) -> Model:
     """Opens a file, checks it, plans, and only then takes memory.
@@ -137,6 +140,8 @@ def open_model(
             kv_shuttle=kv_shuttle,
             tier=tier,  # type: ignore[arg-type]
             prefill_chunk=prefill_chunk,
+            max_batch=max_batch,
+            kv_tokens=kv_tokens,
         )
         weights = open_weights(gguf, manifest, plan, device, timeline)
         try:

@@ -13,7 +13,7 @@ from airjax import layers, models, sampling
 from airjax.gguf import Layout
 from airjax.models import Config
 from airjax.streaming import to_cache
-from airjax.types import Array, LayerKV
+from airjax.types import Array, LayerKV, PagedKV
 
 Buffers = tuple[Array, ...]
 Globals = dict[str, Buffers]
@@ -32,9 +32,30 @@ def block_step(
     architecture = models.get(config.architecture)
 
     @functools.partial(jax.jit, donate_argnames="kv")
-    def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> tuple[Array, LayerKV]:
+    def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Any:
         weights = models.unpack(buffers, layout)
         return architecture.block(weights, x, kv, positions, config, kind, length)
+
+    return block
+
+
+@functools.cache
+def paged_block_step(layout: Layout, config: Config, kind: str) -> Callable[..., tuple[Array, LayerKV]]:
+    """One layer of a batch with its cache in pages, which are donated and updated in place.
+
+    Returns:
+      jitted `(buffers, x [B, T, D], pages [P, K, page, H], table [B, N], positions [B, T]) -> (x, pages)`.
+    """
+    architecture = models.get(config.architecture)
+
+    @functools.partial(jax.jit, donate_argnames="pages")
+    def block(
+        buffers: Buffers, x: Array, pages: LayerKV, table: Array, positions: Array
+    ) -> tuple[Array, LayerKV]:
+        weights = models.unpack(buffers, layout)
+        x, kv = architecture.block(weights, x, PagedKV(pages, table), positions, config, kind, None)
+        assert isinstance(kv, PagedKV)
+        return x, kv.pages
 
     return block
 
@@ -52,8 +73,9 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
     def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> tuple[Array, LayerKV]:
         weights = models.unpack(buffers, layout)
         cache = to_cache(kv)
-        x, cache = architecture.block(weights, x, cache, positions, config, kind, cache.k.shape[2])
-        return x, layers.read_rows(cache, positions)
+        x, written = architecture.block(weights, x, cache, positions, config, kind, cache.k.shape[2])
+        assert isinstance(written, LayerKV)
+        return x, layers.read_rows(written, positions)
 
     return block
 
@@ -110,6 +132,58 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
         )
 
     return draw
+
+
+@functools.cache
+def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int) -> Callable[..., Any]:
+    """From the hidden states of one call of a batch to the next token of each of its sequences.
+
+    Args:
+      layouts: of the globals.
+      config: of the model.
+      apply: of the sampler.
+      top: how many of the most probable tokens to give.
+
+    Returns:
+      jitted `(globals, x [B, T, D], row [B], slot [B], sampler_state, token [B], keys [Slots], count [B], allowed) ->
+      ((token [B], logprob [B], top ids [B, top], their logprobs), sampler_state)`. The state has a row per slot and
+      is donated. `allowed` is None or packed bits `[B, W]`. A token is -1 where nothing can be drawn. The draws of a
+      sequence are those of `draw_step`.
+    """
+    architecture = models.get(config.architecture)
+
+    @functools.partial(jax.jit, donate_argnames="state")
+    def draw(
+        buffers: Globals,
+        x: Array,
+        row: Array,
+        slot: Array,
+        state: Any,
+        token: Array,
+        keys: Array,
+        count: Array,
+        allowed: Array | None,
+    ) -> Any:
+        weights = _unpack_globals(buffers, layouts)
+        last = jnp.take_along_axis(x, row[:, None, None], axis=1)[:, 0]  # [B, D]
+        logits = architecture.unembed(weights, last, config)  # [B, V]
+        own = jax.nn.log_softmax(logits)
+        masked = logits if allowed is None else sampling.mask_tokens(logits, allowed)
+        filtered, rows = apply(masked, jax.tree.map(lambda leaf: leaf[slot], state), token)
+        drawn = sampling.draw(filtered, jax.vmap(jax.random.fold_in)(keys[slot], count))
+        top_logprobs, top_ids = jax.lax.top_k(own, top)
+        logprob = jnp.take_along_axis(own, jnp.maximum(drawn, 0)[:, None], axis=1)[:, 0]
+        state = jax.tree.map(lambda leaf, new: leaf.at[slot].set(new), state, rows)
+        possible = ~jnp.any(jnp.isnan(filtered), axis=1) & jnp.any(filtered > -jnp.inf, axis=1)
+        return (jnp.where(possible, drawn, -1), logprob, top_ids, top_logprobs), state
+
+    return draw
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def put_row(state: Any, row: Any, slot: Array) -> Any:
+    """Puts one sequence's row, with a leading axis of 1, into a pytree with a row per slot, which is donated."""
+    return jax.tree.map(lambda leaf, new: leaf.at[slot].set(new[0]), state, row)
 
 
 def _unpack_globals(buffers: Globals, layouts: GlobalLayouts) -> models.Weights:

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from airjax.types import Array, LayerKV
 
@@ -32,6 +33,27 @@ def write_rows(kv: LayerKV, k: Array, v: Array, positions: Array) -> LayerKV:
     Returns:
       The cache with the rows written, of the cache's dtype.
     """
+    if positions.shape == (1, 1):
+        return jax.lax.platform_dependent(kv, k, v, positions, cpu=_write_row, default=_scatter_rows)
+    return _scatter_rows(kv, k, v, positions)
+
+
+def _write_row(kv: LayerKV, k: Array, v: Array, positions: Array) -> LayerKV:
+    """One row. XLA's CPU backend fuses a scatter of one row into every reader of the cache, each of which then
+    works on a copy of the whole cache; a `lax.cond` it does not fuse, and updates in place."""
+    position = positions[0, 0]
+
+    def write(kv: LayerKV) -> LayerKV:
+        def one(cache: Array, row: Array) -> Array:
+            row = row.astype(cache.dtype).swapaxes(1, 2)
+            return jax.lax.dynamic_update_slice_in_dim(cache, row, position % cache.shape[2], axis=2)
+
+        return LayerKV(k=one(kv.k, k), v=one(kv.v, v))
+
+    return jax.lax.cond(position >= 0, write, lambda kv: kv, kv)
+
+
+def _scatter_rows(kv: LayerKV, k: Array, v: Array, positions: Array) -> LayerKV:
     slots = _slots(positions, kv.k.shape[2])
 
     def write(cache: Array, rows: Array) -> Array:  # one sequence: [K, S, H], [T, K, H]
@@ -93,6 +115,8 @@ def attention(
     def attend(queries: Array, seen: Array) -> Array:
         return _attend(queries, keys, values, seen, scale, softcap)
 
+    if new == 1:
+        return _attend_one(grouped[:, 0], keys, values, visible[:, 0], scale, softcap).reshape(q.shape)
     tile = _tile_rows(batch * heads * keys.shape[2] * 4, new)
     if tile == new:
         out = attend(grouped, visible)
@@ -103,18 +127,64 @@ def attention(
 
 
 def _attend(q: Array, keys: Array, values: Array, visible: Array, scale: float, softcap: float) -> Array:
-    # A GPU would round float32 factors to 10 bits (tf32); a float32 cache wants float32 products.
     einsum = functools.partial(
-        jnp.einsum,
-        preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if keys.dtype == jnp.float32 else None,
+        jnp.einsum, preferred_element_type=jnp.float32, precision=_precision(keys.dtype)
     )
-    scores = einsum("btkgh,bksh->bkgts", q, keys) * scale
+    scores = einsum("btkgh,bksh->bkgts", q, keys)
+    weights = jax.nn.softmax(_masked(scores, visible[:, None, None], scale, softcap), axis=-1)
+    return einsum("bkgts,bksh->btkgh", weights.astype(values.dtype), values)
+
+
+def _attend_one(q: Array, keys: Array, values: Array, visible: Array, scale: float, softcap: float) -> Array:
+    """`_attend` of one new token, `[B, K, G, H]`, in products that take the cache as it lies in memory.
+
+    In the general form XLA's CPU backend transposes all values first, which takes longer than the products.
+    Nothing here is computed in a way that XLA chooses by the batch, so a sequence's bits don't depend on it.
+    """
+    batch, kv_heads, group, width = q.shape
+    dot = functools.partial(
+        jax.lax.dot_general, preferred_element_type=jnp.float32, precision=_precision(keys.dtype)
+    )
+
+    def merged(
+        x: Array,
+    ) -> Array:  # with two batch axes XLA orders the factors in one way for B = 1, in another for more
+        return x.reshape(batch * kv_heads, *x.shape[2:])
+
+    scores = dot(merged(q), merged(keys), (((2,), (2,)), ((0,), (0,))))  # [B * K, G, S]
+    scores = _masked(scores, jnp.repeat(visible, kv_heads, axis=0)[:, None], scale, softcap)
+    weights = jnp.exp(scores - _largest(scores)).astype(values.dtype)
+    out = dot(weights, merged(values), (((2,), (1,)), ((0,), (0,))))
+    # XLA would split a plain sum by the shape of the whole array.
+    ones = jnp.ones((*keys.shape[:3], 1), values.dtype)
+    total = dot(weights, merged(ones), (((2,), (1,)), ((0,), (0,))))
+    return (out / total).reshape(batch, kv_heads, group, width)
+
+
+def _largest(x: Array) -> Array:
+    """The maximum over the last axis, kept, of float32 by way of integers in the same order.
+
+    XLA's CPU backend gives large float maxima, and the `exp` that follows, to a library with another `exp`.
+    """
+
+    def flipped(bits: Array) -> Array:  # its own inverse
+        return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+
+    ordered = flipped(jax.lax.bitcast_convert_type(x, jnp.int32))
+    largest = flipped(jnp.max(ordered, axis=-1, keepdims=True))
+    return jax.lax.bitcast_convert_type(largest, jnp.float32)
+
+
+def _masked(scores: Array, visible: Array, scale: float, softcap: float) -> Array:
+    scores = scores * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(visible[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return einsum("bkgts,bksh->btkgh", weights, values)
+    return jnp.where(visible, scores, _MASKED)
+
+
+def _precision(dtype: np.dtype) -> jax.lax.Precision | None:
+    """A GPU would round float32 factors to 10 bits (tf32); a float32 cache wants float32 products."""
+    return jax.lax.Precision.HIGHEST if dtype == np.float32 else None
 
 
 def _tile_rows(row_bytes: int, rows: int) -> int:

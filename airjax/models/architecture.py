@@ -10,7 +10,7 @@ import numpy as np
 
 from airjax import quants
 from airjax.gguf import GGUF, GGUFError, Layout
-from airjax.types import Array, LayerKV
+from airjax.types import Array, KVCache
 
 Weights = Mapping[str, quants.QTensor]
 
@@ -62,8 +62,15 @@ class Architecture(Protocol):
     def embed(self, weights: Weights, ids: Array, config: Any) -> Array: ...
 
     def block(
-        self, weights: Weights, x: Array, kv: LayerKV, positions: Array, config: Any, kind: str, length: int
-    ) -> tuple[Array, LayerKV]: ...
+        self,
+        weights: Weights,
+        x: Array,
+        kv: KVCache,
+        positions: Array,
+        config: Any,
+        kind: str,
+        length: int | None,
+    ) -> tuple[Array, KVCache]: ...
 
     def unembed(self, weights: Weights, x: Array, config: Any) -> Array: ...
 

@@ -20,7 +20,7 @@ from airjax.models.architecture import (
     project_many,
     vector,
 )
-from airjax.types import Array, LayerKV
+from airjax.types import Array, KVCache
 
 # The one size whose attention scale is not 1 / sqrt(head width); llama.cpp tells it by its depth as well.
 _LAYERS_OF_27B = 62
@@ -120,8 +120,14 @@ def embed(weights: Weights, ids: Array, config: Gemma3Config) -> Array:
 
 
 def block(
-    weights: Weights, x: Array, kv: LayerKV, positions: Array, config: Gemma3Config, kind: str, length: int
-) -> tuple[Array, LayerKV]:
+    weights: Weights,
+    x: Array,
+    kv: KVCache,
+    positions: Array,
+    config: Gemma3Config,
+    kind: str,
+    length: int | None,
+) -> tuple[Array, KVCache]:
     """One layer: attention and GeGLU, each between two norms and added to its input.
 
     Args:
@@ -131,7 +137,7 @@ def block(
       positions: `[B, T]` int32, negative for padding rows.
       config: sizes and constants (static).
       kind: from `layer_kind` (static).
-      length: how many slots of the cache attention looks at (static).
+      length: how many slots of the cache attention looks at (static); None with pages.
 
     Returns:
       The new hidden states `[B, T, D]`, and the cache with the new rows.

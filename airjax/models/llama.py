@@ -20,7 +20,7 @@ from airjax.models.architecture import (
     project_many,
     vector,
 )
-from airjax.types import Array, LayerKV
+from airjax.types import Array, KVCache
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,14 @@ def embed(weights: Weights, ids: Array, config: LlamaConfig) -> Array:
 
 
 def block(
-    weights: Weights, x: Array, kv: LayerKV, positions: Array, config: LlamaConfig, kind: str, length: int
-) -> tuple[Array, LayerKV]:
+    weights: Weights,
+    x: Array,
+    kv: KVCache,
+    positions: Array,
+    config: LlamaConfig,
+    kind: str,
+    length: int | None,
+) -> tuple[Array, KVCache]:
     """One layer: attention and SwiGLU, each behind a norm and added to its input.
 
     Args:
@@ -141,7 +147,7 @@ def block(
       positions: `[B, T]` int32, negative for padding rows.
       config: sizes and constants (static).
       kind: from `layer_kind` (static).
-      length: how many slots of the cache attention looks at (static).
+      length: how many slots of the cache attention looks at (static); None with pages.
 
     Returns:
       The new hidden states `[B, T, D]`, and the cache with the new rows.

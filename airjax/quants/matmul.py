@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from airjax.quants import lanes
 from airjax.quants.groups import Groups
 from airjax.quants.qtensor import QTensor, dequantize, groups
 from airjax.types import Array
@@ -98,12 +99,24 @@ def _by_integers(x: Array, w: QTensor) -> Array:
 
 
 def _all_by_integers(x: Array, ws: Sequence[QTensor]) -> list[Array]:
-    decoded = [part for part in map(groups, ws) if part is not None]
+    decoded = [None if w.type in lanes.TYPES else groups(w) for w in ws]
     ys = []
     for row in x:
-        rounded = {width: _round_activations(row, width) for width in {part.q.shape[-1] for part in decoded}}
-        ys.append([_integer_row(*rounded[part.q.shape[-1]], part) for part in decoded])
+        rounded = {width: _round_activations(row, width) for width in {p.q.shape[-1] for p in decoded if p}}
+        kept = _kept(row) if None in decoded else row
+        ys.append(
+            [
+                lanes.product(kept, w) if part is None else _integer_row(*rounded[part.q.shape[-1]], part)
+                for w, part in zip(ws, decoded, strict=True)
+            ]
+        )
     return [jnp.stack(column) for column in zip(*ys, strict=True)]
+
+
+def _kept(x: Array) -> Array:
+    """`x`, computed once: a branch is never fused into its consumer."""
+    # Always true, which XLA can't know.
+    return jax.lax.cond(~(x[0] * x[0] < 0), lambda x: x, jnp.negative, x)
 
 
 def _integer_row(q: Array, scale: Array, sums: Array, w: Groups) -> Array:

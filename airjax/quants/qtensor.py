@@ -40,11 +40,15 @@ class QTensor:
       data: uint8 `[*lead, row bytes]`.
       type: the block format (static).
       shape: of the decoded tensor (static).
+      buffer: uint8 `[bytes]`, what `data` is a slice of, if it is one.
+      offset: where in `buffer` the tensor begins (static).
     """
 
     data: Array
     type: Any = flax.struct.field(pytree_node=False)
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    buffer: Array | None = None
+    offset: int = flax.struct.field(pytree_node=False, default=0)
 
 
 def supported() -> frozenset[GGMLType]:
@@ -84,7 +88,7 @@ def view(buffer: Array, type: GGMLType, shape: tuple[int, ...], offset: int = 0)
     for size in shape[:-1]:
         rows *= size
     data = buffer[offset : offset + rows * width].reshape(*shape[:-1], width)
-    return QTensor(data=data, type=type, shape=shape)
+    return QTensor(data=data, type=type, shape=shape, buffer=buffer, offset=offset)
 
 
 def blocks(w: QTensor) -> Array:

@@ -1,6 +1,7 @@
 """Composable, pure samplers: transforms of logits, `chain`, and the draw of a token."""
 
 from airjax.sampling.draw import draw, log_prob
+from airjax.sampling.mask import mask_tokens
 from airjax.sampling.penalties import repetition_penalty
 from airjax.sampling.temperature import greedy, temperature
 from airjax.sampling.transform import Apply, State, Transform, chain
@@ -14,6 +15,7 @@ __all__ = [
     "draw",
     "greedy",
     "log_prob",
+    "mask_tokens",
     "min_p",
     "repetition_penalty",
     "temperature",

@@ -117,3 +117,43 @@ def test_tiles_of_many_rows_equal_one_tile(monkeypatch):
     monkeypatch.setattr(module, "_SCORES_BYTES", 4 * _B * _N * 16 * 4)
     jax.clear_caches()
     np.testing.assert_allclose(_run(q, k, v, 16, [16]), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "slots", "kv_heads", "heads", "width"), [(3, 768, 3, 9, 64), (8, 256, 1, 4, 256)]
+)
+def test_a_decoded_sequence_alone_equals_it_in_a_batch(batch, slots, kv_heads, heads, width):
+    generator = np.random.default_rng(5)
+
+    def normal(*shape):
+        return jnp.asarray(generator.normal(size=shape), jnp.float32)
+
+    kv = LayerKV(*(normal(batch, kv_heads, slots, width) for _ in range(2)))
+    q, k, v = (
+        normal(batch, 1, heads, width),
+        normal(batch, 1, kv_heads, width),
+        normal(batch, 1, kv_heads, width),
+    )
+    positions = jnp.asarray(generator.integers(0, slots, (batch, 1)), jnp.int32)
+
+    @jax.jit
+    def step(kv, q, k, v, positions):
+        kv = layers.write_rows(kv, k, v, positions)
+        return layers.attention(q, kv, positions, scale=0.1), kv
+
+    together = step(kv, q, k, v, positions)
+    for b in range(batch):
+        alone = step(*jax.tree.map(lambda x, b=b: x[b : b + 1], (kv, q, k, v, positions)))
+        for one, all_of in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+            if jax.default_backend() == "cpu":
+                np.testing.assert_array_equal(one, all_of[b : b + 1])
+            else:  # a GPU splits its sums by the shape of the whole product
+                np.testing.assert_allclose(one, all_of[b : b + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_single_row_at_a_negative_position_is_dropped():
+    kv = LayerKV(jnp.ones((1, _K, 4, _H)), jnp.ones((1, _K, 4, _H)))
+    row = jnp.full((1, 1, _K, _H), 2.0)
+    after = write_rows(kv, row, row, jnp.full((1, 1), -1, jnp.int32))
+    np.testing.assert_array_equal(after.k, kv.k)
+    np.testing.assert_array_equal(after.v, kv.v)

@@ -1,0 +1,166 @@
+"""The KV cache of a batch in pages, and the sweep that several groups of tokens share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from airjax.engine.model import Model
+from airjax.engine.step import embed_step, paged_block_step
+from airjax.plan import KV_PAGE
+from airjax.types import Array, LayerKV
+
+_SMALLEST_PAGES = 256 // KV_PAGE
+
+
+class Group(NamedTuple):
+    """Tokens that pass through each layer in one call.
+
+    Attributes:
+      ids: `[B, T]` int32.
+      positions: `[B, T]` int32, negative for padding rows.
+      table: `[B, N]` int32 pages of each sequence, as `PagedKV` has it.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    table: np.ndarray
+
+
+@dataclass
+class PagedState:
+    """Each layer's pages, `[P, K, page, H]`."""
+
+    layers: list[LayerKV]
+    # What `Model.count_sweep` asks of any state; pages are always on the device.
+    shuttle: None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
+
+    def close(self) -> None:
+        """Frees the memory of the pages."""
+        for layer in self.layers:
+            layer.k.delete()
+            layer.v.delete()
+        self.layers.clear()
+
+
+def new_pages(model: Model, count: int) -> PagedState:
+    """`count` empty pages in every layer."""
+    config = model.config
+    shape = (count, config.n_kv_heads, KV_PAGE, config.head_dim)
+    dtype = jnp.dtype(config.compute_dtype)
+    layers = [
+        LayerKV(*(jnp.zeros(shape, dtype, device=model.device) for _ in range(2)))
+        for _ in range(config.n_layers)
+    ]
+    return PagedState(layers)
+
+
+def grow_pages(state: PagedState, count: int) -> None:
+    """Adds empty pages, one layer at a time so that no more than one is held twice."""
+    for layer, kv in enumerate(state.layers):
+        state.layers[layer] = _padded(kv, count - kv.k.shape[0])
+        jax.block_until_ready(state.layers[layer])
+        kv.k.delete()
+        kv.v.delete()
+
+
+def read_pages(state: PagedState, pages: Sequence[int]) -> list[LayerKV]:
+    """The content of `pages` in every layer, as numpy arrays on the host."""
+    index = _padded_index(pages)
+    host = []
+    for layer in state.layers:
+        taken = jax.tree.map(np.asarray, _read(layer, index))
+        host.append(jax.tree.map(lambda part: part[: len(pages)], taken))
+    return host
+
+
+def write_pages(state: PagedState, pages: Sequence[int], content: Sequence[LayerKV]) -> None:
+    """Puts what `read_pages` gave into `pages`."""
+    index = _padded_index(pages)
+    missing = len(index) - len(pages)
+    for layer, part in enumerate(content):
+        padded = jax.tree.map(
+            lambda array: np.pad(array, ((0, missing), *(((0, 0),) * (array.ndim - 1)))), part
+        )
+        state.layers[layer] = _write(state.layers[layer], index, padded)
+
+
+def shared_sweep(model: Model, groups: Sequence[Group], state: PagedState) -> list[Array]:
+    """One pass of all layers for several groups: each layer's weights cross the link once for all of them.
+
+    Args:
+      model: the open model.
+      groups: at least one.
+      state: the pages, changed in place.
+
+    Returns:
+      The hidden states after the last layer, `[B, T, D]` of each group.
+
+    Raises:
+      GGUFError: the file changed since it was opened.
+      ReadError: a reader thread failed.
+    """
+    model.gguf.check_unchanged()
+    config = model.config
+    embed = embed_step(model.layouts, config)
+    placed = jax.device_put([tuple(group) for group in groups], model.device)
+    xs = [embed(model.globals, ids) for ids, _, _ in placed]
+    model.weights.begin_sweep()
+    for layer, (span, kind) in enumerate(zip(model.manifest.layers, model.kinds, strict=True)):
+        step = paged_block_step(span.layout, config, kind)
+        weights = model.weights.take(layer)
+        for at, (_, positions, table) in enumerate(placed):
+            before = xs[at]
+            xs[at], state.layers[layer] = step(weights, before, state.layers[layer], table, positions)
+        model.pending = xs[-1]
+        if model.timeline is not None:
+            model.timeline.watch("compute", f"layer {layer}", xs[-1])
+        # Groups run in order: when the last one's input is ready, no earlier layer is at work.
+        model.weights.release(layer, weights, before, done=xs[-1])
+    model.count_sweep(state)
+    return xs
+
+
+def table_of(pages: Sequence[Sequence[int]], rows: int) -> np.ndarray:
+    """Page tables as an array `[rows, N]`; N takes few distinct values, so few programs."""
+    needed = max((len(row) for row in pages), default=0)
+    columns = _SMALLEST_PAGES
+    while columns < needed:
+        columns *= 2
+    table = np.zeros((rows, columns), np.int32)
+    for row, held in enumerate(pages):
+        table[row, : len(held)] = held
+    return table
+
+
+def _padded_index(pages: Sequence[int]) -> np.ndarray:
+    """Indices padded to a power of two with one past the end."""
+    size = 1
+    while size < len(pages):
+        size *= 2
+    return np.array([*pages, *[np.iinfo(np.int32).max] * (size - len(pages))], np.int32)
+
+
+@jax.jit
+def _read(layer: LayerKV, index: Array) -> LayerKV:
+    return jax.tree.map(lambda pages: jnp.take(pages, index, axis=0, mode="clip"), layer)
+
+
+@functools.partial(jax.jit, donate_argnames="layer")
+def _write(layer: LayerKV, index: Array, content: LayerKV) -> LayerKV:
+    return jax.tree.map(lambda pages, new: pages.at[index].set(new, mode="drop"), layer, content)
+
+
+@functools.partial(jax.jit, static_argnames="missing")
+def _padded(kv: LayerKV, missing: int) -> LayerKV:
+    return jax.tree.map(lambda pages: jnp.pad(pages, ((0, missing), (0, 0), (0, 0), (0, 0))), kv)

@@ -1,0 +1,483 @@
+"""Continuous batching: requests join and leave between sweeps, and every sweep carries all of them.
+
+Yu et al., Orca: A Distributed Serving System for Transformer-Based Generative Models, 2022.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from airjax.engine.batch import (
+    Group,
+    PagedState,
+    grow_pages,
+    new_pages,
+    read_pages,
+    shared_sweep,
+    table_of,
+    write_pages,
+)
+from airjax.engine.generation import padded_rows
+from airjax.engine.model import Model
+from airjax.engine.pages import Pages
+from airjax.engine.request import MAX_TOP_LOGPROBS, Event, Finish, Request
+from airjax.engine.stats import peak_device_bytes
+from airjax.engine.step import draw_rows_step, put_row
+from airjax.plan import KV_PAGE
+from airjax.sampling import Transform
+from airjax.types import Array, LayerKV
+
+# The pool grows from this many pages, so that memory follows what is used.
+_FIRST_PAGES = 64
+
+
+@dataclass
+class BatchStats:
+    """What a scheduler measured since it was made.
+
+    Attributes:
+      prompt_tokens, cached_tokens: tokens of prompts, and how many of them came from shared pages.
+      generated_tokens: drawn tokens.
+      sweeps: passes of all layers.
+      bytes_streamed: that went over the link to the device.
+      wait_s: time in which the device had done all earlier work and waited for weights.
+      busy_s: time in `step`.
+      preemptions: how often a sequence had to leave its pages to older ones.
+      peak_device_bytes: peak of device memory since the process began; None where the backend does not tell.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    sweeps: int = 0
+    bytes_streamed: int = 0
+    wait_s: float = 0.0
+    busy_s: float = 0.0
+    preemptions: int = 0
+    peak_device_bytes: int | None = None
+
+
+@dataclass
+class _Sequence:
+    """A request and how far it is."""
+
+    number: int
+    request: Request
+    ids: list[int]
+    pages: list[int] = field(default_factory=list)
+    filled: int = 0  # positions in the cache
+    cached: int = 0
+    drawn: int = 0
+    slot: int = -1  # row of the sampler's state; -1 while waiting
+    kept: _Kept | None = None
+
+    @property
+    def pending(self) -> int:
+        return len(self.ids) - self.filled
+
+    @property
+    def decodes(self) -> bool:
+        return self.drawn > 0 and self.pending == 1
+
+
+@dataclass
+class _Kept:
+    """What a preempted sequence left with: its cache on the host, and its row of the sampler's state."""
+
+    content: list[LayerKV]
+    row: Any
+
+
+class Scheduler:
+    """Runs requests in shared sweeps. It belongs to one thread.
+
+    A request's tokens depend on its prompt, key and settings alone: to the rounding of products and sums whose
+    order the number of rows decides, and bit for bit with `batch_invariant`.
+
+    Args:
+      model: an open model whose plan has `max_batch` sequences.
+      sampler: a transform of the structure that all requests will have.
+      batch_invariant: decode each sequence in a call of its own. Weights still cross the link once for all.
+
+    Attributes:
+      stats: what was measured.
+    """
+
+    def __init__(self, model: Model, *, sampler: Transform, batch_invariant: bool = False) -> None:
+        plan = model.plan
+        self.model = model
+        self.stats = BatchStats()
+        self.max_batch = plan.max_batch
+        self._rows_per_call = 1 if batch_invariant else self.max_batch
+        self._sampler = sampler
+        self._open_state()
+        self._slots = list(range(self.max_batch - 1, -1, -1))
+        self._waiting: list[_Sequence] = []
+        self._running: list[_Sequence] = []
+        self._numbers = itertools.count()
+        self._masks = ThreadPoolExecutor(1, thread_name_prefix="airjax-masks")
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def running(self) -> int:
+        """Sequences that take part in sweeps."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a place."""
+        return len(self._waiting)
+
+    @property
+    def pages_held(self) -> int:
+        """Pages of the KV cache that sequences hold."""
+        return self._pages.held
+
+    @property
+    def pages_limit(self) -> int:
+        """Pages of the KV cache that there may be."""
+        return self._pages.limit
+
+    def submit(self, request: Request) -> int:
+        """Puts a request in the queue.
+
+        Returns:
+          Its number.
+
+        Raises:
+          ValueError: it cannot be run.
+        """
+        self._check(request)
+        sequence = _Sequence(next(self._numbers), request, list(request.ids))
+        self._waiting.append(sequence)
+        return sequence.number
+
+    def cancel(self, number: int) -> None:
+        """Drops a request, wherever it is; one that has ended already is no error."""
+        for queue in (self._waiting, self._running):
+            for sequence in [sequence for sequence in queue if sequence.number == number]:
+                self._leave(sequence)
+
+    def cached_tokens(self, number: int) -> int:
+        """How many tokens of a request's prompt came from shared pages; 0 once it has ended."""
+        return next((s.cached for s in (*self._running, *self._waiting) if s.number == number), 0)
+
+    def step(self) -> list[Event]:
+        """Runs one sweep: a token for every decoding sequence, and a chunk of the prompts that are not in yet.
+
+        Returns:
+          What happened, in the order of the requests. An error that hits the whole sweep ends the requests that
+          took part in it, and the scheduler stays usable.
+        """
+        start = time.perf_counter()
+        self._admit()
+        batch = self._choose()
+        if not batch:
+            return []
+        try:
+            events = self._sweep(batch)
+        except Exception as error:
+            events = [self._fail(sequence, f"the sweep failed: {error}") for sequence in batch]
+            self._start_over()
+        self.stats.busy_s += time.perf_counter() - start
+        return events
+
+    def close(self) -> None:
+        """Drops all requests and frees the cache."""
+        for sequence in (*self._waiting, *self._running):
+            self._leave(sequence)
+        self._masks.shutdown()
+        self.model.wait()
+        self._state.close()
+
+    def _open_state(self) -> None:
+        """Empty pages, and rows of the sampler's state."""
+        limit = self.model.plan.kv_tokens // KV_PAGE
+        self._pages = Pages(min(_FIRST_PAGES, limit), limit)
+        self._state: PagedState = new_pages(self.model, self._pages.count)
+        # One row more than there are sequences: padding rows of a call use it.
+        rows = self.max_batch + 1
+        nothing = np.full((rows, 1), -1, np.int32)
+        self._samplers, self._keys = jax.device_put(
+            (
+                self._sampler.init(nothing, self.model.config.vocab_size),
+                jax.random.split(jax.random.key(0), rows),
+            ),
+            self.model.device,
+        )
+
+    def _check(self, request: Request) -> None:
+        config, context = self.model.config, self.model.plan.context
+        if not request.ids:
+            raise ValueError("the prompt is empty: give at least one token")
+        if len(request.ids) >= context:
+            raise ValueError(
+                f"the prompt has {len(request.ids)} tokens but the context holds {context}: "
+                "shorten it or raise --context"
+            )
+        outside = [token for token in request.ids if not 0 <= token < config.vocab_size]
+        if outside:
+            raise ValueError(f"token ids must be between 0 and {config.vocab_size - 1}, got {outside[0]}")
+        if request.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {request.max_tokens}")
+        if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise ValueError(
+                f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}, got {request.top_logprobs}"
+            )
+        if request.sampler.apply != self._sampler.apply:
+            raise ValueError("the sampler must have the structure that this scheduler was made with")
+
+    def _admit(self) -> None:
+        """Takes waiting sequences in, the oldest first, while there is a row and room for their prompt."""
+        while self._waiting and self._slots:
+            sequence = self._waiting[0]
+            if sequence.kept is None:
+                sequence.pages = self._pages.share(sequence.ids)
+                sequence.filled = sequence.cached = len(sequence.pages) * KV_PAGE
+            needed = _pages_for(len(sequence.ids)) - len(sequence.pages)
+            if self._pages.room < needed and self._running:
+                self._pages.release(sequence.pages)
+                sequence.pages = []
+                return
+            del self._waiting[0]
+            sequence.slot = self._slots.pop()
+            bisect.insort(self._running, sequence, key=lambda s: s.number)
+            self._bring_in(sequence)
+
+    def _bring_in(self, sequence: _Sequence) -> None:
+        """Gives an admitted sequence its row of the sampler's state, and a preempted one its cache again."""
+        request = sequence.request
+        if sequence.kept is None:
+            context = np.asarray(sequence.ids[:-1], np.int32)[None]
+            row = request.sampler.init(context, self.model.config.vocab_size)
+            self.stats.prompt_tokens += len(sequence.ids)
+            self.stats.cached_tokens += sequence.cached
+        else:
+            row = sequence.kept.row
+            count = _pages_for(sequence.filled)
+            pages = self._take(count)
+            assert pages is not None  # its room was looked at before it was admitted
+            sequence.pages = pages
+            write_pages(self._state, pages, sequence.kept.content)
+            sequence.kept = None
+        self._samplers = put_row(self._samplers, row, np.int32(sequence.slot))
+        self._keys = put_row(self._keys, request.key[None], np.int32(sequence.slot))
+
+    def _choose(self) -> list[_Sequence]:
+        """Who takes part in this sweep: all that decode, and prompts up to a chunk of rows; each gets its pages."""
+        chunk = self.model.plan.prefill_chunk
+        left = chunk
+        batch: list[_Sequence] = []
+        for sequence in list(self._running):
+            if sequence.slot < 0:  # was preempted a moment ago
+                continue
+            if not sequence.decodes:
+                rows = padded_rows(min(sequence.pending, chunk), chunk)
+                if rows > left and left < chunk:
+                    continue
+                left -= rows
+            new = 1 if sequence.decodes else min(sequence.pending, chunk)
+            if self._make_room(sequence, _pages_for(sequence.filled + new)):
+                batch.append(sequence)
+        return [sequence for sequence in batch if sequence.slot >= 0]
+
+    def _make_room(self, sequence: _Sequence, count: int) -> bool:
+        """Gives a sequence `count` pages in all, from younger ones if need be; False if it was itself sent away."""
+        while (missing := count - len(sequence.pages)) > 0:
+            pages = self._take(missing)
+            if pages is not None:
+                sequence.pages += pages
+                return True
+            youngest = self._running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _take(self, count: int) -> list[int] | None:
+        pages = self._pages.take(count)
+        while pages is None and self._pages.count < self._pages.limit:
+            self._pages.grow(min(2 * self._pages.count, self._pages.limit))
+            grow_pages(self._state, self._pages.count)
+            pages = self._pages.take(count)
+        return pages
+
+    def _preempt(self, sequence: _Sequence) -> None:
+        """Sends a sequence back to the queue with its cache on the host, so that it goes on as if never gone."""
+        self.stats.preemptions += 1
+        used = sequence.pages[: _pages_for(sequence.filled)]
+        row = jax.tree.map(lambda leaf: leaf[sequence.slot][None], self._samplers)
+        sequence.kept = _Kept(read_pages(self._state, used) if used else [], row)
+        self._leave(sequence)
+        bisect.insort(self._waiting, sequence, key=lambda s: s.number)
+
+    def _leave(self, sequence: _Sequence) -> None:
+        """Takes a sequence out of its queue and frees what it holds."""
+        for queue in (self._waiting, self._running):
+            if sequence in queue:
+                queue.remove(sequence)
+        if sequence.slot >= 0:
+            self._slots.append(sequence.slot)
+            sequence.slot = -1
+        self._pages.release(sequence.pages)
+        sequence.pages = []
+
+    def _sweep(self, batch: Sequence[_Sequence]) -> list[Event]:
+        masks = {
+            sequence.number: self._masks.submit(sequence.request.constraint.mask)
+            for sequence in batch
+            if sequence.request.constraint is not None
+        }
+        members = [*_split([s for s in batch if s.decodes], self._rows_per_call)]
+        members += [[sequence] for sequence in batch if not sequence.decodes]
+        groups = [self._group(group) for group in members]
+        xs = shared_sweep(self.model, groups, self._state)
+        events: list[Event] = []
+        for group, x, sequences in zip(groups, xs, members, strict=True):
+            for row, sequence in enumerate(sequences):
+                full = sequence.filled // KV_PAGE
+                sequence.filled += int((group.positions[row] >= 0).sum())
+                if sequence.filled // KV_PAGE > full:
+                    self._pages.publish(sequence.pages, sequence.ids[: sequence.filled])
+            if all(sequence.pending == 0 for sequence in sequences):
+                events += self._draw(group, x, sequences, masks)
+        self._count()
+        return sorted(events, key=lambda event: event.request)
+
+    def _group(self, sequences: Sequence[_Sequence]) -> Group:
+        """The tokens of one call: one of each decoding sequence, or the next chunk of one prompt."""
+        chunk = self.model.plan.prefill_chunk
+        if sequences[0].decodes:
+            rows, width = _power_of_two(len(sequences)), 1
+        else:
+            rows, width = 1, padded_rows(min(sequences[0].pending, chunk), chunk)
+        ids = np.zeros((rows, width), np.int32)
+        positions = np.full((rows, width), -1, np.int32)
+        for row, sequence in enumerate(sequences):
+            part = sequence.ids[sequence.filled : sequence.filled + width]
+            ids[row, : len(part)] = part
+            positions[row, : len(part)] = np.arange(sequence.filled, sequence.filled + len(part))
+        return Group(ids, positions, table_of([sequence.pages for sequence in sequences], rows))
+
+    def _draw(
+        self, group: Group, x: Array, sequences: Sequence[_Sequence], masks: dict[int, Future]
+    ) -> list[Event]:
+        rows = len(group.ids)
+        slots = np.full(rows, self.max_batch, np.int32)
+        tokens, counts = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
+        for row, sequence in enumerate(sequences):
+            slots[row], tokens[row], counts[row] = sequence.slot, sequence.ids[-1], sequence.drawn
+        failed, allowed = self._allowed(rows, sequences, masks)
+        top = MAX_TOP_LOGPROBS if any(sequence.request.top_logprobs for sequence in sequences) else 0
+        draw = draw_rows_step(self.model.layouts, self.model.config, self._sampler.apply, top)
+        last = np.maximum((group.positions >= 0).sum(axis=1).astype(np.int32) - 1, 0)
+        out, self._samplers = draw(
+            self.model.globals, x, last, slots, self._samplers, tokens, self._keys, counts, allowed
+        )
+        drawn, logprobs, top_ids, top_logprobs = jax.tree.map(np.asarray, out)
+        events = []
+        for row, sequence in enumerate(sequences):
+            if sequence.number in failed:
+                events.append(self._fail(sequence, failed[sequence.number]))
+                continue
+            count = sequence.request.top_logprobs
+            alternatives = tuple(
+                zip(top_ids[row, :count].tolist(), top_logprobs[row, :count].tolist(), strict=True)
+            )
+            events.append(self._advance(sequence, int(drawn[row]), float(logprobs[row]), alternatives))
+        return events
+
+    def _allowed(
+        self, rows: int, sequences: Sequence[_Sequence], masks: dict[int, Future]
+    ) -> tuple[dict[int, str], np.ndarray | None]:
+        """The packed masks `[B, W]` of the rows, None if nobody is constrained; and whose mask failed, and how."""
+        if not any(sequence.number in masks for sequence in sequences):
+            return {}, None
+        words = -(-self.model.config.vocab_size // 32)
+        allowed = np.full((rows, words), np.uint32(0xFFFFFFFF))
+        failed = {}
+        for row, sequence in enumerate(sequences):
+            if sequence.number in masks:
+                try:
+                    allowed[row] = masks[sequence.number].result()
+                except Exception as error:
+                    failed[sequence.number] = f"the constraint failed: {error}"
+        return failed, allowed
+
+    def _advance(
+        self, sequence: _Sequence, token: int, logprob: float, top: tuple[tuple[int, float], ...]
+    ) -> Event:
+        request = sequence.request
+        if token < 0:
+            if request.constraint is not None:
+                self._leave(sequence)
+                return Event(sequence.number, None, 0.0, (), "grammar")
+            return self._fail(sequence, "the sampler left no token that can be drawn")
+        if request.constraint is not None:
+            try:
+                request.constraint.advance(token)
+            except Exception as error:
+                return self._fail(sequence, f"the constraint failed: {error}")
+        sequence.ids.append(token)
+        sequence.drawn += 1
+        self.stats.generated_tokens += 1
+        reason: Finish = ""
+        if token in request.stop_ids:
+            reason = "stop"
+        elif sequence.drawn == request.max_tokens:
+            reason = "length"
+        elif len(sequence.ids) > self.model.plan.context:
+            # The drawn token itself has no room in the cache: it is given out, and that is the end.
+            reason = "context"
+        if reason:
+            self._leave(sequence)
+        return Event(sequence.number, token, logprob, top, reason)
+
+    def _fail(self, sequence: _Sequence, error: str) -> Event:
+        self._leave(sequence)
+        return Event(sequence.number, None, 0.0, (), "error", error)
+
+    def _start_over(self) -> None:
+        """After a sweep that failed: donated pages may be gone, so everything in them is.
+
+        Sequences that took no part in it lose their cache too, and begin again from their tokens.
+        """
+        for sequence in list(self._running):
+            self._leave(sequence)
+            sequence.filled = 0
+            bisect.insort(self._waiting, sequence, key=lambda s: s.number)
+        self.model.wait()
+        with contextlib.suppress(RuntimeError):  # donated to the step that failed
+            self._state.close()
+        self._open_state()
+
+    def _count(self) -> None:
+        stats, run = self.stats, self.model.stats
+        stats.sweeps, stats.bytes_streamed, stats.wait_s = run.sweeps, run.bytes_streamed, run.wait_s
+        stats.peak_device_bytes = peak_device_bytes(self.model.device)
+
+
+def _pages_for(positions: int) -> int:
+    return -(-positions // KV_PAGE)
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _split(sequences: Sequence[_Sequence], size: int) -> Iterable[Sequence[_Sequence]]:
+    return (sequences[at : at + size] for at in range(0, len(sequences), size))

@@ -1,0 +1,85 @@
+"""Attention over a cache in pages, which the sequences of a batch share as they need them.
+
+Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from airjax.layers import attention as contiguous
+from airjax.types import Array, KVCache, LayerKV, PagedKV
+
+
+def write_rows(kv: KVCache, k: Array, v: Array, positions: Array) -> KVCache:
+    """Puts new keys and values into their slots; rows at negative positions are dropped.
+
+    Args:
+      kv: a cache with a row of slots per sequence, or one in pages.
+      k: new keys, `[B, T, K, H]`.
+      v: new values, `[B, T, K, H]`.
+      positions: `[B, T]` int32; of distinct slots.
+
+    Returns:
+      The cache with the rows written, of the cache's dtype.
+    """
+    if isinstance(kv, LayerKV):
+        return contiguous.write_rows(kv, k, v, positions)
+    count, _, size, _ = kv.pages.k.shape
+    column = jnp.clip(positions // size, 0, kv.table.shape[1] - 1)
+    page = jnp.take_along_axis(kv.table, column, axis=1)  # [B, T]
+    page = jnp.where(positions >= 0, page, count)  # out of bounds: dropped
+    slot = positions % size
+
+    def write(pages: Array, rows: Array) -> Array:
+        return pages.at[page, :, slot].set(rows.astype(pages.dtype), mode="drop")
+
+    return PagedKV(LayerKV(k=write(kv.pages.k, k), v=write(kv.pages.v, v)), kv.table)
+
+
+def attention(
+    q: Array,
+    kv: KVCache,
+    positions: Array,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    length: int | None = None,
+) -> Array:
+    """Grouped-query attention of new tokens over a cache that already holds their own rows.
+
+    Args:
+      q: `[B, T, N, H]`, N a multiple of K.
+      kv: a cache with a row of slots per sequence, or one in pages whose table covers every position.
+      positions: `[B, T]` int32, negative for padding rows; the others of a row rise one by one.
+      scale, window, softcap, length: as in `contiguous.attention`; pages have no `length`, their table is cut.
+
+    Returns:
+      `[B, T, N, H]` float32.
+    """
+    if isinstance(kv, PagedKV):
+        kv, positions = _gather(kv, positions, window)
+        length = None
+    return contiguous.attention(q, kv, positions, scale=scale, window=window, softcap=softcap, length=length)
+
+
+def _gather(kv: PagedKV, positions: Array, window: int) -> tuple[LayerKV, Array]:
+    """The pages that new tokens can see as one row of slots per sequence, and the positions within it."""
+    size = kv.pages.k.shape[2]
+    table = kv.table
+    if window:
+        # Only the pages that the window of the first new token reaches.
+        first = jnp.min(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
+        first = jnp.where(jnp.any(positions >= 0, axis=1, keepdims=True), first, 0)
+        columns = min(table.shape[1], -(-(window + positions.shape[1] - 1) // size) + 1)
+        start = jnp.clip((first - window + 1) // size, 0, table.shape[1] - columns)  # [B, 1]
+        table = jnp.take_along_axis(table, start + jnp.arange(columns, dtype=jnp.int32), axis=1)
+        positions = jnp.where(positions >= 0, positions - start * size, -1)
+
+    def rows(pages: Array) -> Array:  # [P, K, page, H] to [B, K, S, H]
+        taken = jnp.take(pages, table, axis=0).swapaxes(1, 2)
+        return taken.reshape(*taken.shape[:2], -1, taken.shape[-1])
+
+    return jax.tree.map(rows, kv.pages), positions
