@@ -14,6 +14,7 @@ from types import ModuleType
 from absl import flags
 
 from airjax import __version__
+from airjax.commands.ceilings import user_cache_dir
 
 COMMANDS = {
     "generate": "continue a prompt",
@@ -21,6 +22,7 @@ COMMANDS = {
     "inspect": "show what a GGUF file holds",
     "plan": "show what would live where under a memory budget",
     "perplexity": "measure how well a model predicts a text",
+    "bench": "measure the machine, and what a model reaches on it",
 }
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -155,16 +157,12 @@ def _set_up_jax(cache_dir: str | None) -> None:
     import jax
 
     if cache_dir is None:
-        cache_dir = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(_user_cache_dir() / "airjax")
+        cache_dir = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(user_cache_dir())
     if cache_dir:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", cache_dir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-def _user_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 if __name__ == "__main__":

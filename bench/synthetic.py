@@ -9,15 +9,30 @@ so that activations stay finite. The text it makes is noise; its speed is that o
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import functools
+import json
+import math
+import os
 import time
-from io import RawIOBase
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 _POOL_BYTES = 32 << 20
+_THREADS = 8
+
+
+class _Part(NamedTuple):
+    """`nbytes` at `at` of a file, taken from `pool` again and again, from `start` of it on."""
+
+    at: int
+    nbytes: int
+    pool: np.ndarray
+    start: int
 
 
 class Shape(NamedTuple):
@@ -154,32 +169,128 @@ def write(path: str, shape: Shape, kind: Type, output_kind: Type | None = None, 
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    pools: dict[Type, np.ndarray] = {}
-    with open(path, "r+b", buffering=0) as file:
-        at = file.seek(0, 2)
-        at += -at % 32
-        for (_, size, block), nbytes in zip(tensors, sizes, strict=True):
-            file.seek(at)
-            if len(size) == 1:
-                file.write(np.ones(size, np.float32).tobytes())
-            else:
-                if block not in pools:
-                    pools[block] = _pool(block, shape.d_model**-0.5, generator)
-                _, block_bytes = gguf.GGML_QUANT_SIZES[block]
-                _write_from(file, pools[block], nbytes, block_bytes, generator)
-            at += nbytes + -nbytes % 32
-        file.truncate(at)
+    ones = np.ones(shape.d_model, np.float32).view(np.uint8)
+    kinds = sorted({block for _, size, block in tensors if len(size) > 1})
+    pools = {block: _pool(block, shape.d_model**-0.5, generator) for block in kinds}
+    parts = []
+    at = os.path.getsize(path)
+    at += -at % 32
+    for (_, size, block), nbytes in zip(tensors, sizes, strict=True):
+        pool, start = ones, 0
+        if len(size) > 1:
+            pool = pools[block]
+            _, block_bytes = gguf.GGML_QUANT_SIZES[block]
+            start = int(generator.integers(0, pool.size // block_bytes)) * block_bytes
+        parts.append(_Part(at, nbytes, pool, start))
+        at += nbytes + -nbytes % 32
+    _write_parts(Path(path), parts, at)
     return at
 
 
-def _write_from(
-    file: RawIOBase, pool: np.ndarray, nbytes: int, block_bytes: int, generator: np.random.Generator
-) -> None:
-    start = int(generator.integers(0, pool.size // block_bytes)) * block_bytes
-    while nbytes:
-        part = pool[start : start + nbytes]
-        file.write(part.data)
-        nbytes -= part.size
+def write_hf(folder: Path, shape: Shape, seed: int = 0) -> int:
+    """Writes the same shape as a bfloat16 checkpoint for transformers, one safetensors file per layer.
+
+    Args:
+      folder: made if need be.
+      shape: sizes of the model.
+      seed: of the weights, which are not those of `write`.
+
+    Returns:
+      Bytes of weights written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pool = _pool(Type.BF16, shape.d_model**-0.5, np.random.default_rng(seed))
+    d, f = shape.d_model, shape.d_ff
+    kv = d // shape.heads * shape.kv_heads
+    files: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (shape.vocabulary, d)}]
+    for layer in range(shape.layers):
+        sizes: dict[str, tuple[int, ...]] = {
+            "self_attn.q_proj": (d, d),
+            "self_attn.k_proj": (kv, d),
+            "self_attn.v_proj": (kv, d),
+            "self_attn.o_proj": (d, d),
+            "mlp.gate_proj": (f, d),
+            "mlp.up_proj": (f, d),
+            "mlp.down_proj": (d, f),
+            "input_layernorm": (d,),
+            "post_attention_layernorm": (d,),
+        }
+        files.append({f"model.layers.{layer}.{name}.weight": size for name, size in sizes.items()})
+    files += [{"model.norm.weight": (d,)}, {"lm_head.weight": (shape.vocabulary, d)}]
+    index: dict[str, str] = {}
+    total = 0
+    for number, tensors in enumerate(files, 1):
+        name = f"model-{number:05}-of-{len(files):05}.safetensors"
+        index |= dict.fromkeys(tensors, name)
+        total += _write_safetensors(folder / name, tensors, pool)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    )
+    (folder / "config.json").write_text(json.dumps(_hf_config(shape)))
+    tokens = {f"token{i}": i for i in range(256)}
+    model = {"type": "WordLevel", "vocab": tokens, "unk_token": "token0"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "token0"})
+    )
+    return total
+
+
+def _hf_config(shape: Shape) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.d_model,
+        "intermediate_size": shape.d_ff,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": shape.context,
+        "rope_theta": 500_000.0,
+        "rms_norm_eps": 1e-5,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "tie_word_embeddings": False,
+    }
+
+
+def _write_safetensors(path: Path, tensors: dict[str, tuple[int, ...]], pool: np.ndarray) -> int:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, size in tensors.items():
+        end = at + 2 * math.prod(size)
+        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    ones = np.full(max(size[0] for size in tensors.values()), 0x3F80, np.uint16).view(np.uint8)
+    parts = [
+        _Part(
+            8 + len(text) + header[name]["data_offsets"][0],
+            2 * math.prod(size),
+            ones if len(size) == 1 else pool,
+            0,
+        )
+        for name, size in tensors.items()
+    ]
+    _write_parts(path, parts, 8 + len(text) + at)
+    return at
+
+
+def _write_parts(path: Path, parts: list[_Part], nbytes: int) -> None:
+    """Writes the parts side by side: one thread alone is far slower than memory."""
+    with open(path, "r+b", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        file.truncate(nbytes)
+        list(pool.map(functools.partial(_write_part, file.fileno()), parts))
+
+
+def _write_part(file: int, part: _Part) -> None:
+    at, end, start = part.at, part.at + part.nbytes, part.start
+    while at < end:
+        at += os.pwrite(file, part.pool[start : start + end - at].data, at)
         start = 0
 
 

@@ -32,9 +32,10 @@ METER = r"airjax: prefill [\d.]+ tok/s \(\d+ tokens\).*\nairjax: streamed .*\n"
 
 
 @pytest.fixture(autouse=True)
-def _same_compilation_cache(monkeypatch):
+def _same_compilation_cache(monkeypatch, tmp_path_factory):
     """The launcher sets JAX up for a process of its own; here it shares the tests' cache, and is undone."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))  # no ceilings are known
     names = ("jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
     before = {name: getattr(jax.config, name) for name in names}
     yield

@@ -24,6 +24,7 @@ FLOORS = {
     "models": 2,
     "plan": 3,
     "engine": 4,
+    "predict": 4,
     "api": 5,
     "server": 6,
     "bench": 6,

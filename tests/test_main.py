@@ -36,8 +36,9 @@ FLAGS = {
     "generate": [*COMMON, *SAMPLING, "--trace", "--prompt", "--[no]chat"],
     "chat": [*COMMON, *SAMPLING, "--trace", "--system"],
     "inspect": ["--model", "--[no]json"],
-    "plan": [*COMMON, "--[no]json"],
+    "plan": [*COMMON, "--[no]json", "--[no]probe"],
     "perplexity": [*COMMON[:-4], "--context=512", "--trace", "--file"],
+    "bench": [*COMMON[:-4], "--batch=1", "--prompt=512", "--decode=32", "--seed=0", "--trace", "--plot"],
 }
 
 

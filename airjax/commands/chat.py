@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from airjax.commands.ceilings import predict_run
 from airjax.commands.meter import Meter
 from airjax.commands.options import (
     Flags,
@@ -78,7 +79,8 @@ def reply(engine: Engine, messages: list[dict[str, str]], **options: Any) -> str
     """Prints a reply as it is generated; ctrl-C ends it early. Returns its text."""
     text = ""
     tokens = engine.chat(messages, **options)
-    with stop_on_interrupt() as stopped, Meter(lambda: engine.stats):
+    meter = Meter(lambda: engine.stats, prediction=lambda: predict_run(engine))
+    with stop_on_interrupt() as stopped, meter:
         for token in tokens:
             text += token.text
             sys.stdout.write(token.text)

@@ -6,6 +6,7 @@ import sys
 
 from absl import flags
 
+from airjax.commands.ceilings import predict_run
 from airjax.commands.meter import Meter
 from airjax.commands.options import (
     Flags,
@@ -58,7 +59,7 @@ def run(values: Flags) -> None:
             ignore_eos=values.ignore_eos,
         )
         text = ""
-        with Meter(lambda: engine.stats):
+        with Meter(lambda: engine.stats, prediction=lambda: predict_run(engine)):
             for token in tokens:
                 text = token.text or text
                 sys.stdout.write(token.text)

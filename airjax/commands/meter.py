@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from airjax.engine import Stats
+    from airjax.predict import Prediction
 
 GIB = 1 << 30
 _PERIOD_S = 0.25
@@ -32,8 +33,8 @@ def line(stats: Stats, columns: int) -> str:
     return " | ".join(parts)[: columns - 1]
 
 
-def report(stats: Stats, out: TextIO | None = None) -> None:
-    """Prints all figures of a run to stderr."""
+def report(stats: Stats, out: TextIO | None = None, prediction: Prediction | None = None) -> None:
+    """Prints all figures of a run to stderr, and beside them what was predicted, where that is known."""
     speed = [f"prefill {_number(stats.prefill_rate, 1)} tok/s ({stats.prompt_tokens} tokens)"]
     if stats.generated_tokens:
         ended = f", ended by {stats.finish_reason}" if stats.finish_reason else ""
@@ -45,7 +46,15 @@ def report(stats: Stats, out: TextIO | None = None) -> None:
         f"waited for weights {_number(stats.wait_share, 1, ' %', scale=100)} of the time",
         f"peak device memory {_number(stats.peak_device_bytes, 2, ' GiB', scale=1 / GIB)}",
     ]
-    text = f"airjax: {', '.join(speed)}\nairjax: {', '.join(link)}"
+    lines = [speed, link]
+    if prediction is not None:
+        lines.append(
+            [
+                f"predicted: prefill {prediction.prefill_tokens_per_s:.1f} tok/s",
+                f"decode {prediction.decode_tokens_per_s:.1f} tok/s (bound by {prediction.decode.bound})",
+            ]
+        )
+    text = "\n".join(f"airjax: {', '.join(parts)}" for parts in lines)
     print(text, file=sys.stderr if out is None else out, flush=True)
 
 
@@ -57,10 +66,17 @@ class Meter:
     Args:
       stats: gives the present run's figures.
       out: where to write; None for stderr.
+      prediction: asked at the end for what the run should have reached; None, or an answer of None, if unknown.
     """
 
-    def __init__(self, stats: Callable[[], Stats], out: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        stats: Callable[[], Stats],
+        out: TextIO | None = None,
+        prediction: Callable[[], Prediction | None] | None = None,
+    ) -> None:
         self._stats = stats
+        self._prediction = prediction
         self._out = sys.stderr if out is None else out
         live = self._out.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
         self._shared = live and sys.stdout.isatty()
@@ -83,7 +99,7 @@ class Meter:
             self._thread.join()
             self._erase()
         if kind is None or issubclass(kind, KeyboardInterrupt):
-            report(self._stats(), self._out)
+            report(self._stats(), self._out, None if self._prediction is None else self._prediction())
 
     def _watch(self) -> None:
         while not self._ended.wait(_PERIOD_S):

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from typing import TYPE_CHECKING
 
 from absl import flags
 
+from airjax.commands.ceilings import cached_ceilings, probe_ceilings
 from airjax.commands.options import Flags, define_context, define_model, define_plan
 
-USES_JAX = True
-HELP = """
-  airjax plan --model=FILE.gguf --vram_budget_gib=8 [--ram_budget_gib=32] [--context=8192] [--json]
+if TYPE_CHECKING:
+    from airjax.predict import Prediction
 
-The decision that a run would make, before it takes any memory.
+USES_JAX = True
+_PROMPT = 512
+HELP = """
+  airjax plan --model=FILE.gguf --vram_budget_gib=8 [--ram_budget_gib=32] [--context=8192] [--probe] [--json]
+
+The decision that a run would make, before it takes any memory, and the speed it predicts where the machine's
+ceilings are known: --probe measures them, as airjax bench does, and they are kept.
 """
 
 
@@ -22,6 +30,9 @@ def define_flags(values: Flags) -> None:
     define_plan(values)
     define_context(values)
     flags.DEFINE_bool("json", False, "Print JSON.", flag_values=values)
+    flags.DEFINE_bool(
+        "probe", False, "Measure link, disk and memory first, for the prediction.", flag_values=values
+    )
 
 
 def run(values: Flags) -> None:
@@ -31,6 +42,7 @@ def run(values: Flags) -> None:
     from airjax import api, models
     from airjax.gguf import build_manifest, open_gguf
     from airjax.plan import format_plan, make_plan, to_dict
+    from airjax.predict import predict
 
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
@@ -41,17 +53,48 @@ def run(values: Flags) -> None:
             build_manifest(gguf),
             config,
             backend=device.platform,
-            vram_budget_bytes=_budget(values, "vram_budget_gib", api.free_device_bytes(device)),
-            ram_budget_bytes=_budget(values, "ram_budget_gib", api.free_host_bytes()),
+            vram_budget_bytes=budget_bytes(values, "vram_budget_gib", api.free_device_bytes(device)),
+            ram_budget_bytes=budget_bytes(values, "ram_budget_gib", api.free_host_bytes()),
             context=values.context,
             stream_depth=values.stream_depth,
             resident=values.resident,
             kv_shuttle=values.kv_shuttle,
         )
-    print(json.dumps(to_dict(plan), indent=2) if values.json else format_plan(plan))
+    find = probe_ceilings if values.probe else cached_ceilings
+    ceilings = find(device, values.model)
+    rows = max(min(_PROMPT, plan.context - 1), 1)
+    prediction = None if ceilings is None else predict(plan, config, ceilings, 1, rows)
+    if values.json:
+        told = None if prediction is None else dataclasses.asdict(prediction)
+        print(json.dumps(to_dict(plan) | {"prediction": told}, indent=2))
+    else:
+        print(format_plan(plan))
+        print(format_prediction(prediction, rows))
 
 
-def _budget(values: Flags, name: str, free: int) -> int:
+def format_prediction(prediction: Prediction | None, rows: int) -> str:
+    """The predicted speed for people.
+
+    Args:
+      prediction: None where the ceilings are not known.
+      rows: tokens of the prompt that it is for.
+    """
+    if prediction is None:
+        return f"{'predicted speed':<22}n/a: pass --probe to measure this machine"
+    return (
+        f"{'predicted decode':<22}{prediction.decode_tokens_per_s:>9.2f} tok/s  "
+        f"behind {rows} tokens, bound by {prediction.decode.bound}\n"
+        f"{'predicted prefill':<22}{prediction.prefill_tokens_per_s:>9.1f} tok/s  "
+        f"of {rows} tokens, bound by {prediction.prefill.bound}"
+    )
+
+
+def budget_bytes(values: Flags, name: str, free: int) -> int:
+    """The bytes that a flag in GiB gives, or `free` without it.
+
+    Raises:
+      ValueError: it is out of range.
+    """
     gib = values[name].value
     if gib is None:
         return free

@@ -1,0 +1,186 @@
+"""Probes: what the link, the disk, device memory and the arithmetic units can do at most."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import functools
+import mmap
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gguf import GGMLQuantizationType as GGMLType
+
+from airjax import quants
+from airjax.predict import Ceilings
+from airjax.streaming import PinnedMemory, PinningError
+from airjax.types import Array, LayerKV
+
+_READ_BYTES = 8 << 20
+_READ_THREADS = 4
+_DISK_S = 1.5
+_REPEATS = 5
+
+
+def probe(device: jax.Device, path: str | os.PathLike[str], *, memory_bytes: int = 1 << 30) -> Ceilings:
+    """Measures the ceilings, in a second or a few.
+
+    Args:
+      device: where the blocks run.
+      path: the model's file, for the disk.
+      memory_bytes: how much device memory the probes may take.
+
+    Returns:
+      The best of several rounds each. On the CPU backend there is no link: None.
+    """
+    with jax.default_device(device):
+        on_cpu = device.platform == "cpu"
+        up, down = (None, None) if on_cpu else probe_link(device, memory_bytes)
+        return Ceilings(
+            link_up_bytes_per_s=up,
+            link_down_bytes_per_s=down,
+            disk_bytes_per_s=probe_disk(path),
+            memory_bytes_per_s=probe_memory(min(memory_bytes // 2, (64 if on_cpu else 512) << 20)),
+            product_bytes_per_s=probe_product(4096 if on_cpu else 16_384, 4096 if on_cpu else 8192),
+            flops_per_s=probe_flops(512 if on_cpu else 8192, jnp.float32 if on_cpu else jnp.bfloat16),
+            dispatch_s=probe_dispatch(),
+        )
+
+
+def probe_link(device: jax.Device, memory_bytes: int) -> tuple[float | None, float | None]:
+    """Bytes per second from pinned host memory to the device and back, with four copies in flight.
+
+    Returns:
+      Up and down; None for a direction that memory can't be pinned for.
+    """
+    nbytes = min(memory_bytes // 4, 512 << 20)
+    try:
+        memory = PinnedMemory.allocate(nbytes, pin=True)
+    except PinningError:
+        return None, None
+    try:
+        memory.array[:] = 1
+        up = 4 * nbytes / _best(lambda: [jax.device_put(memory.array, device) for _ in range(4)])
+    finally:
+        memory.close()
+    pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    arrays = [jnp.full(nbytes // 4, part, jnp.uint8) for part in range(4)]
+    down = 4 * (nbytes // 4) / _best(lambda: jax.device_put(arrays, pinned))
+    return up, down
+
+
+def probe_disk(path: str | os.PathLike[str]) -> float | None:
+    """Bytes per second of reads of a file past the page cache, by several threads.
+
+    Returns:
+      None where the system or the file system takes no O_DIRECT, or the file is shorter than a page.
+    """
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOTSUP):
+            return None
+        raise
+    try:
+        return _read_rate(file, os.fstat(file).st_size)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # some file systems refuse at the first read only
+            return None
+        raise
+    finally:
+        os.close(file)
+
+
+def probe_memory(nbytes: int) -> float:
+    """Bytes per second of device memory, read and written: an array plus one, in place."""
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    array = jnp.zeros(nbytes // 4, jnp.uint32)
+
+    def run() -> Array:
+        nonlocal array
+        for _ in range(4):
+            array = add(array)
+        return array
+
+    return 2 * array.nbytes / _best(run, calls=4)
+
+
+def probe_product(rows: int, columns: int) -> float:
+    """Bytes per second of Q4_K weights that the engine's own product takes for one row of activations."""
+    width = quants.row_bytes(GGMLType.Q4_K, columns)
+    # Small finite scales, so that no product meets a NaN or a subnormal number.
+    data = np.random.default_rng(0).integers(0x20, 0x30, rows * width, np.uint8)
+    x = jnp.ones((1, columns), jnp.float32)
+
+    @jax.jit
+    def product(data: Array, x: Array) -> Array:
+        return quants.matmul(x, quants.view(data, GGMLType.Q4_K, (rows, columns)), dtype=np.dtype(np.float32))
+
+    weights = jnp.asarray(data)
+    return data.nbytes / _best(lambda: [product(weights, x) for _ in range(8)], calls=8)
+
+
+def probe_flops(size: int, dtype: Any) -> float:
+    """Floating point operations per second of a square matrix product."""
+    # Random, since a GPU draws less power, and runs faster, on numbers that are all alike.
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    multiply = jax.jit(lambda a, b: a @ b)
+    return 2 * size**3 / _best(lambda: [multiply(x, x) for _ in range(4)], calls=4)
+
+
+def probe_dispatch() -> float:
+    """Seconds of one call among many of a jitted function with the arguments of a layer."""
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def block(buffers: tuple[Array, ...], x: Array, kv: LayerKV, positions: Array) -> tuple[Array, LayerKV]:
+        return x + positions, jax.tree.map(lambda part: part + buffers[0], kv)
+
+    buffers = (jnp.ones(64, jnp.uint8),)
+    positions = jnp.zeros(64, jnp.int32)
+    calls = 200
+
+    def chain() -> Array:
+        x, kv = jnp.zeros(64), LayerKV(jnp.zeros(64), jnp.zeros(64))
+        for _ in range(calls):
+            x, kv = block(buffers, x, kv, positions)
+        return x
+
+    return _best(chain, calls=calls)
+
+
+def _best(run: Callable[[], Any], calls: int = 1) -> float:
+    """Seconds of one of `calls` calls in the best round; the first round, which compiles, does not count."""
+    jax.block_until_ready(run())
+    seconds = []
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds) / calls
+
+
+def _read_rate(file: int, size: int) -> float | None:
+    part = min(size - size % mmap.PAGESIZE, _READ_BYTES)
+    if not part:
+        return None
+    buffers = [mmap.mmap(-1, part) for _ in range(_READ_THREADS)]  # page-aligned, as O_DIRECT wants it
+    begin = time.perf_counter()
+
+    def read(thread: int) -> int:
+        done = 0
+        for chunk in range(thread, size // part, _READ_THREADS):
+            done += os.preadv(file, [buffers[thread]], chunk * part)
+            if time.perf_counter() - begin > _DISK_S:
+                break
+        return done
+
+    with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as pool:
+        nbytes = sum(pool.map(read, range(_READ_THREADS)))
+    return nbytes / (time.perf_counter() - begin)

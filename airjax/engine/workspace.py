@@ -1,0 +1,120 @@
+"""The workspace of a model's programs, by the compiler's own count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from airjax import models, sampling
+from airjax.engine.batch import table_of
+from airjax.engine.step import (
+    block_step,
+    draw_rows_step,
+    draw_step,
+    embed_step,
+    paged_block_step,
+    shuttled_block_step,
+)
+from airjax.gguf import Layout, Manifest
+from airjax.models import Config
+from airjax.plan import KV_PAGE, Plan
+from airjax.types import LayerKV
+
+
+def compiled_workspace(manifest: Manifest, config: Config, plan: Plan) -> int:
+    """Compiles what a run under a plan needs at its largest, and adds up what the compiler says it takes.
+
+    The programs are those of a whole chunk of a prompt and of a decoding sweep over a full cache: one for each
+    layout and kind of layer, the embedding and the draw. No memory of the device is taken.
+
+    Args:
+      manifest: spans of the file.
+      config: of the model.
+      plan: gives the chunk, the batch, the caches and whether they are shuttled.
+
+    Returns:
+      Bytes: the largest program's temporaries and fresh outputs, and the hidden states that wait beside it.
+    """
+    architecture = models.get(config.architecture)
+    programs = {
+        (span.layout, architecture.layer_kind(config, layer), plan.kv_slots[layer])
+        for layer, span in enumerate(manifest.layers)
+    }
+    largest = _outside(manifest, config, plan)
+    for sequences, new in ((1, plan.prefill_chunk), (max(plan.max_batch, 1), 1)):
+        x = _array((sequences, new, config.d_model))
+        positions = _array((sequences, new), jnp.int32)
+        for layout, kind, slots in programs:
+            step, cache = _block(layout, config, kind, slots, plan, sequences)
+            used = _workspace(step, _buffers(layout), x, *cache, positions)
+            # The input of the block before is still waited for while the next one is dispatched.
+            largest = max(largest, used + 2 * _nbytes(x))
+    return largest
+
+
+def _block(
+    layout: Layout, config: Config, kind: str, slots: int, plan: Plan, sequences: int
+) -> tuple[Any, tuple[Any, ...]]:
+    """The step of a layer as the plan runs it, and what it takes between `x` and the positions."""
+    if plan.max_batch:
+        pages = (plan.kv_tokens // KV_PAGE, config.n_kv_heads, KV_PAGE, config.head_dim)
+        table = table_of([range(-(-plan.context // KV_PAGE))], sequences)
+        return paged_block_step(layout, config, kind), (
+            _cache(pages, config),
+            _array(table.shape, jnp.int32),
+        )
+    if plan.shuttle:
+        shape = (slots, sequences, config.n_kv_heads, config.head_dim)
+        return shuttled_block_step(layout, config, kind), (_cache(shape, config),)
+    shape = (sequences, config.n_kv_heads, slots, config.head_dim)
+    return block_step(layout, config, kind, slots), (_cache(shape, config),)
+
+
+def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
+    """Workspace of the embedding of a chunk and of a draw."""
+    architecture = models.get(config.architecture)
+    names = [name for name in manifest.globals if name in architecture.global_specs(config)]
+    layouts = tuple((name, manifest.globals[name].layout) for name in names if name != "rope_freqs.weight")
+    buffers = {name: _buffers(layout) for name, layout in layouts}
+    embed = _workspace(embed_step(layouts, config), buffers, _array((1, plan.prefill_chunk), jnp.int32))
+    sampler = sampling.greedy()
+    batch = max(plan.max_batch, 1)
+    x = _array((batch, plan.prefill_chunk if batch == 1 else 1, config.d_model))
+    tokens, keys = (
+        _array((batch,), jnp.int32),
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
+    )
+    state = jax.eval_shape(lambda: sampler.init(np.zeros((batch, 0), np.int32), config.vocab_size))
+    if plan.max_batch:
+        step = draw_rows_step(layouts, config, sampler.apply, 0)
+        used = _workspace(step, buffers, x, tokens, tokens, state, tokens, keys, tokens, None)
+    else:
+        step = draw_step(layouts, config, sampler.apply)
+        used = _workspace(step, buffers, x, tokens, state, tokens, keys, _array((), jnp.int32))
+    return max(embed, used + _nbytes(x))
+
+
+def _workspace(step: Any, *args: Any) -> int:
+    stats = step.lower(*args).compile().memory_analysis()
+    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return int(stats.temp_size_in_bytes + fresh)
+
+
+def _buffers(layout: Layout) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(_array((nbytes,), jnp.uint8) for nbytes in layout.sizes)
+
+
+def _cache(shape: tuple[int, ...], config: Config) -> LayerKV:
+    part: Any = _array(shape, config.compute_dtype)
+    return LayerKV(k=part, v=part)
+
+
+def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def _nbytes(array: jax.ShapeDtypeStruct) -> int:
+    return array.size * array.dtype.itemsize

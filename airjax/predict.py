@@ -1,0 +1,175 @@
+"""The prediction: how fast a plan can run on a machine whose ceilings have been measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from airjax import models
+from airjax.models import Config
+from airjax.plan import Plan
+
+# Up to this many rows a product reads the quantized blocks once; from there on the matrix is decoded first.
+_FEW_ROWS = 8
+
+Bound = Literal["link", "disk", "device memory", "compute", "dispatch"]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine can do at most, each measured by a probe; None where there is no such thing.
+
+    Attributes:
+      link_up_bytes_per_s: pinned host memory to the device.
+      link_down_bytes_per_s: device to pinned host memory.
+      disk_bytes_per_s: the model's file, read past the page cache.
+      memory_bytes_per_s: device memory, bytes read and bytes written together.
+      product_bytes_per_s: quantized weights multiplied with one row of activations, by the engine's own product.
+      flops_per_s: a large matrix product in the compute dtype.
+      dispatch_s: one call of a jitted function with a layer's arguments.
+    """
+
+    link_up_bytes_per_s: float | None
+    link_down_bytes_per_s: float | None
+    disk_bytes_per_s: float | None
+    memory_bytes_per_s: float
+    product_bytes_per_s: float
+    flops_per_s: float
+    dispatch_s: float
+
+
+@dataclass(frozen=True)
+class SweepTime:
+    """Seconds that each resource needs for one sweep. They work side by side, but memory and compute by turns."""
+
+    link_s: float
+    disk_s: float
+    memory_s: float
+    compute_s: float
+    dispatch_s: float
+
+    @property
+    def seconds(self) -> float:
+        """The sweep takes as long as its slowest resource."""
+        return max(self.link_s, self.disk_s, self.memory_s + self.compute_s, self.dispatch_s)
+
+    @property
+    def bound(self) -> Bound:
+        """Which resource is the slowest."""
+        device: Bound = "device memory" if self.memory_s >= self.compute_s else "compute"
+        candidates: dict[Bound, float] = {
+            "link": self.link_s,
+            "disk": self.disk_s,
+            device: self.memory_s + self.compute_s,
+            "dispatch": self.dispatch_s,
+        }
+        return max(candidates, key=lambda name: candidates[name])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan should reach.
+
+    Attributes:
+      decode: one sweep that draws a token for each sequence.
+      prefill: the first sweep of a prompt.
+      decode_tokens_per_s: of all sequences together.
+      prefill_tokens_per_s: of the prompts of all sequences, whose chunks fill one sweep after another.
+    """
+
+    decode: SweepTime
+    prefill: SweepTime
+    decode_tokens_per_s: float
+    prefill_tokens_per_s: float
+
+
+def predict(plan: Plan, config: Config, ceilings: Ceilings, batch: int, rows: int) -> Prediction | None:
+    """Predicts tokens per second from the ceilings alone.
+
+    A sweep moves the streamed layers and a shuttled cache over the link, reads the streamed layers from disk where
+    the tier is the ring, reads every weight and the cache from device memory (for more than 8 rows each matrix is
+    also written and read once more, decoded), and multiplies each weight with each row. The embedding counts as
+    read, which is a few per cent too much where the output matrix is another one.
+
+    Args:
+      plan: what lives where.
+      config: of the model.
+      ceilings: of this machine.
+      batch: sequences that share a decoding sweep.
+      rows: tokens of the prompt; a sequence decodes right behind it.
+
+    Returns:
+      The prediction; None where a ceiling that the plan needs was not measured.
+
+    Raises:
+      ValueError: `batch` or `rows` is below 1.
+    """
+    for name, value in (("batch", batch), ("rows", rows)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not _measured(plan, ceilings):
+        return None
+    decode = _sweep(plan, config, ceilings, batch, 1, rows + 1)
+    total = batch * rows
+    sizes = [min(plan.prefill_chunk, total - begin) for begin in range(0, total, plan.prefill_chunk)]
+    sweeps = [
+        _sweep(plan, config, ceilings, 1, size, min(index * plan.prefill_chunk + size, rows))
+        for index, size in enumerate(sizes)
+    ]
+    return Prediction(
+        decode=decode,
+        prefill=sweeps[0],
+        decode_tokens_per_s=batch / decode.seconds,
+        prefill_tokens_per_s=total / sum(sweep.seconds for sweep in sweeps),
+    )
+
+
+def _measured(plan: Plan, ceilings: Ceilings) -> bool:
+    """Whether the ceilings that the plan's way to the device needs are known; of pageable copies none is."""
+    if not plan.streamed and not plan.shuttle:
+        return True
+    needed = {"registered mapping": ceilings.link_up_bytes_per_s, "ring": ceilings.disk_bytes_per_s}
+    return plan.tier == "aliased mapping" or needed.get(plan.tier) is not None
+
+
+def _sweep(plan: Plan, config: Config, c: Ceilings, batch: int, new: int, length: int) -> SweepTime:
+    """One sweep with `new` tokens of each of `batch` sequences, whose caches then hold `length` positions."""
+    rows = batch * new
+    slots = sum(min(length, size) for size in plan.kv_slots)
+    kv_bytes = batch * slots * _kv_row_bytes(plan)
+    layer_bytes = plan.resident_bytes + plan.bytes_per_sweep
+    weights = config.n_layers * _layer_weights(config)
+    read_bytes = layer_bytes + plan.globals_bytes
+    if rows <= _FEW_ROWS:
+        memory_s = read_bytes / c.product_bytes_per_s + kv_bytes / c.memory_bytes_per_s
+    else:
+        decoded_bytes = _itemsize(config) * weights
+        memory_s = (read_bytes + 2 * decoded_bytes + kv_bytes) / c.memory_bytes_per_s
+    # Each new row meets every weight of the layers, the last of a sequence the output matrix, and all the cache.
+    products = rows * weights + batch * config.vocab_size * config.d_model
+    products += 2 * rows * slots * config.n_heads * config.head_dim
+    up_bytes = plan.bytes_per_sweep + (kv_bytes if plan.shuttle else 0)
+    return SweepTime(
+        link_s=up_bytes / c.link_up_bytes_per_s if c.link_up_bytes_per_s else 0.0,
+        disk_s=plan.bytes_per_sweep / (c.disk_bytes_per_s or math.inf) if plan.tier == "ring" else 0.0,
+        memory_s=memory_s,
+        compute_s=2 * products / c.flops_per_s,
+        dispatch_s=(config.n_layers + 1) * c.dispatch_s,
+    )
+
+
+def _kv_row_bytes(plan: Plan) -> float:
+    """Bytes of one slot of one layer's cache."""
+    slots = plan.kv_tokens * len(plan.kv_slots) if plan.kv_tokens else sum(plan.kv_slots)
+    return (plan.kv_host_bytes if plan.shuttle else plan.kv_bytes) / slots
+
+
+def _layer_weights(config: Config) -> int:
+    """Weights of a layer's matrices."""
+    specs = models.get(config.architecture).block_specs(config)
+    return sum(math.prod(spec.shape) for spec in specs.values() if len(spec.shape) > 1)
+
+
+def _itemsize(config: Config) -> int:
+    return 4 if config.compute_dtype == "float32" else 2

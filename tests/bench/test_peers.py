@@ -1,0 +1,88 @@
+"""The scripts that put airjax beside others: what they say of peers and levels that could not be run."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_levels
+import peers
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+def test_a_peer_that_was_not_run_says_why_and_has_no_number():
+    ran = {"prefill_s": 2.0, "decode_s": 0.5, "device_bytes": 3 << 30, "note": "all on the GPU"}
+    unknown = {"prefill_s": 1.0, "decode_s": 4.0, "device_bytes": None, "note": ""}
+    table = peers.format_table(
+        {"airjax": ran, "llama.cpp": unknown, "airllm": {"not_run": "not installed: airllm"}},
+        prompt=64,
+        decode=8,
+    )
+    assert table.splitlines()[2:] == [
+        "| airjax | 32.0 | 16.00 | 3.00 | all on the GPU |",
+        "| llama.cpp | 64.0 | 2.00 | n/a |  |",
+        "| airllm | not run | not run | n/a | not installed: airllm |",
+    ]
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setitem(peers._PACKAGES, "airllm", ("json", "no_such_package", "nor_this"))
+    assert peers.missing("airllm") == "not installed: no_such_package, nor_this"
+    assert peers.missing("airjax") is None
+    assert peers.run("airllm", argparse.Namespace()) == {
+        "not_run": "not installed: no_such_package, nor_this"
+    }
+
+
+@pytest.mark.parametrize(
+    ("vram_gib", "layers"), [(0.5, 0), (1.0, 0), (2.0, 7), (5.0, 30), (5.3, 32), (40, 33)]
+)
+def test_llama_cpp_gets_as_many_layers_as_the_budget_holds(vram_gib, layers):
+    file_bytes = 33 * (136 << 20)
+    assert peers.layers_on_gpu(int(vram_gib * (1 << 30)), file_bytes, 32) == layers
+
+
+def test_a_worker_that_fails_gives_its_reason(tmp_path):
+    answer = tmp_path / "answer.json"
+    args = [f"--answer={answer}", "--gguf=no-such.gguf", "--worker=airjax", "--cpu", "--shape=tiny"]
+    subprocess.run([sys.executable, str(BENCH / "peers.py"), *args], cwd=BENCH.parent, check=True)
+    assert "no-such.gguf" in answer.read_text() and "not_run" in answer.read_text()
+
+
+def test_a_level_gives_its_numbers_or_its_reason():
+    level = gpu_levels.LEVELS[0]._replace(what="toy", targets=((1, "decode", "90%"), (8, "decode", "")))
+    run = {
+        "batch": 1,
+        "phase": "decode",
+        "tokens_per_s": 2.5,
+        "compiled": False,
+        "bytes_per_s": 45e9,
+        "disk_share": None,
+        "predicted_by_measured": 1.1,
+        "peak_device_bytes": 19 << 30,
+        "planned_peak_bytes": 39 << 29,
+        "vram_budget_bytes": 20 << 30,
+    }
+    report = {"runs": [run], "ceilings": {"link_up_bytes_per_s": 60e9}}
+    first, second = gpu_levels.rows(level, report, 50e9)
+    assert first == ("toy", "1", "decode", ">= 90%", "2.50", "90.0", "n/a", "1.10", "19.00/19.50/20.00")
+    assert second[:4] == ("toy", "8", "decode", "-") and "not run" in second[4]
+    assert gpu_levels.rows(level, report, None)[0][5] == "75.0"
+    assert all("not run: no plan" in line[4] for line in gpu_levels.rows(level, "no plan", None))
+    assert "19.00/19.50/20.00" in gpu_levels.format_table([first, second])
+
+
+def test_the_levels_are_calls_that_the_bench_understands():
+    from absl import flags
+
+    from airjax.commands import bench
+
+    for level in gpu_levels.LEVELS:
+        for words in level.flags:
+            values = flags.FlagValues()
+            bench.define_flags(values)
+            assert values(["bench", *words.split()])[1:] == []
+            batches = bench.parse_batches(values.batch)
+            assert {batch for batch, _, _ in level.targets} == set(batches)
