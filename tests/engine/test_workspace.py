@@ -11,7 +11,7 @@ from airjax.engine.workspace import compiled_workspace
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = toy_llama(tmp_path_factory.mktemp("toy") / "toy.gguf", block_type="Q8_0", layers=2)
+    path = toy_llama(tmp_path_factory.mktemp("toy") / "toy.gguf", layers=2)
     with airjax.load(path, vram_budget_gib=1, context=256, resident="all", prefill_chunk=64) as engine:
         yield engine.model
 
@@ -28,8 +28,7 @@ def test_it_holds_the_scores_of_a_chunk_and_less_than_was_planned(model):
 def test_it_grows_with_the_chunk_and_with_the_batch(model):
     small = workspace(model, prefill_chunk=8)
     assert small < workspace(model)
-    one, many = (workspace(model, prefill_chunk=8, max_batch=n, kv_tokens=64 * 256) for n in (1, 64))
-    assert one < many
+    assert small < workspace(model, prefill_chunk=8, max_batch=64, kv_tokens=64 * 256)
 
 
 def test_a_shuttled_cache_arrives_in_another_order_and_is_copied(model):
