@@ -99,18 +99,31 @@ def _by_integers(x: Array, w: QTensor) -> Array:
 
 
 def _all_by_integers(x: Array, ws: Sequence[QTensor]) -> list[Array]:
-    decoded = [None if w.type in lanes.TYPES else groups(w) for w in ws]
-    ys = []
-    for row in x:
-        rounded = {width: _round_activations(row, width) for width in {p.q.shape[-1] for p in decoded if p}}
-        kept = _kept(row) if None in decoded else row
-        ys.append(
-            [
-                lanes.product(kept, w) if part is None else _integer_row(*rounded[part.q.shape[-1]], part)
-                for w, part in zip(ws, decoded, strict=True)
-            ]
+    if len(x) == 1:
+        return [y[None] for y in _row_by_integers(x[0], ws)]
+    # A branch for each row, always taken, which XLA can't know: else it decodes the matrix once for all rows, and
+    # that has to be written to memory.
+    rows = [
+        jax.lax.cond(
+            ~(row[0] * row[0] < 0),
+            _row_by_integers,
+            lambda row, ws: [jnp.zeros(w.shape[0]) for w in ws],
+            row,
+            ws,
         )
-    return [jnp.stack(column) for column in zip(*ys, strict=True)]
+        for row in x
+    ]
+    return [jnp.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _row_by_integers(row: Array, ws: Sequence[QTensor]) -> list[Array]:
+    decoded = [None if w.type in lanes.TYPES else groups(w) for w in ws]
+    rounded = {width: _round_activations(row, width) for width in {p.q.shape[-1] for p in decoded if p}}
+    kept = _kept(row) if None in decoded else row
+    return [
+        lanes.product(kept, w) if part is None else _integer_row(*rounded[part.q.shape[-1]], part)
+        for w, part in zip(ws, decoded, strict=True)
+    ]
 
 
 def _kept(x: Array) -> Array:
