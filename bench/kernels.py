@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -56,6 +58,26 @@ def median_s(run: Callable[[], Any], repeats: int = 15) -> float:
     return statistics.median(times)
 
 
+def kernel_s(run: Callable[[], Any], name: str = "airjax_product") -> float:
+    """Median seconds of the kernel of this name on the device, as the profiler saw it."""
+    jax.block_until_ready(run())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready([run() for _ in range(3)])
+        (path,) = Path(folder).glob("**/*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(path))
+    times = [
+        event.duration_ns
+        for plane in data.planes
+        if "GPU" in plane.name
+        for line in plane.lines
+        if "Stream" in line.name
+        for event in line.events
+        if event.name == name
+    ]
+    return statistics.median(times) / 1e9
+
+
 def check(capability: str) -> None:
     """Every format against float64, at rows of every class, and a row alone against the row among others."""
     print("relative error against float64 of the same activations; a row alone = the row among 64")
@@ -96,7 +118,7 @@ def time_products(
             ]
         )
         try:
-            seconds = median_s(lambda run=run: run(x, copies)) / count
+            seconds = kernel_s(lambda run=run: run(x, copies))
             line += f"  {'/'.join(str(int(v)) for v in tuned)} {seconds * 1e6:.1f}us {nbytes / seconds / 1e9:.0f}"
         except Exception as error:  # one that can't run is a result too
             line += f"  {'/'.join(str(int(v)) for v in tuned)} {type(error).__name__}"
@@ -134,14 +156,14 @@ def main() -> None:
     print(jax.__version__, jax.devices()[0].device_kind, capability)
     check(capability)
     t = kernels.Tuning
-    one = [t(1, 2, True), t(1, 2, False), t(1, 3, True), t(1, 3, False), t(1, 4, False), t(2, 2, False), t(2, 1, True)]
-    for sizes, n in (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336), ((28672, 28672), 8192), ((8192,), 28672)):
+    one = [t(1, 2, True), t(1, 2, False), t(1, 3, False), t(1, 3, True), t(2, 2, False)]
+    layer_8b = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
+    for sizes, n in (*layer_8b, ((28672, 28672), 8192), ((8192,), 28672)):
         time_products(Type.Q4_K, sizes, n, 1, capability, one)
-    time_products(Type.Q4_K, (14336, 14336), 4096, 1, capability, one[:4], terms=2)
     time_products(Type.Q6_K, (128256,), 4096, 1, capability, one)
     for kind in (Type.Q4_0, Type.Q5_K, Type.Q6_K, Type.Q8_0):
         time_products(kind, (14336, 14336), 4096, 1, capability, one)
-    few = [t(1, 2, False), t(1, 3, False), t(2, 2, False), t(2, 1, True), t(4, 1, False)]
+    few = [t(1, 2, False), t(1, 2, True), t(2, 1, False), t(1, 1, True)]
     for rows in (2, 8, 16, 32, 64):
         time_products(Type.Q4_K, (14336, 14336), 4096, rows, capability, few)
     if not args.quick:

@@ -26,14 +26,18 @@ class CudaError(RuntimeError):
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
     """NVRTC: of the packages that bring CUDA to jax, else of the system."""
-    folders = []
     spec = importlib.util.find_spec("nvidia")
     for root in (spec.submodule_search_locations or ()) if spec is not None else ():
-        folders += [Path(root) / "cu13" / "lib", Path(root) / "cuda_nvrtc" / "lib"]
-    candidates = [str(folder / name) for folder in folders for name in _NAMES if (folder / name).exists()]
-    for candidate in [*candidates, *_NAMES]:
+        for folder in (Path(root) / "cu13" / "lib", Path(root) / "cuda_nvrtc" / "lib"):
+            for name in _NAMES:
+                if (folder / name).exists():
+                    # It looks for its builtins by name alone: they are found if they are loaded already.
+                    for builtins in folder.glob("libnvrtc-builtins.so*"):
+                        ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
+                    return ctypes.CDLL(str(folder / name))
+    for name in _NAMES:
         try:
-            return ctypes.CDLL(candidate)
+            return ctypes.CDLL(name)
         except OSError:
             continue
     raise CudaError("NVRTC was not found: install the CUDA extra of jax, such as jax[cuda13]")

@@ -93,7 +93,7 @@ def product(
         [jax.ShapeDtypeStruct((rows, w.shape[0]), np.dtype(np.float32)) for w in ws],
         split(x, terms),
         *(w.data for w in ws),
-        blocks=sum(-(-count // tuned.row_tiles) for count in tiles),
+        blocks=min(-(-sum(tiles) // tuned.row_tiles), tuned.blocks * _multiprocessors()),
         threads=_WARPS * 32,
     )
 
@@ -130,6 +130,11 @@ def _decoded(x: Array, w: PackedTensor, dtype: np.dtype) -> Array:
 
 
 @functools.cache
+def _multiprocessors() -> int:
+    return int(getattr(jax.devices()[0], "core_count", 0)) or 128
+
+
+@functools.cache
 def _source(
     formats: tuple[str, ...], tiles: tuple[int, ...], supers: int, rows: int, terms: int, tuned: Tuning
 ) -> str:
@@ -139,22 +144,24 @@ def _source(
         "SPLITS": terms,
         "ROW_TILES": tuned.row_tiles,
         "SUPERS": supers,
-        "BLOCKS": tuned.blocks,
         "PREFETCH": int(tuned.prefetch),
     }
     lines = [f"#define {name} {value}" for name, value in defines.items()]
     lines.append(_body())
     pointers = ["const uint4* x", *(f"const char* w{i}" for i in range(len(formats)))]
     pointers += [f"float* y{i}" for i in range(len(formats))]
-    lines.append(f'extern "C" __global__ void __launch_bounds__({_WARPS * 32}, BLOCKS) airjax_product(')
-    lines.append("    " + ", ".join(f"{pointer.replace('*', '* __restrict__')}" for pointer in pointers) + ") {")
-    lines.append("  int block = blockIdx.x;")
-    for i, (format, count) in enumerate(zip(formats, tiles, strict=True)):
-        blocks = -(-count // tuned.row_tiles)
-        lines.append(
-            f"  if (block < {blocks}) return part<{format}>(x, w{i}, y{i}, {count}, block * ROW_TILES);"
-        )
-        lines.append(f"  block -= {blocks};")
+    bounds = f"__launch_bounds__({_WARPS * 32}, {tuned.blocks})"
+    lines.append(f'extern "C" __global__ void {bounds} airjax_product({", ".join(pointers)}) {{')
+    for format in dict.fromkeys(formats):
+        chosen = [i for i, name in enumerate(formats) if name == format]
+        fill = ["0"] * (3 - len(chosen))
+        parts = [
+            ", ".join([f"w{i}" for i in chosen] + fill),
+            ", ".join([f"y{i}" for i in chosen] + fill),
+            ", ".join([str(tiles[i]) for i in chosen] + fill),
+        ]
+        fields = ", ".join(f"{{{part}}}" for part in parts)
+        lines.append(f"  {{ const Matrices all = {{{fields}}}; share<{format}>(x, all, blockIdx.x, gridDim.x); }}")
     lines.append("}")
     return "\n".join(lines)
 

@@ -1,10 +1,10 @@
 // y = x W^T for matrices of records (airjax/quants/packed.py), on the tensor cores of compute capability 8.0 and up.
 //
-// Defined by the caller: FORMATS, one function `part` per matrix (see kernels.py), and
+// kernels.py appends the entry point, which calls `share` for each format, and defines
 //   ROWS      rows of x             COLUMN_TILES  ceil(ROWS / 8)
 //   SPLITS    bfloat16 terms that make up one activation
 //   ROW_TILES tiles of 16 rows of W that a block owns
-//   SUPERS    n_in / 256            BLOCKS        blocks that a multiprocessor should hold
+//   SUPERS    n_in / 256            PREFETCH      load the next record before multiplying (one row tile)
 //
 // The eight warps of a block take the records of its tiles in turn and add up their sums in a fixed order at the end.
 // Nothing in a row's sum depends on the other rows of x.
@@ -95,32 +95,34 @@ template <Format F> DEVICE u32 weights(const Lane<F>& from, int group, int h, in
   return q;
 }
 
-// A group's scale and offset of `128 + q` (of q for Q8_0); Q6_K has one for each half of a group of 32.
-template <Format F> DEVICE void scale_offset(const Lane<F>& from, int group, int h, int side, float& s, float& o) {
-  const uint4 v = from.scales[h];
-  if (F == Q4_0 || F == Q8_0) {
-    const u32 w = word(v, group / 2);
-    s = group & 1 ? half_high(w) : half_low(w);
-    o = F == Q4_0 ? -136.0f * s : 0.0f;
-  } else if (F == Q6_K) {
-    const u32 w = word(v, group / 2);
-    s = half_low(from.supers[h]) * (float)(signed char)(w >> ((group & 1) * 16 + side * 8));
-    o = -160.0f * s;
-  } else {
-    const u32 w = word(v, group / 2) >> ((group & 1) * 16);
-    s = half_low(from.supers[h]) * (float)(w & 255);
-    o = -128.0f * s - half_high(from.supers[h]) * (float)((w >> 8) & 255);
-  }
+// A group's factor: its scale, or for formats with super-blocks the small integer that d multiplies.
+template <Format F> DEVICE float factor(const Lane<F>& from, int group, int h, int side) {
+  const u32 w = word(from.scales[h], group / 2);
+  if (F == Q4_0 || F == Q8_0) return group & 1 ? half_high(w) : half_low(w);
+  if (F == Q6_K) return (float)(signed char)(w >> ((group & 1) * 16 + side * 8));
+  return (float)((w >> ((group & 1) * 16)) & 255);
 }
 
-DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+// The small integer that dmin multiplies.
+template <Format F> DEVICE float minimum(const Lane<F>& from, int group, int h) {
+  return (float)((word(from.scales[h], group / 2) >> ((group & 1) * 16 + 8)) & 255);
 }
+
+DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// What takes the bias of `128 + q` away: -128, and -8 or -32 more where the format's own integers are signed.
+template <Format F> DEVICE u32 bias() { return F == Q4_0 ? 0xC308C308u : F == Q6_K ? 0xC320C320u : 0xC300C300u; }
 
 template <Format F>
 DEVICE void multiply(const Lane<F> (&w)[ROW_TILES], const uint4* x, int g, float (&sums)[ROW_TILES][COLUMN_TILES][4]) {
-  constexpr bool halves = F == Q6_K;
+  constexpr bool halves = F == Q6_K, minima = F == Q4_K || F == Q5_K, supers = halves || minima;
+  // With one row the odd columns are empty.
+  constexpr int step = ROWS == 1 ? 2 : 1;
+  float scaled[ROW_TILES][COLUMN_TILES][4] = {}, offset[ROW_TILES][COLUMN_TILES][4] = {};
 #pragma unroll
   for (int group = 0; group < 8; ++group) {
     uint4 b[COLUMN_TILES][SPLITS];
@@ -128,102 +130,150 @@ DEVICE void multiply(const Lane<F> (&w)[ROW_TILES], const uint4* x, int g, float
     for (int n = 0; n < COLUMN_TILES; ++n)
 #pragma unroll
       for (int p = 0; p < SPLITS; ++p)
-        b[n][p] = n * 8 + g < ROWS ? x[(p * ROWS + n * 8) * (SUPERS * 32) + group * 4] : make_uint4(0, 0, 0, 0);
-    // The sum of each group of activations: a product with ones leaves it where the other sums are.
-    float total[COLUMN_TILES][2][4] = {};
+        // Columns past the last row of x repeat it; nobody reads their sums.
+        b[n][p] = x[(p * ROWS + min(n * 8 + g, ROWS - 1)) * (SUPERS * 32) + group * 4];
+    // A product with a constant: the sum of the activations times the bias, where the other sums will be.
+    float start[COLUMN_TILES][2][4] = {};
     if (F != Q8_0) {
+      const u32 k = bias<F>();
 #pragma unroll
       for (int n = 0; n < COLUMN_TILES; ++n)
 #pragma unroll
         for (int p = 0; p < SPLITS; ++p) {
-          const u32 one = 0x3F803F80u;
-          mma(total[n][0], one, one, one, one, b[n][p].x, b[n][p].y);
-          mma(total[n][halves], one, one, one, one, b[n][p].z, b[n][p].w);
+          mma(start[n][0], k, k, k, k, b[n][p].x, b[n][p].y, start[n][0]);
+          mma(start[n][halves], k, k, k, k, b[n][p].z, b[n][p].w, start[n][halves]);
         }
     }
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
       u32 a[2][4];
-      float s[2][2], o[2][2];
+      float s[2][2], o[2];
 #pragma unroll
-      for (int side = 0; side < 2; ++side)
+      for (int h = 0; h < 2; ++h) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
+        for (int side = 0; side < 2; ++side) {
           a[side][h] = weights<F>(w[m], group, h, side, 0);
           a[side][2 + h] = weights<F>(w[m], group, h, side, 1);
-          if (side == 0 || halves) scale_offset<F>(w[m], group, h, side, s[side][h], o[side][h]);
+          if (side == 0 || halves) s[side][h] = factor<F>(w[m], group, h, side);
         }
+        if (minima) o[h] = minimum<F>(w[m], group, h);
+      }
 #pragma unroll
       for (int n = 0; n < COLUMN_TILES; ++n) {
-        float c[2][4] = {};
+        float c[2][4];
 #pragma unroll
         for (int p = 0; p < SPLITS; ++p) {
-          mma(c[0], a[0][0], a[0][1], a[0][2], a[0][3], b[n][p].x, b[n][p].y);
-          mma(c[halves], a[1][0], a[1][1], a[1][2], a[1][3], b[n][p].z, b[n][p].w);
+          mma(c[0], a[0][0], a[0][1], a[0][2], a[0][3], b[n][p].x, b[n][p].y, p ? c[0] : start[n][0]);
+          mma(c[halves], a[1][0], a[1][1], a[1][2], a[1][3], b[n][p].z, b[n][p].w,
+              p || !halves ? c[halves] : start[n][1]);
         }
 #pragma unroll
-        for (int side = 0; side <= halves; ++side)
+        for (int i = 0; i < 4; i += step) {
+          float& sum = supers ? scaled[m][n][i] : sums[m][n][i];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float& sum = sums[m][n][i];
-            sum = fmaf(s[side][i >> 1], c[side][i], sum);
-            if (F != Q8_0) sum = fmaf(o[side][i >> 1], total[n][side][i & 1], sum);
-          }
+          for (int side = 0; side <= halves; ++side) sum = fmaf(s[side][i >> 1], c[side][i], sum);
+          if (minima) offset[m][n][i] = fmaf(o[i >> 1], start[n][0][i], offset[m][n][i]);
+        }
       }
     }
   }
+  if (supers)
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+      for (int n = 0; n < COLUMN_TILES; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; i += step) {
+          const u32 d = w[m].supers[i >> 1];
+          sums[m][n][i] = fmaf(half_low(d), scaled[m][n][i], sums[m][n][i]);
+          if (minima) sums[m][n][i] = fmaf(half_high(d) * (1.0f / 128.0f), offset[m][n][i], sums[m][n][i]);
+        }
 }
 
-// One block: ROW_TILES tiles of a matrix of `tiles` tiles, all rows of x.
-template <Format F>
-DEVICE void part(const uint4* x, const char* records, float* y, int tiles, int first) {
+// Up to three matrices of one format, whose tiles are numbered through.
+struct Matrices {
+  const char* records[3];
+  float* y[3];
+  int tiles[3];  // of each; 0 past the last
+
+  DEVICE int count() const { return tiles[0] + tiles[1] + tiles[2]; }
+
+  DEVICE const char* at(int tile, int bytes) const {
+    int i = 0;
+    if (tile >= tiles[0]) tile -= tiles[0], i = 1;
+    if (i == 1 && tile >= tiles[1]) tile -= tiles[1], i = 2;
+    return (i == 0 ? records[0] : i == 1 ? records[1] : records[2]) + (long long)tile * SUPERS * bytes;
+  }
+
+  DEVICE float* out(int tile, int column) const {
+    int i = 0;
+    if (tile >= tiles[0]) tile -= tiles[0], i = 1;
+    if (i == 1 && tile >= tiles[1]) tile -= tiles[1], i = 2;
+    const int rows = (i == 0 ? tiles[0] : i == 1 ? tiles[1] : tiles[2]) * 16;
+    return (i == 0 ? y[0] : i == 1 ? y[1] : y[2]) + (long long)column * rows + tile * 16;
+  }
+};
+
+// Adds up the warps' sums in their order and writes them.
+DEVICE void finish(const float (&sums)[ROW_TILES][COLUMN_TILES][4], const Matrices& all, int first) {
   __shared__ float partial[WARPS][4][32];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  float sums[ROW_TILES][COLUMN_TILES][4] = {};
-  const char* record[ROW_TILES];
-#pragma unroll
-  for (int m = 0; m < ROW_TILES; ++m)
-    record[m] = records + (long long)min(first + m, tiles - 1) * SUPERS * Sizes<F>::bytes;
-  x += g * (SUPERS * 32) + t;
-#if PREFETCH
-  Lane<F> next[ROW_TILES];
-  if (warp < SUPERS)
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m) load<F>(next[m], record[m] + warp * Sizes<F>::bytes, lane);
-#pragma unroll 1
-  for (int super = warp; super < SUPERS; super += WARPS) {
-    Lane<F> w[ROW_TILES];
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m) {
-      w[m] = next[m];
-      if (super + WARPS < SUPERS) load<F>(next[m], record[m] + (super + WARPS) * Sizes<F>::bytes, lane);
-    }
-    multiply<F>(w, x + super * 32, g, sums);
-  }
-#else
-#pragma unroll 1
-  for (int super = warp; super < SUPERS; super += WARPS) {
-    Lane<F> w[ROW_TILES];
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m) load<F>(w[m], record[m] + super * Sizes<F>::bytes, lane);
-    multiply<F>(w, x + super * 32, g, sums);
-  }
-#endif
-  const int i = warp & 3;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, i = warp & 3;
 #pragma unroll
   for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; ++n) {
-      if (m || n) __syncthreads();
+      __syncthreads();
 #pragma unroll
       for (int k = 0; k < 4; ++k) partial[warp][k][lane] = sums[m][n][k];
       __syncthreads();
       const int column = n * 8 + 2 * t + (i & 1);
-      if (warp < 4 && column < ROWS && first + m < tiles) {
+      if (warp < 4 && column < ROWS && first + m < all.count()) {
         float sum = partial[0][i][lane];
 #pragma unroll
         for (int k = 1; k < WARPS; ++k) sum += partial[k][i][lane];
-        y[(long long)column * tiles * 16 + (first + m) * 16 + (i >> 1) * 8 + g] = sum;
+        all.out(first + m, column)[(i >> 1) * 8 + g] = sum;
       }
     }
+}
+
+// A block's share of the tiles. The records of the next tile are on their way while this one's sums are added up.
+template <Format F> DEVICE void share(const uint4* x, const Matrices& all, int block, int blocks) {
+  constexpr int bytes = Sizes<F>::bytes;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, count = all.count();
+  x += lane & 3;
+#if PREFETCH
+  int tile = block, super = warp;
+  Lane<F> next;
+  const char* record = all.at(min(tile, count - 1), bytes);
+  if (tile < count && warp < SUPERS) load<F>(next, record + warp * bytes, lane);
+  for (; tile < count; tile += blocks) {
+    float sums[1][COLUMN_TILES][4] = {};
+    const char* following = all.at(min(tile + blocks, count - 1), bytes);
+#pragma unroll 1
+    for (super = warp; super < SUPERS; super += WARPS) {
+      Lane<F> w[1] = {next};
+      const bool last = super + WARPS >= SUPERS;
+      if (!last || tile + blocks < count)
+        load<F>(next, last ? following + warp * bytes : record + (super + WARPS) * bytes, lane);
+      multiply<F>(w, x + super * 32, lane >> 2, sums);
+    }
+    finish(sums, all, tile);
+    record = following;
+  }
+#else
+  for (int first = block * ROW_TILES; first < count; first += blocks * ROW_TILES) {
+    float sums[ROW_TILES][COLUMN_TILES][4] = {};
+    const char* record[ROW_TILES];
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) record[m] = all.at(min(first + m, count - 1), bytes);
+#pragma unroll 1
+    for (int super = warp; super < SUPERS; super += WARPS) {
+      Lane<F> w[ROW_TILES];
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m) load<F>(w[m], record[m] + super * bytes, lane);
+      multiply<F>(w, x + super * 32, lane >> 2, sums);
+    }
+    finish(sums, all, first);
+  }
+#endif
 }
