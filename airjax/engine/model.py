@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from airjax import models
+from airjax import models, quants
 from airjax.engine.stats import Stats
 from airjax.engine.step import GlobalLayouts, Globals
-from airjax.engine.weights import LayerWeights, open_weights, span_views
+from airjax.engine.weights import LayerWeights, matrix_types, open_weights, put_span
 from airjax.gguf import GGUF, Manifest, build_manifest, open_gguf
 from airjax.models import Architecture, Config
 from airjax.plan import Plan, Resident, Switch, make_plan
@@ -93,9 +93,8 @@ class Model:
         try:
             self.weights.close()
         finally:
-            for buffers in self.globals.values():
-                for part in buffers:
-                    part.delete()
+            for part in jax.tree.leaves(self.globals):
+                part.delete()
             self.globals.clear()
             self.gguf.close()
 
@@ -143,10 +142,15 @@ def open_model(
             max_batch=max_batch,
             kv_tokens=kv_tokens,
         )
-        weights = open_weights(gguf, manifest, plan, device, timeline)
+        kept = [manifest.layers[layer].layout for layer in plan.resident]
+        if "output.weight" in manifest.globals:
+            kept.append(manifest.globals["output.weight"].layout)
+        capability = quants.usable(matrix_types(kept), device)
+        weights = open_weights(gguf, manifest, plan, device, timeline, capability)
         try:
             globals_ = {
-                name: tuple(jax.device_put(view, device) for view in span_views(gguf, span))
+                # The embedding stays as it lies in the file: single rows are taken out of it.
+                name: put_span(gguf, span, device, capability if name == "output.weight" else "")
                 for name, span in manifest.globals.items()
                 if name in architecture.global_specs(config) and name != "rope_freqs.weight"
             }

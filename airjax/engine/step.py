@@ -15,7 +15,7 @@ from airjax.models import Config
 from airjax.streaming import to_cache
 from airjax.types import Array, LayerKV, PagedKV
 
-Buffers = tuple[Array, ...]
+Buffers = tuple[Array, ...] | models.Weights
 Globals = dict[str, Buffers]
 GlobalLayouts = tuple[tuple[str, Layout], ...]
 

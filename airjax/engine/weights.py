@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
 
-from airjax.gguf import GGUF, Manifest, Span
+from airjax import quants
+from airjax.gguf import GGUF, GGMLType, Layout, Manifest, Slot, Span
+from airjax.models import Weights
 from airjax.plan import Plan
 from airjax.streaming import (
     ByteRange,
@@ -23,7 +26,8 @@ from airjax.streaming import (
 )
 from airjax.types import Array
 
-Buffers = tuple[Array, ...]
+# Flat uint8 buffers as they lie in the file, or the named tensors of a re-laid span.
+Buffers = tuple[Array, ...] | Weights
 
 
 class LayerWeights:
@@ -54,6 +58,7 @@ class LayerWeights:
         """Gives back what `take` returned, once the block that uses it is dispatched; see `Ring.release`."""
         if layer not in self._resident:
             assert self.ring is not None
+            assert isinstance(weights, tuple)
             self.ring.release(weights, before, done)
 
     def close(self) -> None:
@@ -68,10 +73,48 @@ def span_views(gguf: GGUF, span: Span) -> tuple[np.ndarray, ...]:
     return tuple(gguf.maps[e.shard][e.start : e.start + e.nbytes] for e in span.extents)
 
 
+def matrix_types(layouts: Iterable[Layout]) -> frozenset[GGMLType]:
+    """Block formats of the matrices that could be re-laid."""
+    return frozenset(
+        slot.type for layout in layouts for _, slot in layout.tensors if quants.packable(slot.type, slot.shape)
+    )
+
+
+def put_span(gguf: GGUF, span: Span, device: jax.Device, capability: str) -> Buffers:
+    """Copies a span to the device to stay there, and re-lays it for the kernels of `capability`, if any."""
+    buffers = tuple(jax.device_put(view, device) for view in span_views(gguf, span))
+    if not capability or not matrix_types([span.layout]):
+        return buffers
+    # One tensor at a time, and waited for: what is on the way is bounded by the largest.
+    return {
+        name: jax.block_until_ready(_relay(buffers[slot.extent], slot, capability))
+        for name, slot in span.layout.tensors
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("slot", "capability"))
+def _relay(buffer: Array, slot: Slot, capability: str) -> quants.QTensor | quants.PackedTensor:
+    w = quants.view(buffer, slot.type, slot.shape, slot.offset)
+    return quants.pack(w, capability) if quants.packable(slot.type, slot.shape) else w
+
+
 def open_weights(
-    gguf: GGUF, manifest: Manifest, plan: Plan, device: jax.Device, timeline: Timeline | None
+    gguf: GGUF,
+    manifest: Manifest,
+    plan: Plan,
+    device: jax.Device,
+    timeline: Timeline | None,
+    capability: str = "",
 ) -> LayerWeights:
     """Loads the resident layers and opens the tier for the others.
+
+    Args:
+      gguf: the open file.
+      manifest: its spans.
+      plan: what lives where.
+      device: where the blocks run.
+      timeline: records events, or None.
+      capability: of the kernels that resident layers are re-laid for, "" for none.
 
     Raises:
       ReadError: the file could not be read.
@@ -81,7 +124,7 @@ def open_weights(
         if plan.streamed:
             source = _open_source(gguf, manifest, plan, device, timeline)
         resident = {
-            layer: tuple(jax.device_put(view, device) for view in span_views(gguf, manifest.layers[layer]))
+            layer: put_span(gguf, manifest.layers[layer], device, capability)
             for layer in plan.resident
         }
         jax.block_until_ready(resident)

@@ -12,7 +12,7 @@ from airjax import quants
 from airjax.gguf import GGUF, GGUFError, Layout
 from airjax.types import Array, KVCache
 
-Weights = Mapping[str, quants.QTensor]
+Weights = Mapping[str, Any]  # of quants.QTensor, or quants.PackedTensor where a kernel reads it
 
 
 class TensorSpec(NamedTuple):
@@ -75,8 +75,10 @@ class Architecture(Protocol):
     def unembed(self, weights: Weights, x: Array, config: Any) -> Array: ...
 
 
-def unpack(buffers: tuple[Array, ...], layout: Layout) -> Weights:
-    """Views of a layer's flat uint8 buffers as named tensors: static slices, free inside jit."""
+def unpack(buffers: tuple[Array, ...] | Weights, layout: Layout) -> Weights:
+    """A layer's named tensors: those of a re-laid layer, or views of flat uint8 buffers, which are free inside jit."""
+    if isinstance(buffers, Mapping):
+        return buffers
     return {
         name: quants.view(buffers[slot.extent], slot.type, slot.shape, slot.offset)
         for name, slot in layout.tensors

@@ -32,7 +32,7 @@ def _flat(x: Array, dims: int) -> Array:
     return x.reshape(*x.shape[:-dims], -1)
 
 
-def _six_bit_scales(data: Array) -> tuple[Array, Array]:
+def six_bit_scales(data: Array) -> tuple[Array, Array]:
     """12 bytes to 8 scales and 8 mins of 6 bits, float32 `[..., 8]`: the packing of Q4_K and Q5_K."""
     low, middle, high = data[..., 0:4], data[..., 4:8], data[..., 8:12]
     scale = jnp.concatenate([low & 63, (high & 15) | ((low >> 2) & 48)], axis=-1)
@@ -66,7 +66,7 @@ def q3_k(b: Array) -> Groups:
 def q4_k(b: Array) -> Groups:
     """d, dmin, 12 bytes of 6-bit scales and mins, 128 bytes of nibbles; groups of 32."""
     d, dmin = half(b[..., 0:2]), half(b[..., 2:4])
-    scale, minimum = _six_bit_scales(b[..., 4:16])
+    scale, minimum = six_bit_scales(b[..., 4:16])
     quarters = _halves(b[..., 16:144], 4)
     # Joined on the last axis, which XLA's CPU backend likes better than a stack.
     q = _flat(jnp.concatenate([quarters & 15, quarters >> 4], axis=-1), 2)
@@ -76,7 +76,7 @@ def q4_k(b: Array) -> Groups:
 def q5_k(b: Array) -> Groups:
     """As Q4_K, with 32 bytes of fifth bits before the nibbles; groups of 32."""
     d, dmin = half(b[..., 0:2]), half(b[..., 2:4])
-    scale, minimum = _six_bit_scales(b[..., 4:16])
+    scale, minimum = six_bit_scales(b[..., 4:16])
     q = _flat(nibbles(_halves(b[..., 48:176], 4)), 3) | _flat(bits(b[..., 16:48]), 2) << 4
     return Groups(_regroup(q, 32), _per_group(d[..., None] * scale), _per_group(-(dmin[..., None] * minimum)))
 

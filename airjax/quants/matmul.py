@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from airjax.quants import lanes
+from airjax.quants import kernels, lanes
 from airjax.quants.groups import Groups
+from airjax.quants.packed import PackedTensor
 from airjax.quants.qtensor import QTensor, dequantize, groups
 from airjax.types import Array
 
@@ -18,7 +19,7 @@ from airjax.types import Array
 _FEW_ROWS = 8
 
 
-def matmul(x: Array, w: QTensor, *, dtype: np.dtype) -> Array:
+def matmul(x: Array, w: QTensor | PackedTensor, *, dtype: np.dtype) -> Array:
     """`x @ W.T` in the form that suits the number of rows and the backend.
 
     Args:
@@ -29,6 +30,8 @@ def matmul(x: Array, w: QTensor, *, dtype: np.dtype) -> Array:
     Returns:
       float32 `[..., n_out]`.
     """
+    if isinstance(w, PackedTensor):
+        return kernels.matmul_packed(x, [w], dtype=dtype)[0]
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     if rows.shape[0] > _FEW_ROWS:
         y = _decoded(rows, w, dtype)
@@ -42,7 +45,7 @@ def matmul(x: Array, w: QTensor, *, dtype: np.dtype) -> Array:
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
-def matmul_many(x: Array, ws: Sequence[QTensor], *, dtype: np.dtype) -> list[Array]:
+def matmul_many(x: Array, ws: Sequence[QTensor | PackedTensor], *, dtype: np.dtype) -> list[Array]:
     """`matmul` of the same activations with several matrices; they are rounded once where they are rounded.
 
     Args:
@@ -53,12 +56,17 @@ def matmul_many(x: Array, ws: Sequence[QTensor], *, dtype: np.dtype) -> list[Arr
     Returns:
       float32 `[..., n_out]` each.
     """
+    plain = [w for w in ws if isinstance(w, QTensor)]
+    if len(plain) < len(ws):
+        packed = iter(kernels.matmul_packed(x, [w for w in ws if isinstance(w, PackedTensor)], dtype=dtype))
+        others = iter(matmul_many(x, plain, dtype=dtype) if plain else ())
+        return [next(packed if isinstance(w, PackedTensor) else others) for w in ws]
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    if rows.shape[0] > _FEW_ROWS or not all(groups_of(w) for w in ws):
-        return [matmul(x, w, dtype=dtype) for w in ws]
+    if rows.shape[0] > _FEW_ROWS or not all(groups_of(w) for w in plain):
+        return [matmul(x, w, dtype=dtype) for w in plain]
     ys = jax.lax.platform_dependent(
         rows,
-        tuple(ws),
+        tuple(plain),
         cpu=_all_by_integers,
         default=lambda rows, ws: [_by_reduction(rows, w) for w in ws],
     )
