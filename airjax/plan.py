@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from airjax import models, quants
+from airjax import layers, models, quants
 from airjax.gguf import GGUF, Manifest, Span
 from airjax.models import Architecture, Config
 
 GIB = 1 << 30
 PREFILL_CHUNK = 512
+EMBEDDING = "token_embd.weight"
 # Positions of one page of a batch's cache.
 KV_PAGE = 64
 LOGIT_ROWS_BYTES = 64 << 20
@@ -45,7 +46,8 @@ class Plan:
       streamed: the others, in the order of a sweep.
       shuttle: the KV cache lives on the host.
       kv_slots: S of each layer's cache.
-      globals_bytes: embedding, output and final norm on the device.
+      host_embedding: rows of the embedding are gathered on the host, so that its table needs no device memory.
+      globals_bytes: embedding (unless on the host), output and final norm on the device.
       workspace_bytes: activations, logits and decoded weights, at most.
       kv_bytes: the KV cache on the device (with the shuttle: the slots it passes through).
       kv_host_bytes: the KV cache on the host.
@@ -69,6 +71,7 @@ class Plan:
     streamed: tuple[int, ...]
     shuttle: bool
     kv_slots: tuple[int, ...]
+    host_embedding: bool
     globals_bytes: int
     workspace_bytes: int
     kv_bytes: int
@@ -143,7 +146,6 @@ def make_plan(
     )
     layer_bytes = [span.nbytes for span in manifest.layers]
     kept_bytes = [_kept_bytes(span, backend) for span in manifest.layers]
-    globals_bytes = sum(_kept_bytes(span, backend) for span in _device_globals(manifest))
     kv_tokens = _kv_tokens(max_batch, kv_tokens, context)
     if max_batch and kv_shuttle == "on":
         raise PlanError("a batch keeps its KV cache on the device: pass --kv_shuttle=off")
@@ -155,6 +157,14 @@ def make_plan(
         # The gathered pages of one layer with a copy, and the logits of every sequence in a few forms.
         workspace += 2 * min(kv_tokens, max_batch * context) * position_bytes
         workspace += 4 * max_batch * config.vocab_size * 4
+    globals_bytes = sum(_kept_bytes(span, backend) for span in _device_globals(manifest))
+    # Where layers are streamed, a table that serves for single rows alone is better left on the host.
+    everything = globals_bytes + workspace + sum(kv_rows) + sum(kept_bytes)
+    host_embedding = "output.weight" in manifest.globals and (
+        resident == "none" or (resident == "auto" and everything > vram_budget_bytes)
+    )
+    if host_embedding:
+        globals_bytes -= _kept_bytes(manifest.globals[EMBEDDING], backend)
     fixed = globals_bytes + workspace
 
     def fits(kv_bytes: int) -> bool:
@@ -212,6 +222,7 @@ def make_plan(
         streamed=streamed,
         shuttle=shuttle,
         kv_slots=kv_slots,
+        host_embedding=host_embedding,
         globals_bytes=globals_bytes,
         workspace_bytes=workspace,
         kv_bytes=kv_bytes,
@@ -223,7 +234,7 @@ def make_plan(
         vram_budget_bytes=vram_budget_bytes,
         ram_budget_bytes=ram_budget_bytes,
         host_slots=host_slots,
-        model_bytes=sum(layer_bytes) + globals_bytes,
+        model_bytes=sum(layer_bytes) + sum(span.nbytes for span in _device_globals(manifest)),
         max_batch=max_batch or 0,
         kv_tokens=kv_tokens,
     )
@@ -237,7 +248,11 @@ def to_dict(plan: Plan) -> dict[str, Any]:
 def format_plan(plan: Plan) -> str:
     """The plan as a table for people."""
     rows = [
-        ("embedding and output", plan.globals_bytes, ""),
+        (
+            "output" if plan.host_embedding else "embedding and output",
+            plan.globals_bytes,
+            "the embedding stays on the host" if plan.host_embedding else "",
+        ),
         ("workspace", plan.workspace_bytes, "at most"),
         (
             "KV cache",
@@ -308,11 +323,18 @@ def _workspace_bytes(config: Config, manifest: Manifest, context: int, chunk: in
     # (70B) are then planned as 4.80 and 19.15. XLA's CPU backend, where float32 is the default, holds several.
     decoded = 4.0 if config.compute_dtype == "float32" else 1.25
     # Attention keeps its score tile below a limit of its own; two tiles live at once.
-    scores = 2 * min(config.n_heads * chunk * context * 4, 256 << 20)
-    attention = scores + 4 * chunk * 4 * (d + wide) + decoded * itemsize * wide * d
-    feed_forward = 4 * chunk * 4 * (d + f) + decoded * itemsize * f * d
-    logits = 3 * max(config.vocab_size * 4, LOGIT_ROWS_BYTES)
+    scores = 2 * min(config.n_heads * chunk * context * 4, layers.SCORES_BYTES)
+    attention = scores + 4 * chunk * 4 * (d + wide) + decoded * itemsize * _tile(wide, d)
+    feed_forward = 4 * chunk * 4 * (d + f) + decoded * itemsize * max(_tile(f, d), _tile(d, f))
+    logits = decoded * itemsize * _tile(config.vocab_size, d) + 3 * max(
+        config.vocab_size * 4, LOGIT_ROWS_BYTES
+    )
     return _FIXED_WORKSPACE_BYTES + int(max(attention, feed_forward, logits))
+
+
+def _tile(n_out: int, n_in: int) -> int:
+    """Weights of a matrix that are decoded at once."""
+    return n_out * n_in // quants.decoded_tiles(n_out, n_in)
 
 
 def _kept_bytes(span: Span, backend: str) -> int:

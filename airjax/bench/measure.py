@@ -15,7 +15,7 @@ from airjax import engine, sampling
 from airjax.bench.compilations import compilations
 from airjax.engine import Model
 from airjax.engine.stats import peak_device_bytes
-from airjax.engine.step import draw_step, embed_step
+from airjax.engine.step import draw_step
 
 # Tokens of the first pass, whose numbers are thrown away: most programs are compiled in it.
 _WARMING = 2
@@ -177,14 +177,15 @@ def _from_position(model: Model, state: engine.State, token: int, position: int,
     keys = jax.device_put(jax.random.key(0)[None], model.device)
     sampler = sampling.greedy().init(np.zeros((1, 0), np.int32), config.vocab_size)
     ids = jax.device_put(np.array([[token]], np.int32), model.device)
-    x, drawn = embed_step(model.layouts, config)(model.globals, ids), ids[:, 0]
+    x, drawn = engine.embed(model, ids), ids[:, 0]
     jax.block_until_ready(x)
     begin = time.perf_counter()
     for count in range(decode):
         x = engine.sweep(model, x, state, np.full((1, 1), position + count, np.int32))
         drawn, _, sampler, x = draw(model.globals, x, row, sampler, drawn, keys, np.int32(count))
-        model.pending = x
+        model.pending = drawn
         int(drawn[0])  # as a generation does, which gives the token out
+        x = engine.embed(model, drawn[:, None]) if x is None else x
     seconds = time.perf_counter() - begin
     return Phase(decode, seconds, stats.sweeps, stats.bytes_streamed, stats.wait_s)
 

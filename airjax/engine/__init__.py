@@ -3,6 +3,7 @@
 from airjax.engine.generation import Draw as Draw
 from airjax.engine.generation import generate as generate
 from airjax.engine.generation import score as score
+from airjax.engine.lookup import embed as embed
 from airjax.engine.model import Model as Model
 from airjax.engine.model import open_model as open_model
 from airjax.engine.request import Constraint as Constraint

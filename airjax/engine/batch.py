@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from airjax.engine.lookup import embed
 from airjax.engine.model import Model
-from airjax.engine.step import embed_step, paged_block_step
+from airjax.engine.step import paged_block_step
 from airjax.plan import KV_PAGE
 from airjax.types import Array, LayerKV
 
@@ -112,14 +113,13 @@ def shared_sweep(model: Model, groups: Sequence[Group], state: PagedState) -> li
     """
     model.gguf.check_unchanged()
     config = model.config
-    embed = embed_step(model.layouts, config)
-    placed = jax.device_put([tuple(group) for group in groups], model.device)
-    xs = [embed(model.globals, ids) for ids, _, _ in placed]
+    placed = jax.device_put([(group.positions, group.table) for group in groups], model.device)
+    xs = [embed(model, group.ids) for group in groups]
     model.weights.begin_sweep()
     for layer, (span, kind) in enumerate(zip(model.manifest.layers, model.kinds, strict=True)):
         step = paged_block_step(span.layout, config, kind)
         weights = model.weights.take(layer)
-        for at, (_, positions, table) in enumerate(placed):
+        for at, (positions, table) in enumerate(placed):
             before = xs[at]
             xs[at], state.layers[layer] = step(weights, before, state.layers[layer], table, positions)
         model.pending = xs[-1]

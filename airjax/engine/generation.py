@@ -10,9 +10,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.stats import peak_device_bytes
-from airjax.engine.step import draw_step, embed_step, unembed_step
+from airjax.engine.step import draw_step, unembed_step
 from airjax.engine.sweep import State, sweep
 from airjax.plan import LOGIT_ROWS_BYTES
 from airjax.sampling import Transform
@@ -42,7 +43,6 @@ def prefill(model: Model, state: State, ids: Sequence[int], start: int = 0) -> I
     Yields:
       For each chunk its hidden states `[1, T, D]`, padded, and how many rows of them are real.
     """
-    embed = embed_step(model.layouts, model.config)
     chunk = model.plan.prefill_chunk
     for begin in range(0, len(ids), chunk):
         part = ids[begin : begin + chunk]
@@ -51,8 +51,7 @@ def prefill(model: Model, state: State, ids: Sequence[int], start: int = 0) -> I
         padded[0, : len(part)] = part
         positions = np.full((1, rows), -1, np.int32)
         positions[0, : len(part)] = np.arange(start + begin, start + begin + len(part))
-        x = embed(model.globals, jax.device_put(padded, model.device))
-        yield sweep(model, x, state, positions), len(part)
+        yield sweep(model, embed(model, padded), state, positions), len(part)
 
 
 def generate(
@@ -103,7 +102,7 @@ def generate(
         token, logprob, sampler_state, x = draw(
             model.globals, x, last_row, sampler_state, token, keys, np.int32(count)
         )
-        last_row, model.pending = only_row, x
+        last_row, model.pending = only_row, logprob
         drawn = Draw(int(token[0]), float(logprob[0]))
         if count == 0:
             stats.prefill_s = clock.lap()
@@ -124,6 +123,7 @@ def generate(
         if stats.finish_reason:
             return
         clock.lap()  # the consumer's time is not the engine's
+        x = embed(model, np.full((1, 1), drawn.id, np.int32)) if x is None else x
         x = sweep(model, x, state, np.full((1, 1), position, np.int32))
 
 

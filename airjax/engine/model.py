@@ -16,7 +16,7 @@ from airjax.engine.step import GlobalLayouts, Globals
 from airjax.engine.weights import LayerWeights, matrix_types, open_weights, put_span
 from airjax.gguf import GGUF, Manifest, build_manifest, open_gguf
 from airjax.models import Architecture, Config
-from airjax.plan import Plan, Resident, Switch, make_plan
+from airjax.plan import EMBEDDING, Plan, Resident, Switch, make_plan
 from airjax.streaming import Timeline
 
 if TYPE_CHECKING:
@@ -152,7 +152,9 @@ def open_model(
                 # The embedding stays as it lies in the file: single rows are taken out of it.
                 name: put_span(gguf, span, device, capability if name == "output.weight" else "")
                 for name, span in manifest.globals.items()
-                if name in architecture.global_specs(config) and name != "rope_freqs.weight"
+                if name in architecture.global_specs(config)
+                and name != "rope_freqs.weight"
+                and not (plan.host_embedding and name == EMBEDDING)
             }
             jax.block_until_ready(globals_)
         except BaseException:

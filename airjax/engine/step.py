@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from airjax import layers, models, sampling
-from airjax.gguf import Layout
+from airjax import layers, models, quants, sampling
+from airjax.gguf import GGMLType, Layout
 from airjax.models import Config
+from airjax.plan import EMBEDDING
 from airjax.streaming import to_cache
 from airjax.types import Array, LayerKV, PagedKV
 
@@ -93,6 +94,21 @@ def embed_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]:
 
 
 @functools.cache
+def host_embed_step(type: GGMLType, config: Config) -> Callable[..., Array]:
+    """jitted `(rows of the embedding as they lie in the file, uint8 [B, T, row bytes]) -> x [B, T, D]`."""
+    architecture = models.get(config.architecture)
+
+    @jax.jit
+    def embed(rows: Array) -> Array:
+        batch, new, _ = rows.shape
+        table = quants.view(rows.reshape(-1), type, (batch * new, config.d_model))
+        ids = jnp.arange(batch * new, dtype=jnp.int32).reshape(batch, new)
+        return architecture.embed({EMBEDDING: table}, ids, config)
+
+    return embed
+
+
+@functools.cache
 def unembed_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]:
     """jitted `(globals, x [..., D]) -> logits [..., V]`."""
     architecture = models.get(config.architecture)
@@ -111,7 +127,8 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
     Returns:
       jitted `(globals, x [B, T, D], row [B], sampler_state, token [B], keys [B], count) ->
       (token [B], logprob [B], sampler_state, x [B, 1, D])`. The count-th draw of a sequence uses its key folded
-      with `count`. The log-probability is the model's own, before the sampler.
+      with `count`. The log-probability is the model's own, before the sampler. The last x is None where the
+      embedding stays on the host.
     """
     architecture = models.get(config.architecture)
 
@@ -128,7 +145,7 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
             drawn,
             sampling.log_prob(logits, drawn),
             state,
-            architecture.embed(weights, drawn[:, None], config),
+            architecture.embed(weights, drawn[:, None], config) if EMBEDDING in weights else None,
         )
 
     return draw

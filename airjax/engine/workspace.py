@@ -20,7 +20,7 @@ from airjax.engine.step import (
 )
 from airjax.gguf import Layout, Manifest
 from airjax.models import Config
-from airjax.plan import KV_PAGE, Plan
+from airjax.plan import EMBEDDING, KV_PAGE, Plan
 from airjax.types import LayerKV
 
 
@@ -76,10 +76,13 @@ def _block(
 def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
     """Workspace of the embedding of a chunk and of a draw."""
     architecture = models.get(config.architecture)
+    left_out = {"rope_freqs.weight", EMBEDDING if plan.host_embedding else ""}
     names = [name for name in manifest.globals if name in architecture.global_specs(config)]
-    layouts = tuple((name, manifest.globals[name].layout) for name in names if name != "rope_freqs.weight")
+    layouts = tuple((name, manifest.globals[name].layout) for name in names if name not in left_out)
     buffers = {name: _buffers(layout) for name, layout in layouts}
-    embed = _workspace(embed_step(layouts, config), buffers, _array((1, plan.prefill_chunk), jnp.int32))
+    embed = 0
+    if not plan.host_embedding:
+        embed = _workspace(embed_step(layouts, config), buffers, _array((1, plan.prefill_chunk), jnp.int32))
     sampler = sampling.greedy()
     batch = max(plan.max_batch, 1)
     x = _array((batch, plan.prefill_chunk if batch == 1 else 1, config.d_model))

@@ -1,5 +1,6 @@
 """Pure functions that architectures are made of; none of them knows a weight format."""
 
+from airjax.layers.attention import SCORES_BYTES as SCORES_BYTES
 from airjax.layers.attention import read_rows as read_rows
 from airjax.layers.mlp import gated as gated
 from airjax.layers.norms import rms_norm as rms_norm

@@ -13,7 +13,7 @@ from airjax.types import Array, LayerKV
 # Finite, so that a padding row (which sees no key at all) stays free of NaN.
 _MASKED = -1e30
 # Scores of one tile of new tokens; more new tokens than that go one tile after another.
-_SCORES_BYTES = 256 << 20
+SCORES_BYTES = 64 << 20
 
 
 def _slots(positions: Array, size: int) -> Array:
@@ -189,7 +189,7 @@ def _precision(dtype: np.dtype) -> jax.lax.Precision | None:
 
 def _tile_rows(row_bytes: int, rows: int) -> int:
     """The largest halving of `rows` whose scores stay under the limit."""
-    while rows % 2 == 0 and rows * row_bytes > _SCORES_BYTES:
+    while rows % 2 == 0 and rows * row_bytes > SCORES_BYTES:
         rows //= 2
     return rows
 

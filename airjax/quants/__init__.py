@@ -1,5 +1,6 @@
 """Block formats of GGUF files, decoded inside jit, and products with them."""
 
+from airjax.quants.dense import decoded_tiles as decoded_tiles
 from airjax.quants.matmul import matmul as matmul
 from airjax.quants.matmul import matmul_many as matmul_many
 from airjax.quants.packed import PackedTensor as PackedTensor

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from airjax.quants import cuda
+from airjax.quants.dense import decoded_product
 from airjax.quants.packed import TILE_ROWS, TILE_WIDTH, PackedTensor, unpack_dequantize
 from airjax.types import Array
 
@@ -119,14 +120,10 @@ def matmul_packed(x: Array, ws: Sequence[PackedTensor], *, dtype: np.dtype) -> l
 
 
 def _decoded(x: Array, w: PackedTensor, dtype: np.dtype) -> Array:
-    """Decodes the matrix, then one product."""
-    return jnp.einsum(
-        "rk,nk->rn",
-        x.astype(dtype),
-        unpack_dequantize(w).astype(dtype),
-        preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if dtype == np.float32 else None,
-    )
+    def decode(data: Array, shape: tuple[int, int]) -> Array:
+        return unpack_dequantize(PackedTensor(data, w.type, shape))
+
+    return decoded_product(x, w.data, (w.shape[0], w.shape[1]), decode, dtype)
 
 
 @functools.cache
@@ -161,7 +158,9 @@ def _source(
             ", ".join([str(tiles[i]) for i in chosen] + fill),
         ]
         fields = ", ".join(f"{{{part}}}" for part in parts)
-        lines.append(f"  {{ const Matrices all = {{{fields}}}; share<{format}>(x, all, blockIdx.x, gridDim.x); }}")
+        lines.append(
+            f"  {{ const Matrices all = {{{fields}}}; share<{format}>(x, all, blockIdx.x, gridDim.x); }}"
+        )
     lines.append("}")
     return "\n".join(lines)
 

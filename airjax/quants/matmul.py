@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from airjax.quants import kernels, lanes
+from airjax.quants.dense import decoded_product
 from airjax.quants.groups import Groups
 from airjax.quants.packed import PackedTensor
 from airjax.quants.qtensor import QTensor, dequantize, groups
@@ -79,15 +80,10 @@ def groups_of(w: QTensor) -> bool:
 
 
 def _decoded(x: Array, w: QTensor, dtype: np.dtype) -> Array:
-    """Decodes the matrix, then one product: for many rows."""
-    return jnp.einsum(
-        "rk,nk->rn",
-        x.astype(dtype),
-        dequantize(w).astype(dtype),
-        preferred_element_type=jnp.float32,
-        # A GPU would round float32 factors to 10 bits (tf32); who asks for float32 wants it.
-        precision=jax.lax.Precision.HIGHEST if dtype == np.float32 else None,
-    )
+    def decode(data: Array, shape: tuple[int, int]) -> Array:
+        return dequantize(QTensor(data=data, type=w.type, shape=shape))
+
+    return decoded_product(x, w.data, (w.shape[0], w.shape[1]), decode, dtype)
 
 
 def _by_reduction(x: Array, w: QTensor) -> Array:
