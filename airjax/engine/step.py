@@ -11,11 +11,10 @@ import jax.numpy as jnp
 
 from airjax import layers, models, sampling
 from airjax.gguf import Layout
-from airjax.models import Config
+from airjax.models import Buffers, Config
 from airjax.streaming import to_cache
 from airjax.types import Array, LayerKV
 
-Buffers = tuple[Array, ...] | models.Weights
 Globals = dict[str, Buffers]
 GlobalLayouts = tuple[tuple[str, Layout], ...]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from airjax import quants
 from airjax.gguf import GGUF, GGMLType, Layout, Manifest, Slot, Span
-from airjax.models import Weights
+from airjax.models import Buffers
 from airjax.plan import Plan
 from airjax.streaming import (
     ByteRange,
@@ -26,8 +26,6 @@ from airjax.streaming import (
 )
 from airjax.types import Array
 
-# Flat uint8 buffers as they lie in the file, or the named tensors of a re-laid span.
-Buffers = tuple[Array, ...] | Weights
 
 
 class LayerWeights:
@@ -86,16 +84,18 @@ def put_span(gguf: GGUF, span: Span, device: jax.Device, capability: str) -> Buf
     if not capability or not matrix_types([span.layout]):
         return buffers
     # One tensor at a time, and waited for: what is on the way is bounded by the largest.
-    return {
-        name: jax.block_until_ready(_relay(buffers[slot.extent], slot, capability))
+    relaid = {
+        name: jax.block_until_ready(_relay(buffers[slot.extent], slot))
         for name, slot in span.layout.tensors
     }
+    return {capability: relaid}
 
 
-@functools.partial(jax.jit, static_argnames=("slot", "capability"))
-def _relay(buffer: Array, slot: Slot, capability: str) -> quants.QTensor | quants.PackedTensor:
+@functools.partial(jax.jit, static_argnames="slot")
+def _relay(buffer: Array, slot: Slot) -> Array:
+    """A matrix as records, if it can be re-laid, else the bytes of the tensor alone."""
     w = quants.view(buffer, slot.type, slot.shape, slot.offset)
-    return quants.pack(w, capability) if quants.packable(slot.type, slot.shape) else w
+    return quants.pack(w).data if quants.packable(slot.type, slot.shape) else w.data.reshape(-1)
 
 
 def open_weights(
