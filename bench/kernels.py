@@ -91,7 +91,9 @@ def check(capability: str) -> None:
             rounded = np.asarray(kernels.split(jnp.asarray(x), terms).astype(jnp.float32), np.float64)
             seen = rounded.sum(0).reshape(64, -1, 4, 2, 4).swapaxes(2, 3).reshape(64, -1)
             for rows in (64, 1, 3, 8, 9, 17, 33) if terms == 1 else (1,):
-                run = jax.jit(lambda x, w, terms=terms: kernels.product(x, [w, w], terms=terms, capability=capability))
+                run = jax.jit(
+                    lambda x, w, terms=terms: kernels.product(x, [w, w], terms=terms, capability=capability)
+                )
                 got, again = (np.asarray(y, np.float64) for y in run(jnp.asarray(x[:rows]), w))
                 expected = seen[:rows] @ weights.T
                 errors.append(np.linalg.norm(got - expected) / np.linalg.norm(expected))
@@ -103,7 +105,13 @@ def check(capability: str) -> None:
 
 
 def time_products(
-    kind: Type, sizes: Sequence[int], n: int, rows: int, capability: str, tunings: Sequence[kernels.Tuning], terms: int = 1
+    kind: Type,
+    sizes: Sequence[int],
+    n: int,
+    rows: int,
+    capability: str,
+    tunings: Sequence[kernels.Tuning],
+    terms: int = 1,
 ) -> None:
     """One line: microseconds and GB/s of a launch for each tuning."""
     nbytes = sum(packed.packed_bytes(kind, (size, n)) for size in sizes)
@@ -119,7 +127,9 @@ def time_products(
         )
         try:
             seconds = kernel_s(lambda run=run: run(x, copies))
-            line += f"  {'/'.join(str(int(v)) for v in tuned)} {seconds * 1e6:.1f}us {nbytes / seconds / 1e9:.0f}"
+            line += (
+                f"  {'/'.join(str(int(v)) for v in tuned)} {seconds * 1e6:.1f}us {nbytes / seconds / 1e9:.0f}"
+            )
         except Exception as error:  # one that can't run is a result too
             line += f"  {'/'.join(str(int(v)) for v in tuned)} {type(error).__name__}"
     print(line, flush=True)

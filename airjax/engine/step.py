@@ -11,12 +11,11 @@ import jax.numpy as jnp
 
 from airjax import layers, models, quants, sampling
 from airjax.gguf import GGMLType, Layout
-from airjax.models import Config
+from airjax.models import Buffers, Config
 from airjax.plan import EMBEDDING
 from airjax.streaming import to_cache
 from airjax.types import Array, LayerKV, PagedKV
 
-Buffers = tuple[Array, ...] | models.Weights
 Globals = dict[str, Buffers]
 GlobalLayouts = tuple[tuple[str, Layout], ...]
 

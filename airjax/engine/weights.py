@@ -11,7 +11,7 @@ import numpy as np
 
 from airjax import quants
 from airjax.gguf import GGUF, GGMLType, Layout, Manifest, Slot, Span
-from airjax.models import Weights
+from airjax.models import Buffers
 from airjax.plan import Plan
 from airjax.streaming import (
     ByteRange,
@@ -25,9 +25,6 @@ from airjax.streaming import (
     Timeline,
 )
 from airjax.types import Array
-
-# Flat uint8 buffers as they lie in the file, or the named tensors of a re-laid span.
-Buffers = tuple[Array, ...] | Weights
 
 
 class LayerWeights:
@@ -76,7 +73,10 @@ def span_views(gguf: GGUF, span: Span) -> tuple[np.ndarray, ...]:
 def matrix_types(layouts: Iterable[Layout]) -> frozenset[GGMLType]:
     """Block formats of the matrices that could be re-laid."""
     return frozenset(
-        slot.type for layout in layouts for _, slot in layout.tensors if quants.packable(slot.type, slot.shape)
+        slot.type
+        for layout in layouts
+        for _, slot in layout.tensors
+        if quants.packable(slot.type, slot.shape)
     )
 
 
@@ -86,16 +86,17 @@ def put_span(gguf: GGUF, span: Span, device: jax.Device, capability: str) -> Buf
     if not capability or not matrix_types([span.layout]):
         return buffers
     # One tensor at a time, and waited for: what is on the way is bounded by the largest.
-    return {
-        name: jax.block_until_ready(_relay(buffers[slot.extent], slot, capability))
-        for name, slot in span.layout.tensors
+    relaid = {
+        name: jax.block_until_ready(_relay(buffers[slot.extent], slot)) for name, slot in span.layout.tensors
     }
+    return {capability: relaid}
 
 
-@functools.partial(jax.jit, static_argnames=("slot", "capability"))
-def _relay(buffer: Array, slot: Slot, capability: str) -> quants.QTensor | quants.PackedTensor:
+@functools.partial(jax.jit, static_argnames="slot")
+def _relay(buffer: Array, slot: Slot) -> Array:
+    """A matrix as records, if it can be re-laid, else the bytes of the tensor alone."""
     w = quants.view(buffer, slot.type, slot.shape, slot.offset)
-    return quants.pack(w, capability) if quants.packable(slot.type, slot.shape) else w
+    return quants.pack(w).data if quants.packable(slot.type, slot.shape) else w.data.reshape(-1)
 
 
 def open_weights(
@@ -124,8 +125,7 @@ def open_weights(
         if plan.streamed:
             source = _open_source(gguf, manifest, plan, device, timeline)
         resident = {
-            layer: put_span(gguf, manifest.layers[layer], device, capability)
-            for layer in plan.resident
+            layer: put_span(gguf, manifest.layers[layer], device, capability) for layer in plan.resident
         }
         jax.block_until_ready(resident)
         ring = Ring(source, plan.streamed, plan.stream_depth, timeline) if source is not None else None

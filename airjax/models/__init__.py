@@ -10,6 +10,7 @@ from typing import cast
 from airjax.gguf import GGUF, GGUFError
 from airjax.models import gemma3, llama
 from airjax.models.architecture import Architecture as Architecture
+from airjax.models.architecture import Buffers as Buffers
 from airjax.models.architecture import Config as Config
 from airjax.models.architecture import TensorSpec as TensorSpec
 from airjax.models.architecture import Weights as Weights

@@ -75,10 +75,21 @@ class Architecture(Protocol):
     def unembed(self, weights: Weights, x: Array, config: Any) -> Array: ...
 
 
-def unpack(buffers: tuple[Array, ...] | Weights, layout: Layout) -> Weights:
-    """A layer's named tensors: those of a re-laid layer, or views of flat uint8 buffers, which are free inside jit."""
-    if isinstance(buffers, Mapping):
-        return buffers
+# A span on the device: flat uint8 buffers as they lie in the file; or, re-laid for the kernels of a capability, one
+# array for each tensor by its name, under that capability. Plain dicts, which jit takes apart quickly.
+Buffers = tuple[Array, ...] | dict[str, dict[str, Array]]
+
+
+def unpack(buffers: Buffers, layout: Layout) -> Weights:
+    """A span's named tensors: views of flat buffers, which are free inside jit, or re-laid matrices."""
+    if isinstance(buffers, dict):
+        ((capability, arrays),) = buffers.items()
+        return {
+            name: quants.PackedTensor(arrays[name], slot.type, slot.shape, capability)
+            if quants.packable(slot.type, slot.shape)
+            else quants.view(arrays[name], slot.type, slot.shape)
+            for name, slot in layout.tensors
+        }
     return {
         name: quants.view(buffers[slot.extent], slot.type, slot.shape, slot.offset)
         for name, slot in layout.tensors

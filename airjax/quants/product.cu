@@ -4,7 +4,7 @@
 //   ROWS      rows of x             COLUMN_TILES  ceil(ROWS / 8)
 //   SPLITS    bfloat16 terms that make up one activation
 //   ROW_TILES tiles of 16 rows of W that a block owns
-//   SUPERS    n_in / 256            PREFETCH      load the next record before multiplying (one row tile)
+//   SUPERS    n_in / 256
 //
 // The eight warps of a block take the records of its tiles in turn and add up their sums in a fixed order at the end.
 // Nothing in a row's sum depends on the other rows of x.
@@ -236,31 +236,11 @@ DEVICE void finish(const float (&sums)[ROW_TILES][COLUMN_TILES][4], const Matric
     }
 }
 
-// A block's share of the tiles. The records of the next tile are on their way while this one's sums are added up.
+// A block's share of the tiles.
 template <Format F> DEVICE void share(const uint4* x, const Matrices& all, int block, int blocks) {
   constexpr int bytes = Sizes<F>::bytes;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, count = all.count();
   x += lane & 3;
-#if PREFETCH
-  int tile = block, super = warp;
-  Lane<F> next;
-  const char* record = all.at(min(tile, count - 1), bytes);
-  if (tile < count && warp < SUPERS) load<F>(next, record + warp * bytes, lane);
-  for (; tile < count; tile += blocks) {
-    float sums[1][COLUMN_TILES][4] = {};
-    const char* following = all.at(min(tile + blocks, count - 1), bytes);
-#pragma unroll 1
-    for (super = warp; super < SUPERS; super += WARPS) {
-      Lane<F> w[1] = {next};
-      const bool last = super + WARPS >= SUPERS;
-      if (!last || tile + blocks < count)
-        load<F>(next, last ? following + warp * bytes : record + (super + WARPS) * bytes, lane);
-      multiply<F>(w, x + super * 32, lane >> 2, sums);
-    }
-    finish(sums, all, tile);
-    record = following;
-  }
-#else
   for (int first = block * ROW_TILES; first < count; first += blocks * ROW_TILES) {
     float sums[ROW_TILES][COLUMN_TILES][4] = {};
     const char* record[ROW_TILES];
@@ -275,5 +255,4 @@ template <Format F> DEVICE void share(const uint4* x, const Matrices& all, int b
     }
     finish(sums, all, first);
   }
-#endif
 }

@@ -74,7 +74,8 @@ def _error(type: GGMLType, capability: str) -> float:
     @jax.jit
     def products(x: jax.Array, matrix: packed.PackedTensor) -> list[jax.Array]:
         return [
-            kernels.product(x[:rows], [matrix], terms=1, capability=capability)[0] for rows in _ACTIVATION_ROWS
+            kernels.product(x[:rows], [matrix], terms=1, capability=capability)[0]
+            for rows in _ACTIVATION_ROWS
         ]
 
     worst = 0.0
