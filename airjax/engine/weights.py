@@ -27,7 +27,6 @@ from airjax.streaming import (
 from airjax.types import Array
 
 
-
 class LayerWeights:
     """Hands out the flat buffers of each layer, in the order of a sweep.
 
@@ -52,6 +51,10 @@ class LayerWeights:
         assert self.ring is not None
         return self.ring.take(layer)
 
+    def relaid(self, layer: int) -> bool:
+        """Whether the layer is resident in the form that the fused kernel reads."""
+        return isinstance(self._resident.get(layer), dict)
+
     def release(self, layer: int, weights: Buffers, before: Array, done: Array) -> None:
         """Gives back what `take` returned, once the block that uses it is dispatched; see `Ring.release`."""
         if layer not in self._resident:
@@ -74,7 +77,10 @@ def span_views(gguf: GGUF, span: Span) -> tuple[np.ndarray, ...]:
 def matrix_types(layouts: Iterable[Layout]) -> frozenset[GGMLType]:
     """Block formats of the matrices that could be re-laid."""
     return frozenset(
-        slot.type for layout in layouts for _, slot in layout.tensors if quants.packable(slot.type, slot.shape)
+        slot.type
+        for layout in layouts
+        for _, slot in layout.tensors
+        if quants.packable(slot.type, slot.shape)
     )
 
 
@@ -85,8 +91,7 @@ def put_span(gguf: GGUF, span: Span, device: jax.Device, capability: str) -> Buf
         return buffers
     # One tensor at a time, and waited for: what is on the way is bounded by the largest.
     relaid = {
-        name: jax.block_until_ready(_relay(buffers[slot.extent], slot))
-        for name, slot in span.layout.tensors
+        name: jax.block_until_ready(_relay(buffers[slot.extent], slot)) for name, slot in span.layout.tensors
     }
     return {capability: relaid}
 
@@ -124,8 +129,7 @@ def open_weights(
         if plan.streamed:
             source = _open_source(gguf, manifest, plan, device, timeline)
         resident = {
-            layer: put_span(gguf, manifest.layers[layer], device, capability)
-            for layer in plan.resident
+            layer: put_span(gguf, manifest.layers[layer], device, capability) for layer in plan.resident
         }
         jax.block_until_ready(resident)
         ring = Ring(source, plan.streamed, plan.stream_depth, timeline) if source is not None else None

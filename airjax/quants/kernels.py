@@ -161,7 +161,9 @@ def _source(
             ", ".join([str(tiles[i]) for i in chosen] + fill),
         ]
         fields = ", ".join(f"{{{part}}}" for part in parts)
-        lines.append(f"  {{ const Matrices all = {{{fields}}}; share<{format}>(x, all, blockIdx.x, gridDim.x); }}")
+        lines.append(
+            f"  {{ const Matrices all = {{{fields}}}; share<{format}>(x, all, blockIdx.x, gridDim.x); }}"
+        )
     lines.append("}")
     return "\n".join(lines)
 

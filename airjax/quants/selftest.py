@@ -21,7 +21,7 @@ _ACTIVATION_ROWS = (1, 5, 13, 29, 61)
 # float16 scales: zeros of both signs, the smallest and largest subnormal, the largest, and everyday ones.
 _SCALES = np.array([0x0000, 0x8000, 0x0001, 0x83FF, 0x7BFF, 0x2C00, 0xAC55, 0x1400], np.uint16)
 _SCALES_AT = {"Q4_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-# Of the sum of the magnitudes that the kernel adds up: 2^-24 for each rounding of a float32, and a few of them in a row.
+# Of the sum of the magnitudes that the kernel adds up: 2^-24 for each rounding to float32, some thirty in a row.
 _TOLERANCE = 2.0**-19
 
 
@@ -74,7 +74,8 @@ def _error(type: GGMLType, capability: str) -> float:
     @jax.jit
     def products(x: jax.Array, matrix: packed.PackedTensor) -> list[jax.Array]:
         return [
-            kernels.product(x[:rows], [matrix], terms=1, capability=capability)[0] for rows in _ACTIVATION_ROWS
+            kernels.product(x[:rows], [matrix], terms=1, capability=capability)[0]
+            for rows in _ACTIVATION_ROWS
         ]
 
     worst = 0.0
