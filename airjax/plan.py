@@ -326,9 +326,7 @@ def _workspace_bytes(config: Config, manifest: Manifest, context: int, chunk: in
     scores = 2 * min(config.n_heads * chunk * context * 4, layers.SCORES_BYTES)
     attention = scores + 4 * chunk * 4 * (d + wide) + decoded * itemsize * _tile(wide, d)
     feed_forward = 4 * chunk * 4 * (d + f) + decoded * itemsize * max(_tile(f, d), _tile(d, f))
-    logits = 2 * itemsize * _tile(config.vocab_size, d) + 3 * max(
-        config.vocab_size * 4, LOGIT_ROWS_BYTES
-    )
+    logits = 2 * itemsize * _tile(config.vocab_size, d) + 3 * max(config.vocab_size * 4, LOGIT_ROWS_BYTES)
     return _FIXED_WORKSPACE_BYTES + int(max(attention, feed_forward, logits))
 
 

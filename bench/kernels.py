@@ -166,14 +166,14 @@ def main() -> None:
     print(jax.__version__, jax.devices()[0].device_kind, capability)
     check(capability)
     t = kernels.Tuning
-    one = [t(1, 2, True), t(1, 2, False), t(1, 3, False), t(1, 3, True), t(2, 2, False)]
+    one = [t(1, 2), t(2, 2), t(1, 3)]
     layer_8b = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
     for sizes, n in (*layer_8b, ((28672, 28672), 8192), ((8192,), 28672)):
         time_products(Type.Q4_K, sizes, n, 1, capability, one)
     time_products(Type.Q6_K, (128256,), 4096, 1, capability, one)
     for kind in (Type.Q4_0, Type.Q5_K, Type.Q6_K, Type.Q8_0):
         time_products(kind, (14336, 14336), 4096, 1, capability, one)
-    few = [t(1, 2, False), t(1, 2, True), t(2, 1, False), t(1, 1, True)]
+    few = [t(1, 2), t(1, 1), t(2, 1), t(4, 1)]
     for rows in (2, 8, 16, 32, 64):
         time_products(Type.Q4_K, (14336, 14336), 4096, rows, capability, few)
     if not args.quick:

@@ -61,6 +61,35 @@ def paged_block_step(layout: Layout, config: Config, kind: str) -> Callable[...,
 
 
 @functools.cache
+def run_step(
+    blocks: tuple[tuple[Layout, str, int], ...], config: Config
+) -> Callable[..., tuple[Array, list[LayerKV]]]:
+    """Consecutive resident layers in one program, which a GPU replays as one graph: a call costs as much as a layer's.
+
+    Args:
+      blocks: layout, kind and length of each layer, as for `block_step`.
+      config: of the model.
+
+    Returns:
+      jitted `([buffers], x [B, T, D], [kv], positions [B, T]) -> (x, [kv])`; the caches are donated.
+    """
+    architecture = models.get(config.architecture)
+
+    @functools.partial(jax.jit, donate_argnames="kvs")
+    def run(
+        buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array
+    ) -> tuple[Array, list[LayerKV]]:
+        written = []
+        for (layout, kind, length), part, kv in zip(blocks, buffers, kvs, strict=True):
+            weights = models.unpack(part, layout)
+            x, kv = architecture.block(weights, x, kv, positions, config, kind, length)
+            written.append(kv)
+        return x, written
+
+    return run
+
+
+@functools.cache
 def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[..., tuple[Array, LayerKV]]:
     """One layer whose cache was uploaded for this sweep; only the new rows come back.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from airjax.engine.model import Model
-from airjax.engine.step import block_step, shuttled_block_step
+from airjax.engine.step import block_step, run_step, shuttled_block_step
 from airjax.streaming import Shuttle
 from airjax.types import Array, LayerKV
 
@@ -87,7 +87,14 @@ def sweep(model: Model, x: Array, state: State, positions: np.ndarray) -> Array:
     model.weights.begin_sweep()
     if state.shuttle is not None:
         state.shuttle.begin_sweep(lengths)
-    for layer, step in enumerate(steps):
+    layer = 0
+    while layer < len(steps):
+        end = _run_end(model, state, layer, positions)
+        if end > layer:
+            x = _run(model, x, state, range(layer, end), lengths, device_positions)
+            layer = end
+            continue
+        step = steps[layer]
         weights = model.weights.take(layer)
         kv = _grown(state.kv[layer], lengths[layer]) if state.shuttle is None else state.shuttle.take(layer)
         before = x
@@ -100,7 +107,36 @@ def sweep(model: Model, x: Array, state: State, positions: np.ndarray) -> Array:
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", x)
         model.weights.release(layer, weights, before, done=x)
+        layer += 1
     model.count_sweep(state)
+    return x
+
+
+def _run_end(model: Model, state: State, first: int, positions: np.ndarray) -> int:
+    """Where the run of re-laid layers that begins at `first` ends; `first` itself for none.
+
+    Only for decoding: a layer of a prompt keeps the device busy for longer than its dispatch takes, and every number
+    of rows would have to be compiled for all layers.
+    """
+    end = first
+    if state.shuttle is None and positions.shape[1] == 1 and model.timeline is None:
+        while end < model.config.n_layers and model.weights.relaid(end):
+            end += 1
+    return end
+
+
+def _run(
+    model: Model, x: Array, state: State, run: range, lengths: list[int], device_positions: Array
+) -> Array:
+    step = run_step(
+        tuple((model.manifest.layers[layer].layout, model.kinds[layer], lengths[layer]) for layer in run),
+        model.config,
+    )
+    buffers = [model.weights.take(layer) for layer in run]
+    kvs = [_grown(state.kv[layer], lengths[layer]) for layer in run]
+    x, kvs = step(buffers, x, kvs, device_positions)
+    state.kv[run.start : run.stop] = kvs
+    model.pending = x
     return x
 
 

@@ -51,6 +51,10 @@ class LayerWeights:
         assert self.ring is not None
         return self.ring.take(layer)
 
+    def relaid(self, layer: int) -> bool:
+        """Whether the layer is resident in the form that the fused kernel reads."""
+        return isinstance(self._resident.get(layer), dict)
+
     def release(self, layer: int, weights: Buffers, before: Array, done: Array) -> None:
         """Gives back what `take` returned, once the block that uses it is dispatched; see `Ring.release`."""
         if layer not in self._resident:

@@ -184,7 +184,7 @@ def _scale_bytes(w: QTensor) -> list[Array]:
 
 
 def _high_shifts(type: GGMLType) -> tuple[np.ndarray, int]:
-    """How far each high bit lies from the start of its 32-bit word, `[groups of a word, half row, half group, byte]`."""
+    """How far high bits lie from the start of their 32-bit word, `[group of the word, half row, half group, byte]`."""
     width, count = (1, 2) if type == GGMLType.Q5_K else (2, 1)
     group, row, side, byte = np.ogrid[:count, :2, :2, :4]
     pair = (group * 2 + row) * 4 + side * 2 + byte // 2

@@ -21,7 +21,7 @@ _ACTIVATION_ROWS = (1, 5, 13, 29, 61)
 # float16 scales: zeros of both signs, the smallest and largest subnormal, the largest, and everyday ones.
 _SCALES = np.array([0x0000, 0x8000, 0x0001, 0x83FF, 0x7BFF, 0x2C00, 0xAC55, 0x1400], np.uint16)
 _SCALES_AT = {"Q4_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-# Of the sum of the magnitudes that the kernel adds up: 2^-24 for each rounding of a float32, and a few of them in a row.
+# Of the sum of the magnitudes that the kernel adds up: 2^-24 for each rounding to float32, some thirty in a row.
 _TOLERANCE = 2.0**-19
 
 
