@@ -79,11 +79,11 @@ def run_step(
     def run(
         buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array
     ) -> tuple[Array, list[LayerKV]]:
-        written = []
+        written: list[Any] = []
         for (layout, kind, length), part, kv in zip(blocks, buffers, kvs, strict=True):
             weights = models.unpack(part, layout)
-            x, kv = architecture.block(weights, x, kv, positions, config, kind, length)
-            written.append(kv)
+            x, new = architecture.block(weights, x, kv, positions, config, kind, length)
+            written.append(new)
         return x, written
 
     return run
