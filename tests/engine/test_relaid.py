@@ -48,6 +48,21 @@ def test_relaid_layers_give_what_plain_layers_give(toy, kernel, monkeypatch):
     assert tokens == plain_tokens
 
 
+def test_a_tied_embedding_is_relaid_too(tmp_path, kernel, monkeypatch):
+    path = toy_llama(tmp_path / "tied.gguf", block_type="Q6_K", layers=1)
+
+    def logits():
+        with airjax.load(path, vram_budget_gib=1, context=64) as engine:
+            relaid = isinstance(engine.model.globals["token_embd.weight"], dict)
+            return np.asarray(engine.logits(_IDS)), relaid
+
+    got, relaid = logits()
+    monkeypatch.setattr(cuda, "capability", lambda device: "")
+    expected, plain = logits()
+    assert relaid and not plain
+    np.testing.assert_allclose(got, expected, atol=2e-3 * np.abs(expected).max())
+
+
 def test_streamed_layers_stay_as_they_lie_in_the_file(toy, kernel):
     _, tokens, relaid, _ = _run(toy, resident="none")
     assert not any(relaid)

@@ -72,6 +72,15 @@ def test_the_lanes_of_a_warp_find_their_weights_where_the_layout_says():
         assert got == q[tile * 16 + h * 8 + g, column]
 
 
+@pytest.mark.parametrize("kind", _TYPES, ids=lambda kind: kind.name)
+def test_rows_taken_of_a_packed_matrix_are_rows_of_the_decoded_one(kind):
+    data, w = _matrix(kind)
+    ids = np.random.default_rng(0).integers(0, _N, (2, 35))
+    np.testing.assert_array_equal(
+        quants.take_rows(packed.pack(w), jnp.asarray(ids)), oracle.dequantize(data, kind)[ids]
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [
