@@ -15,8 +15,8 @@ from airjax.streaming import Shuttle
 from airjax.types import Array, LayerKV
 
 _SMALLEST_LENGTH = 256
-# Re-laid layers that share a call when decoding. More would save little dispatch, and the device would stand still
-# longer before its first kernel: with all 80 layers of a 70B model in one call, half of a token's time.
+# Re-laid layers that share a call when decoding. With more of them the device stands still for longer before its
+# first kernel, since it waits until the host has prepared the whole call.
 _RUN_LAYERS = 8
 
 
