@@ -15,6 +15,9 @@ from airjax.streaming import Shuttle
 from airjax.types import Array, LayerKV
 
 _SMALLEST_LENGTH = 256
+# Re-laid layers that share a call when decoding. With more of them the device stands still for longer before its
+# first kernel, since it waits until the host has prepared the whole call.
+_RUN_LAYERS = 8
 
 
 @dataclass
@@ -120,7 +123,7 @@ def _run_end(model: Model, state: State, first: int, positions: np.ndarray) -> i
     """
     end = first
     if state.shuttle is None and positions.shape[1] == 1 and model.timeline is None:
-        while end < model.config.n_layers and model.weights.relaid(end):
+        while end < min(first + _RUN_LAYERS, model.config.n_layers) and model.weights.relaid(end):
             end += 1
     return end
 
