@@ -146,7 +146,7 @@ def open_model(
         # The matrix that makes the logits; an embedding that does not is only there for single rows to be taken out.
         output = "output.weight" if "output.weight" in manifest.globals else "token_embd.weight"
         kept.append(manifest.globals[output].layout)
-        capability = quants.usable(matrix_types(kept), device)
+        capability = quants.usable(matrix_types(kept), device) if plan.relaid else ""
         weights = open_weights(gguf, manifest, plan, device, timeline, capability)
         try:
             globals_ = {

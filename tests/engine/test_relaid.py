@@ -6,6 +6,7 @@ import pytest
 from toy_models import toy_llama
 
 import airjax
+from airjax import plan
 from airjax.quants import cuda, kernels, packed, selftest
 
 _IDS = list(range(3, 33))
@@ -24,6 +25,7 @@ def kernel(monkeypatch):
         return [x @ packed.unpack_dequantize(w).T for w in ws]
 
     monkeypatch.setattr(cuda, "capability", lambda device: "9.0")
+    monkeypatch.setattr(plan, "_KERNEL_BACKENDS", ("cpu",))
     monkeypatch.setattr(kernels, "product", product)
     selftest._passes.cache_clear()
     yield
