@@ -91,7 +91,7 @@ LEVELS = (
         "70B, 20 GB",
         "70b",
         False,
-        ("--vram_budget_gib=18.62 --stream_depth=2 --prompt=512 --decode=10",),
+        ("--vram_budget_gib=18.62 --prompt=512 --decode=10",),
         ((1, "prefill", "900"), (1, "decode", "2.6")),
     ),
     Level(
@@ -99,7 +99,7 @@ LEVELS = (
         "70B, 20 GB",
         "70b",
         False,
-        ("--vram_budget_gib=18.62 --stream_depth=2 --prompt=128 --decode=10 --batch=8,32",),
+        ("--vram_budget_gib=18.62 --prompt=128 --decode=10 --batch=8,32",),
         ((8, "decode", "20"), (32, "decode", "75")),
     ),
     Level(

@@ -14,6 +14,7 @@ import numpy as np
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.step import paged_block_step
+from airjax.engine.sweep import settle
 from airjax.plan import KV_PAGE
 from airjax.types import Array, LayerKV
 
@@ -122,6 +123,7 @@ def shared_sweep(model: Model, groups: Sequence[Group], state: PagedState) -> li
         for at, (positions, table) in enumerate(placed):
             before = xs[at]
             xs[at], state.layers[layer] = step(weights, before, state.layers[layer], table, positions)
+            settle(model, groups[at].ids, xs[at])
         model.pending = xs[-1]
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", xs[-1])

@@ -110,9 +110,20 @@ def sweep(model: Model, x: Array, state: State, positions: np.ndarray) -> Array:
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", x)
         model.weights.release(layer, weights, before, done=x)
+        settle(model, positions, x)
         layer += 1
     model.count_sweep(state)
     return x
+
+
+def settle(model: Model, positions: np.ndarray, x: Array) -> None:
+    """Waits for a layer of more than one row where layers are streamed, so that no two of them hold their workspace at once.
+
+    The link, whose next transfers are under way, does not notice, and the device hardly: such a layer takes
+    far longer than its dispatch.
+    """
+    if model.plan.streamed and positions.size > 1:
+        jax.block_until_ready(x)
 
 
 def _run_end(model: Model, state: State, first: int, positions: np.ndarray) -> int:
