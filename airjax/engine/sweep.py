@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from airjax.engine.model import Model
 from airjax.engine.step import block_step, run_step, shuttled_block_step
 from airjax.streaming import Shuttle
 from airjax.types import Array, LayerKV
+
+if TYPE_CHECKING:
+    from airjax.engine.batch import PagedState
 
 _SMALLEST_LENGTH = 256
 # Re-laid layers that share a call when decoding. With more of them the device stands still for longer before its
@@ -92,7 +96,7 @@ def sweep(model: Model, x: Array, state: State, positions: np.ndarray) -> Array:
         state.shuttle.begin_sweep(lengths)
     layer = 0
     while layer < len(steps):
-        end = _run_end(model, state, layer, positions)
+        end = run_end(model, state, layer, positions)
         if end > layer:
             x = _run(model, x, state, range(layer, end), lengths, device_positions)
             layer = end
@@ -117,7 +121,7 @@ def sweep(model: Model, x: Array, state: State, positions: np.ndarray) -> Array:
 
 
 def settle(model: Model, positions: np.ndarray, x: Array) -> None:
-    """Waits for a layer of more than one row where layers are streamed, so that no two of them hold their workspace at once.
+    """Waits for a layer of more than one row where layers are streamed: no two of them hold their workspace at once.
 
     The link, whose next transfers are under way, does not notice, and the device hardly: such a layer takes
     far longer than its dispatch.
@@ -126,7 +130,7 @@ def settle(model: Model, positions: np.ndarray, x: Array) -> None:
         jax.block_until_ready(x)
 
 
-def _run_end(model: Model, state: State, first: int, positions: np.ndarray) -> int:
+def run_end(model: Model, state: State | PagedState, first: int, positions: np.ndarray) -> int:
     """Where the run of re-laid layers that begins at `first` ends; `first` itself for none.
 
     Only for decoding: a layer of a prompt keeps the device busy for longer than its dispatch takes, and every number

@@ -75,3 +75,18 @@ def test_closing_frees_relaid_layers(toy, kernel):
     before = len(jax.live_arrays())
     _run(toy, resident="all")
     assert len(jax.live_arrays()) <= before + 2
+
+
+def test_relaid_layers_serve_a_batch(toy, kernel, monkeypatch):
+    def batch():
+        with airjax.load(toy, vram_budget_gib=1, context=64, resident="all", max_batch=4) as engine:
+            texts = {}
+            for n, token in engine.generate_batch([_IDS, _IDS[:5], [7]], max_tokens=10, ignore_eos=True):
+                texts.setdefault(n, []).append(token.id)
+            return texts, engine.model.weights.relaid(0)
+
+    got, relaid = batch()
+    monkeypatch.setattr(cuda, "capability", lambda device: "")
+    expected, plain = batch()
+    assert relaid and not plain
+    assert got == expected
