@@ -18,6 +18,8 @@ from airjax.engine.sweep import run_end, settle
 from airjax.plan import KV_PAGE
 from airjax.types import Array, LayerKV
 
+# Re-laid layers that share a call; see `run_end`.
+_RUN_LAYERS = 8
 _SMALLEST_PAGES = 256 // KV_PAGE
 
 
@@ -119,7 +121,7 @@ def shared_sweep(model: Model, groups: Sequence[Group], state: PagedState) -> li
     model.weights.begin_sweep()
     layer = 0
     while layer < config.n_layers:
-        end = run_end(model, state, layer, groups[0].positions) if len(groups) == 1 else layer
+        end = run_end(model, state, layer, groups[0].positions, _RUN_LAYERS) if len(groups) == 1 else layer
         if end > layer:
             xs = [_run(model, xs[0], state, range(layer, end), *placed[0])]
             layer = end

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
 
 _SMALLEST_LENGTH = 256
-# Re-laid layers that share a call when decoding. With more of them the device stands still for longer before its
-# first kernel, since it waits until the host has prepared the whole call.
-_RUN_LAYERS = 8
 
 
 @dataclass
@@ -130,15 +127,19 @@ def settle(model: Model, positions: np.ndarray, x: Array) -> None:
         jax.block_until_ready(x)
 
 
-def run_end(model: Model, state: State | PagedState, first: int, positions: np.ndarray) -> int:
+def run_end(
+    model: Model, state: State | PagedState, first: int, positions: np.ndarray, most: int | None = None
+) -> int:
     """Where the run of re-laid layers that begins at `first` ends; `first` itself for none.
 
     Only for decoding: a layer of a prompt keeps the device busy for longer than its dispatch takes, and every number
-    of rows would have to be compiled for all layers.
+    of rows would have to be compiled for all layers. `most` bounds the run where no sweep is dispatched ahead: then
+    the device stands still until the host has prepared the whole call.
     """
     end = first
+    last = model.config.n_layers if most is None else min(first + most, model.config.n_layers)
     if state.shuttle is None and positions.shape[1] == 1 and model.timeline is None:
-        while end < min(first + _RUN_LAYERS, model.config.n_layers) and model.weights.relaid(end):
+        while end < last and model.weights.relaid(end):
             end += 1
     return end
 
