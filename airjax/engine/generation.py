@@ -13,7 +13,7 @@ import numpy as np
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.stats import peak_device_bytes
-from airjax.engine.step import draw_step, unembed_step
+from airjax.engine.step import advance, draw_step, unembed_step
 from airjax.engine.sweep import State, sweep
 from airjax.plan import LOGIT_ROWS_BYTES
 from airjax.sampling import Transform
@@ -88,12 +88,13 @@ def generate(
     x, row = last
     draw = draw_step(model.layouts, model.config, sampler.apply)
     context = np.asarray(prompt, np.int32)[None]
-    sampler_state, token, keys, last_row = jax.device_put(
+    sampler_state, token, keys, last_row, where = jax.device_put(
         (
             sampler.init(context[:, :-1], model.config.vocab_size),
             context[:, -1],
             key[None],
             np.array([row], np.int32),
+            np.full((1, 1), len(prompt), np.int32),
         ),
         model.device,
     )
@@ -108,7 +109,7 @@ def generate(
         position = len(prompt) + count
         swept = ahead and x is not None and count + 1 < max_tokens and position < model.plan.context
         if swept:
-            x = sweep(model, x, state, np.full((1, 1), position, np.int32))
+            x, where = sweep(model, x, state, np.full((1, 1), position, np.int32), where), advance(where)
         ids, logprobs = jax.device_get((token, logprob))
         drawn = Draw(int(ids[0]), float(logprobs[0]))
         if count == 0:
@@ -131,7 +132,7 @@ def generate(
         if not swept:
             clock.lap()  # the consumer's time is not the engine's, but where the device works on in it
             x = embed(model, np.full((1, 1), drawn.id, np.int32)) if x is None else x
-            x = sweep(model, x, state, np.full((1, 1), position, np.int32))
+            x, where = sweep(model, x, state, np.full((1, 1), position, np.int32), where), advance(where)
 
 
 def score(model: Model, state: State, ids: Sequence[int]) -> Iterator[Array]:

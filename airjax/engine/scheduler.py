@@ -345,9 +345,11 @@ class Scheduler:
         members = [*_split([s for s in batch if s.decodes], self._rows_per_call)]
         members += self._prompts([s for s in batch if not s.decodes])
         groups = [self._group(group) for group in members]
+        # What the draws need goes up now: after the sweep it would wait behind the layers fetched for the next one.
+        rows = [self._rows(group, sequences) for group, sequences in zip(groups, members, strict=True)]
         xs = shared_sweep(self.model, groups, self._state)
         events: list[Event] = []
-        for group, x, sequences in zip(groups, xs, members, strict=True):
+        for group, x, sequences, arguments in zip(groups, xs, members, rows, strict=True):
             for row, sequence in enumerate(sequences):
                 full = sequence.filled // KV_PAGE
                 sequence.filled += int((group.positions[row] >= 0).sum())
@@ -355,7 +357,7 @@ class Scheduler:
                     self._pages.publish(sequence.pages, sequence.ids[: sequence.filled])
             finished = [(row, s) for row, s in enumerate(sequences) if s.pending == 0]
             if finished:
-                events += self._draw(group, x, finished, masks)
+                events += self._draw(x, finished, arguments, masks)
         self._count()
         return sorted(events, key=lambda event: event.request)
 
@@ -384,19 +386,31 @@ class Scheduler:
             positions[row, : len(part)] = np.arange(sequence.filled, sequence.filled + len(part))
         return Group(ids, positions, table_of([sequence.pages for sequence in sequences], rows))
 
-    def _draw(
-        self, group: Group, x: Array, finished: Sequence[tuple[int, _Sequence]], masks: dict[int, Future]
-    ) -> list[Event]:
-        """Draws the next token of those rows of a call whose sequences have nothing pending."""
+    def _rows(self, group: Group, sequences: Sequence[_Sequence]) -> tuple[Array, ...]:
+        """On the device, for each row of a call: its last position, its slot, its last token, its draws so far."""
         rows = len(group.ids)
         slots = np.full(rows, self.max_batch, np.int32)
         tokens, counts = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
-        for row, sequence in finished:
-            slots[row], tokens[row], counts[row] = sequence.slot, sequence.ids[-1], sequence.drawn
-        failed, allowed = self._allowed(rows, finished, masks)
+        for row, sequence in enumerate(sequences):
+            # A prompt that is not in after this call draws nothing; its row of the sampler's state stays.
+            if sequence.pending == (group.positions[row] >= 0).sum():
+                slots[row], tokens[row], counts[row] = sequence.slot, sequence.ids[-1], sequence.drawn
+        last = np.maximum((group.positions >= 0).sum(axis=1).astype(np.int32) - 1, 0)
+        placed: tuple[Array, ...] = jax.device_put((last, slots, tokens, counts), self.model.device)
+        return placed
+
+    def _draw(
+        self,
+        x: Array,
+        finished: Sequence[tuple[int, _Sequence]],
+        rows: tuple[Array, ...],
+        masks: dict[int, Future],
+    ) -> list[Event]:
+        """Draws the next token of those rows of a call whose sequences have nothing pending."""
+        last, slots, tokens, counts = rows
+        failed, allowed = self._allowed(len(slots), finished, masks)
         top = MAX_TOP_LOGPROBS if any(sequence.request.top_logprobs for _, sequence in finished) else 0
         draw = draw_rows_step(self.model.layouts, self.model.config, self._sampler.apply, top)
-        last = np.maximum((group.positions >= 0).sum(axis=1).astype(np.int32) - 1, 0)
         out, self._samplers = draw(
             self.model.globals, x, last, slots, self._samplers, tokens, self._keys, counts, allowed
         )

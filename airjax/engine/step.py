@@ -247,6 +247,12 @@ def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int)
     return draw
 
 
+@jax.jit
+def advance(positions: Array) -> Array:
+    """The positions after these."""
+    return positions + 1
+
+
 @functools.partial(jax.jit, donate_argnames="state")
 def put_row(state: Any, row: Any, slot: Array) -> Any:
     """Puts one sequence's row, with a leading axis of 1, into a pytree with a row per slot, which is donated."""

@@ -68,7 +68,9 @@ def new_state(model: Model, batch: int = 1) -> State:
     return State(batch, kv=kv)
 
 
-def sweep(model: Model, x: Array, state: State, positions: np.ndarray) -> Array:
+def sweep(
+    model: Model, x: Array, state: State, positions: np.ndarray, device_positions: Array | None = None
+) -> Array:
     """For each layer, in order: take its weights from the prefetcher, run the block, keep the new KV.
 
     Args:
@@ -76,6 +78,8 @@ def sweep(model: Model, x: Array, state: State, positions: np.ndarray) -> Array:
       x: embedded tokens, `[B, T, D]`.
       state: the KV cache, changed in place.
       positions: `[B, T]` int32, negative for padding rows.
+      device_positions: the same on the device, if they are there: on their way they would wait behind the layers that
+        are fetched ahead.
 
     Returns:
       The hidden states after the last layer, `[B, T, D]`.
@@ -85,7 +89,8 @@ def sweep(model: Model, x: Array, state: State, positions: np.ndarray) -> Array:
       ReadError: a reader thread failed.
     """
     model.gguf.check_unchanged()
-    device_positions = jax.device_put(positions, model.device)
+    if device_positions is None:
+        device_positions = jax.device_put(positions, model.device)
     lengths = _lengths(model, positions)
     steps = _steps(model, state, lengths)
     model.weights.begin_sweep()

@@ -135,9 +135,12 @@ def test_prefill_and_decode_equal_the_full_forward_token_by_token(smollm2):
 @pytest.mark.parametrize("block_type", ["F16", "Q8_0", "Q4_K"])
 def test_rows_of_the_embedding_gathered_on_the_host_equal_those_of_the_device(tmp_path, block_type):
     path = toy_llama(tmp_path / "toy.gguf", block_type=block_type, separate_output=True)
+    with airjax.load(path, vram_budget_gib=1, context=128, resident="none") as engine:
+        assert not engine.plan.host_embedding
+        tight = (engine.plan.peak_bytes - 1024) / 2**30
     results = []
-    for resident in ("all", "none"):
-        with airjax.load(path, vram_budget_gib=1, context=128, resident=resident) as engine:
+    for resident, budget in (("all", 1), ("none", tight)):
+        with airjax.load(path, vram_budget_gib=budget, context=128, resident=resident) as engine:
             assert engine.plan.host_embedding == (resident == "none")
             tokens = [token.id for token in engine.generate([5, 6, 7], max_tokens=8, ignore_eos=True)]
             results.append((tokens, engine.logits(list(range(40))).tobytes()))
