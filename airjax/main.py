@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 from absl import flags
 
@@ -58,6 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"airjax: error: {sentence}", file=sys.stderr)
         return 1
     return 0
+
+
+def program() -> NoReturn:
+    """Runs the command of this process, and ends it."""
+    status = main()
+    if status == _INTERRUPTED:
+        # A layer that was dispatched when the interrupt came may still run on a thread of XLA, which the
+        # interpreter's own way out would pull the ground from under.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def explain(error: Exception) -> str | None:
@@ -166,4 +179,4 @@ def _set_up_jax(cache_dir: str | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

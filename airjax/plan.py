@@ -16,6 +16,8 @@ from airjax.models import Architecture, Config
 
 GIB = 1 << 30
 PREFILL_CHUNK = 512
+# Where fused kernels may exist; whether they do is known when the device is there.
+_KERNEL_BACKENDS = ("gpu", "cuda")
 EMBEDDING = "token_embd.weight"
 # Positions of one page of a batch's cache.
 KV_PAGE = 64
@@ -46,6 +48,7 @@ class Plan:
       streamed: the others, in the order of a sweep.
       shuttle: the KV cache lives on the host.
       kv_slots: S of each layer's cache.
+      relaid: what stays on the device is re-laid for the fused kernels; not where layers are streamed.
       host_embedding: rows of the embedding are gathered on the host, so that its table needs no device memory.
       globals_bytes: embedding (unless on the host), output and final norm on the device.
       workspace_bytes: activations, logits and decoded weights, at most.
@@ -71,6 +74,7 @@ class Plan:
     streamed: tuple[int, ...]
     shuttle: bool
     kv_slots: tuple[int, ...]
+    relaid: bool
     host_embedding: bool
     globals_bytes: int
     workspace_bytes: int
@@ -145,7 +149,6 @@ def make_plan(
         _kv_slots(architecture, config, layer, context, chunk) for layer in range(config.n_layers)
     )
     layer_bytes = [span.nbytes for span in manifest.layers]
-    kept_bytes = [_kept_bytes(span, backend) for span in manifest.layers]
     kv_tokens = _kv_tokens(max_batch, kv_tokens, context)
     if max_batch and kv_shuttle == "on":
         raise PlanError("a batch keeps its KV cache on the device: pass --kv_shuttle=off")
@@ -162,14 +165,16 @@ def make_plan(
         # The gathered pages of one layer with a copy, and the logits of every sequence in a few forms.
         workspace += 2 * min(kv_tokens, max_batch * context) * position_bytes
         workspace += 4 * max_batch * config.vocab_size * 4
-    globals_bytes = sum(_kept_bytes(span, backend) for span in _device_globals(manifest))
-    # Where layers are streamed, a table that serves for single rows alone is better left on the host.
-    everything = globals_bytes + workspace + sum(kv_rows) + sum(kept_bytes)
-    host_embedding = "output.weight" in manifest.globals and (
-        resident == "none" or (resident == "auto" and everything > vram_budget_bytes)
-    )
+    # Behind the link plain blocks are fast enough, and a table that serves for single rows is better left on the host.
+    everything = sum(_relaid_bytes(span) for span in _device_globals(manifest)) + workspace + sum(kv_rows)
+    everything += sum(_relaid_bytes(span) for span in manifest.layers)
+    streams = resident == "none" or (resident == "auto" and everything > vram_budget_bytes)
+    relaid = backend in _KERNEL_BACKENDS and not streams
+    kept_bytes = [_relaid_bytes(span) if relaid else span.nbytes for span in manifest.layers]
+    globals_bytes = sum(_relaid_bytes(span) if relaid else span.nbytes for span in _device_globals(manifest))
+    host_embedding = streams and "output.weight" in manifest.globals
     if host_embedding:
-        globals_bytes -= _kept_bytes(manifest.globals[EMBEDDING], backend)
+        globals_bytes -= manifest.globals[EMBEDDING].nbytes
     fixed = globals_bytes + workspace
 
     def fits(kv_bytes: int) -> bool:
@@ -191,7 +196,7 @@ def make_plan(
     elif resident == "none":
         streamed = tuple(range(config.n_layers))
     else:
-        streamed = _choose_streamed(layer_bytes, kept_bytes, left, stream_depth)
+        streamed = _choose_streamed(layer_bytes, left, stream_depth) if streams else ()
     kept = tuple(layer for layer in range(config.n_layers) if layer not in set(streamed))
     depth = min(stream_depth, len(streamed))
     slots = _slots_bytes([layer_bytes[layer] for layer in streamed], depth)
@@ -227,6 +232,7 @@ def make_plan(
         streamed=streamed,
         shuttle=shuttle,
         kv_slots=kv_slots,
+        relaid=relaid,
         host_embedding=host_embedding,
         globals_bytes=globals_bytes,
         workspace_bytes=workspace,
@@ -340,10 +346,8 @@ def _tile(n_out: int, n_in: int) -> int:
     return n_out * n_in // quants.decoded_tiles(n_out, n_in)
 
 
-def _kept_bytes(span: Span, backend: str) -> int:
-    """Bytes of a span that stays on the device: a GPU re-lays matrices for its kernels, at worst 2.8 % larger."""
-    if backend == "cpu":
-        return span.nbytes
+def _relaid_bytes(span: Span) -> int:
+    """Bytes of a span whose matrices are re-laid for the fused kernels, at worst 2.8 % larger."""
     sizes = (
         quants.packed_bytes(slot.type, slot.shape) if quants.packable(slot.type, slot.shape) else slot.nbytes
         for _, slot in span.layout.tensors
@@ -351,15 +355,13 @@ def _kept_bytes(span: Span, backend: str) -> int:
     return max(sum(sizes), span.nbytes)
 
 
-def _choose_streamed(
-    layer_bytes: Sequence[int], kept_bytes: Sequence[int], left: int, depth: int
-) -> tuple[int, ...]:
+def _choose_streamed(layer_bytes: Sequence[int], left: int, depth: int) -> tuple[int, ...]:
     """The fewest layers to stream so that the rest and the ring fit in `left`, spread evenly."""
     layers = len(layer_bytes)
     for count in range(layers + 1):
         # Evenly spread, so that the link always has resident layers' compute to hide behind.
         streamed = tuple(sorted({(2 * i + 1) * layers // (2 * count) for i in range(count)})) if count else ()
-        used = sum(kept_bytes) - sum(kept_bytes[layer] for layer in streamed)
+        used = sum(layer_bytes) - sum(layer_bytes[layer] for layer in streamed)
         if used + _slots_bytes([layer_bytes[layer] for layer in streamed], depth) <= left:
             return streamed
     return tuple(range(layers))

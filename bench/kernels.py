@@ -9,6 +9,7 @@ step that makes all products once, divided by their number.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -91,10 +92,8 @@ def check(capability: str) -> None:
             rounded = np.asarray(kernels.split(jnp.asarray(x), terms).astype(jnp.float32), np.float64)
             seen = rounded.sum(0).reshape(64, -1, 4, 2, 4).swapaxes(2, 3).reshape(64, -1)
             for rows in (64, 1, 3, 8, 9, 17, 33) if terms == 1 else (1,):
-                run = jax.jit(
-                    lambda x, w, terms=terms: kernels.product(x, [w, w], terms=terms, capability=capability)
-                )
-                got, again = (np.asarray(y, np.float64) for y in run(jnp.asarray(x[:rows]), w))
+                run = jax.jit(functools.partial(kernels.product, terms=terms, capability=capability))
+                got, again = (np.asarray(y, np.float64) for y in run(jnp.asarray(x[:rows]), [w, w]))
                 expected = seen[:rows] @ weights.T
                 errors.append(np.linalg.norm(got - expected) / np.linalg.norm(expected))
                 assert np.array_equal(got, again)
@@ -102,6 +101,14 @@ def check(capability: str) -> None:
                 if terms == 1 and not np.array_equal(got, rows_64[:rows]):
                     print(f"  {kind.name} rows {rows}: differs from the rows among 64")
         print(f"  {kind.name}: " + " ".join(f"{error:.1e}" for error in errors), flush=True)
+
+
+def _each(product: Callable[..., Any], x: jax.Array, ws: Sequence[Any]) -> list[Any]:
+    return [product(x, w) for w in ws]
+
+
+def _summed(x: jax.Array, w: packed.PackedTensor) -> jax.Array:
+    return jnp.sum(packed.unpack_dequantize(w) * x, axis=-1)
 
 
 def time_products(
@@ -120,13 +127,10 @@ def time_products(
     x = jnp.asarray(np.random.default_rng(0).normal(size=(rows, n)), jnp.float32)
     line = f"{kind.name} {'+'.join(map(str, sizes))}x{n} rows {rows} terms {terms}:"
     for tuned in tunings:
-        run = jax.jit(
-            lambda x, ws, tuned=tuned: [
-                kernels.product(x, w, terms=terms, capability=capability, tuned=tuned) for w in ws
-            ]
-        )
+        one = functools.partial(kernels.product, terms=terms, capability=capability, tuned=tuned)
+        run = functools.partial(jax.jit(functools.partial(_each, one)), x, copies)
         try:
-            seconds = kernel_s(lambda run=run: run(x, copies))
+            seconds = kernel_s(run)
             line += (
                 f"  {'/'.join(str(int(v)) for v in tuned)} {seconds * 1e6:.1f}us {nbytes / seconds / 1e9:.0f}"
             )
@@ -145,14 +149,15 @@ def time_xla(kind: Type, size: int, n: int, rows: int, dtype: Any) -> None:
     relaid = [packed.pack(w) for w in plain]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(rows, n)), jnp.float32)
     line = f"XLA {kind.name} {size}x{n} rows {rows}:"
-    forms = {"blocks": plain, "re-laid": relaid}
+    forms: dict[str, list[Any]] = {"blocks": plain, "re-laid": relaid}
     for name, ws in forms.items():
-        run = jax.jit(lambda x, ws: [quants.matmul(x, w, dtype=np.dtype(dtype)) for w in ws])
-        seconds = median_s(lambda run=run, ws=ws: run(x, ws), 5) / count
+        one = functools.partial(quants.matmul, dtype=np.dtype(dtype))
+        seconds = median_s(functools.partial(jax.jit(functools.partial(_each, one)), x, ws), 5) / count
         line += f"  {name} {seconds * 1e6:.1f}us"
     if rows == 1:
-        run = jax.jit(lambda x, ws: [jnp.sum(packed.unpack_dequantize(w) * x, axis=-1) for w in ws])
-        seconds = median_s(lambda: run(x, relaid), 5) / count
+        seconds = (
+            median_s(functools.partial(jax.jit(functools.partial(_each, _summed)), x, relaid), 5) / count
+        )
         line += f"  re-laid, multiply and sum {seconds * 1e6:.1f}us"
     print(line, flush=True)
 

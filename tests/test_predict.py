@@ -32,6 +32,7 @@ CONFIG = LlamaConfig(
 LAYER_WEIGHTS = 2 * 100 + 2 * 20 + 3 * 200
 PLAN = Plan(
     host_embedding=False,
+    relaid=False,
     tier="registered mapping",
     tier_reason="",
     context=1000,

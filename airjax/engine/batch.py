@@ -14,10 +14,13 @@ import numpy as np
 from airjax import layers
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
-from airjax.engine.step import paged_block_step
+from airjax.engine.step import paged_block_step, paged_run_step
+from airjax.engine.sweep import run_end, settle
 from airjax.plan import KV_PAGE
 from airjax.types import Array, LayerKV
 
+# Re-laid layers that share a call; see `run_end`.
+_RUN_LAYERS = 8
 _SMALLEST_PAGES = 256 // KV_PAGE
 
 
@@ -112,19 +115,38 @@ def shared_sweep(model: Model, groups: Sequence[Group], state: PagedState) -> li
     placed = jax.device_put([(group.positions, group.table) for group in groups], model.device)
     xs = [embed(model, group.ids) for group in groups]
     model.weights.begin_sweep()
-    for layer, (span, kind) in enumerate(zip(model.manifest.layers, model.kinds, strict=True)):
-        step = paged_block_step(span.layout, config, kind)
+    layer = 0
+    while layer < config.n_layers:
+        end = run_end(model, state, layer, groups[0].positions, _RUN_LAYERS) if len(groups) == 1 else layer
+        if end > layer:
+            xs = [_run(model, xs[0], state, range(layer, end), *placed[0])]
+            layer = end
+            continue
+        step = paged_block_step(model.manifest.layers[layer].layout, config, model.kinds[layer])
         weights = model.weights.take(layer)
         for at, (positions, table) in enumerate(placed):
             before = xs[at]
             xs[at], state.layers[layer] = step(weights, before, state.layers[layer], table, positions)
+            settle(model, groups[at].ids, xs[at])
         model.pending = xs[-1]
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", xs[-1])
         # Groups run in order: when the last one's input is ready, no earlier layer is at work.
         model.weights.release(layer, weights, before, done=xs[-1])
+        layer += 1
     model.count_sweep(state)
     return xs
+
+
+def _run(model: Model, x: Array, state: PagedState, run: range, positions: Array, table: Array) -> Array:
+    blocks = tuple((model.manifest.layers[layer].layout, model.kinds[layer]) for layer in run)
+    buffers = [model.weights.take(layer) for layer in run]
+    pages = [state.layers[layer] for layer in run]
+    x, state.layers[run.start : run.stop] = paged_run_step(blocks, model.config)(
+        buffers, x, pages, table, positions
+    )
+    model.pending = x
+    return x
 
 
 def table_of(pages: Sequence[Sequence[int]], rows: int) -> np.ndarray:

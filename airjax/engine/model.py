@@ -144,14 +144,14 @@ def open_model(
             kv_tokens=kv_tokens,
         )
         kept = [manifest.layers[layer].layout for layer in plan.resident]
-        if "output.weight" in manifest.globals:
-            kept.append(manifest.globals["output.weight"].layout)
-        capability = quants.usable(matrix_types(kept), device)
+        # The matrix that makes the logits; an embedding that does not is only there for single rows to be taken out.
+        output = "output.weight" if "output.weight" in manifest.globals else "token_embd.weight"
+        kept.append(manifest.globals[output].layout)
+        capability = quants.usable(matrix_types(kept), device) if plan.relaid else ""
         weights = open_weights(gguf, manifest, plan, device, timeline, capability)
         try:
             globals_ = {
-                # The embedding stays as it lies in the file: single rows are taken out of it.
-                name: put_span(gguf, span, device, capability if name == "output.weight" else "")
+                name: put_span(gguf, span, device, capability if name == output else "")
                 for name, span in manifest.globals.items()
                 if name in architecture.global_specs(config)
                 and name != "rope_freqs.weight"

@@ -286,7 +286,7 @@ class Scheduler:
             if sequence.slot < 0:  # was preempted a moment ago
                 continue
             if not sequence.decodes:
-                rows = padded_rows(min(sequence.pending, chunk), chunk)
+                rows = self._width(sequence)
                 if rows > left and left < chunk:
                     continue
                 left -= rows
@@ -343,7 +343,7 @@ class Scheduler:
             if sequence.request.constraint is not None
         }
         members = [*_split([s for s in batch if s.decodes], self._rows_per_call)]
-        members += [[sequence] for sequence in batch if not sequence.decodes]
+        members += self._prompts([s for s in batch if not s.decodes])
         groups = [self._group(group) for group in members]
         xs = shared_sweep(self.model, groups, self._state)
         events: list[Event] = []
@@ -353,18 +353,29 @@ class Scheduler:
                 sequence.filled += int((group.positions[row] >= 0).sum())
                 if sequence.filled // KV_PAGE > full:
                     self._pages.publish(sequence.pages, sequence.ids[: sequence.filled])
-            if all(sequence.pending == 0 for sequence in sequences):
-                events += self._draw(group, x, sequences, masks)
+            finished = [(row, s) for row, s in enumerate(sequences) if s.pending == 0]
+            if finished:
+                events += self._draw(group, x, finished, masks)
         self._count()
         return sorted(events, key=lambda event: event.request)
 
-    def _group(self, sequences: Sequence[_Sequence]) -> Group:
-        """The tokens of one call: one of each decoding sequence, or the next chunk of one prompt."""
+    def _prompts(self, sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
+        """Prompts whose next chunks are padded to one size share a call, and so the decoding of the weights."""
+        if self._rows_per_call == 1:
+            return [[sequence] for sequence in sequences]
+        by_width: dict[int, list[_Sequence]] = {}
+        for sequence in sequences:
+            by_width.setdefault(self._width(sequence), []).append(sequence)
+        return list(by_width.values())
+
+    def _width(self, sequence: _Sequence) -> int:
+        """Rows of a sequence in this sweep: the next chunk of its prompt, padded, or one token."""
         chunk = self.model.plan.prefill_chunk
-        if sequences[0].decodes:
-            rows, width = _power_of_two(len(sequences)), 1
-        else:
-            rows, width = 1, padded_rows(min(sequences[0].pending, chunk), chunk)
+        return 1 if sequence.decodes else padded_rows(min(sequence.pending, chunk), chunk)
+
+    def _group(self, sequences: Sequence[_Sequence]) -> Group:
+        """The tokens of one call, of sequences of one width."""
+        rows, width = _power_of_two(len(sequences)), self._width(sequences[0])
         ids = np.zeros((rows, width), np.int32)
         positions = np.full((rows, width), -1, np.int32)
         for row, sequence in enumerate(sequences):
@@ -374,23 +385,24 @@ class Scheduler:
         return Group(ids, positions, table_of([sequence.pages for sequence in sequences], rows))
 
     def _draw(
-        self, group: Group, x: Array, sequences: Sequence[_Sequence], masks: dict[int, Future]
+        self, group: Group, x: Array, finished: Sequence[tuple[int, _Sequence]], masks: dict[int, Future]
     ) -> list[Event]:
+        """Draws the next token of those rows of a call whose sequences have nothing pending."""
         rows = len(group.ids)
         slots = np.full(rows, self.max_batch, np.int32)
         tokens, counts = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
-        for row, sequence in enumerate(sequences):
+        for row, sequence in finished:
             slots[row], tokens[row], counts[row] = sequence.slot, sequence.ids[-1], sequence.drawn
-        failed, allowed = self._allowed(rows, sequences, masks)
-        top = MAX_TOP_LOGPROBS if any(sequence.request.top_logprobs for sequence in sequences) else 0
+        failed, allowed = self._allowed(rows, finished, masks)
+        top = MAX_TOP_LOGPROBS if any(sequence.request.top_logprobs for _, sequence in finished) else 0
         draw = draw_rows_step(self.model.layouts, self.model.config, self._sampler.apply, top)
         last = np.maximum((group.positions >= 0).sum(axis=1).astype(np.int32) - 1, 0)
         out, self._samplers = draw(
             self.model.globals, x, last, slots, self._samplers, tokens, self._keys, counts, allowed
         )
-        drawn, logprobs, top_ids, top_logprobs = jax.tree.map(np.asarray, out)
+        drawn, logprobs, top_ids, top_logprobs = jax.device_get(out)
         events = []
-        for row, sequence in enumerate(sequences):
+        for row, sequence in finished:
             if sequence.number in failed:
                 events.append(self._fail(sequence, failed[sequence.number]))
                 continue
@@ -402,20 +414,20 @@ class Scheduler:
         return events
 
     def _allowed(
-        self, rows: int, sequences: Sequence[_Sequence], masks: dict[int, Future]
+        self, rows: int, finished: Sequence[tuple[int, _Sequence]], masks: dict[int, Future]
     ) -> tuple[dict[int, str], np.ndarray | None]:
         """The packed masks `[B, W]` of the rows, None if nobody is constrained; and whose mask failed, and how."""
-        if not any(sequence.number in masks for sequence in sequences):
+        constrained = [(row, sequence.number) for row, sequence in finished if sequence.number in masks]
+        if not constrained:
             return {}, None
         words = -(-self.model.config.vocab_size // 32)
         allowed = np.full((rows, words), np.uint32(0xFFFFFFFF))
         failed = {}
-        for row, sequence in enumerate(sequences):
-            if sequence.number in masks:
-                try:
-                    allowed[row] = masks[sequence.number].result()
-                except Exception as error:
-                    failed[sequence.number] = f"the constraint failed: {error}"
+        for row, number in constrained:
+            try:
+                allowed[row] = masks[number].result()
+            except Exception as error:
+                failed[number] = f"the constraint failed: {error}"
         return failed, allowed
 
     def _advance(

@@ -79,11 +79,33 @@ def run_step(
     def run(
         buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array
     ) -> tuple[Array, list[LayerKV]]:
-        written = []
+        written: list[Any] = []
         for (layout, kind, length), part, kv in zip(blocks, buffers, kvs, strict=True):
             weights = models.unpack(part, layout)
-            x, kv = architecture.block(weights, x, kv, positions, config, kind, length)
-            written.append(kv)
+            x, new = architecture.block(weights, x, kv, positions, config, kind, length)
+            written.append(new)
+        return x, written
+
+    return run
+
+
+@functools.cache
+def paged_run_step(
+    blocks: tuple[tuple[Layout, str], ...], config: Config
+) -> Callable[..., tuple[Array, list[LayerKV]]]:
+    """`run_step` for a batch: jitted `([buffers], x [B, T, D], [pages], table, positions) -> (x, [pages])`."""
+    architecture = models.get(config.architecture)
+
+    @functools.partial(jax.jit, donate_argnames="pages")
+    def run(
+        buffers: list[Buffers], x: Array, pages: list[LayerKV], table: Array, positions: Array
+    ) -> tuple[Array, list[LayerKV]]:
+        written = []
+        for (layout, kind), part, own in zip(blocks, buffers, pages, strict=True):
+            weights = models.unpack(part, layout)
+            x, kv = architecture.block(weights, x, PagedKV(own, table), positions, config, kind, None)
+            assert isinstance(kv, PagedKV)
+            written.append(kv.pages)
         return x, written
 
     return run

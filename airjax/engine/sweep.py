@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from airjax.engine.model import Model
 from airjax.engine.step import block_step, run_step, shuttled_block_step
 from airjax.streaming import Shuttle
 from airjax.types import Array, LayerKV
+
+if TYPE_CHECKING:
+    from airjax.engine.batch import PagedState
 
 _SMALLEST_LENGTH = 256
 
@@ -87,7 +91,7 @@ def sweep(model: Model, x: Array, state: State, positions: np.ndarray) -> Array:
         state.shuttle.begin_sweep(lengths)
     layer = 0
     while layer < len(steps):
-        end = _run_end(model, state, layer, positions)
+        end = run_end(model, state, layer, positions)
         if end > layer:
             x = _run(model, x, state, range(layer, end), lengths, device_positions)
             layer = end
@@ -105,20 +109,35 @@ def sweep(model: Model, x: Array, state: State, positions: np.ndarray) -> Array:
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", x)
         model.weights.release(layer, weights, before, done=x)
+        settle(model, positions, x)
         layer += 1
     model.count_sweep(state)
     return x
 
 
-def _run_end(model: Model, state: State, first: int, positions: np.ndarray) -> int:
+def settle(model: Model, positions: np.ndarray, x: Array) -> None:
+    """Waits for a layer of more than one row where layers are streamed: no two of them hold their workspace at once.
+
+    The link, whose next transfers are under way, does not notice, and the device hardly: such a layer takes
+    far longer than its dispatch.
+    """
+    if model.plan.streamed and positions.size > 1:
+        jax.block_until_ready(x)
+
+
+def run_end(
+    model: Model, state: State | PagedState, first: int, positions: np.ndarray, most: int | None = None
+) -> int:
     """Where the run of re-laid layers that begins at `first` ends; `first` itself for none.
 
     Only for decoding: a layer of a prompt keeps the device busy for longer than its dispatch takes, and every number
-    of rows would have to be compiled for all layers.
+    of rows would have to be compiled for all layers. `most` bounds the run where no sweep is dispatched ahead: then
+    the device stands still until the host has prepared the whole call.
     """
     end = first
+    last = model.config.n_layers if most is None else min(first + most, model.config.n_layers)
     if state.shuttle is None and positions.shape[1] == 1 and model.timeline is None:
-        while end < model.config.n_layers and model.weights.relaid(end):
+        while end < last and model.weights.relaid(end):
             end += 1
     return end
 

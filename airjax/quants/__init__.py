@@ -7,10 +7,10 @@ from airjax.quants.packed import PackedTensor as PackedTensor
 from airjax.quants.packed import pack as pack
 from airjax.quants.packed import packable as packable
 from airjax.quants.packed import packed_bytes as packed_bytes
+from airjax.quants.packed import take_rows as take_rows
 from airjax.quants.qtensor import QTensor as QTensor
 from airjax.quants.qtensor import dequantize as dequantize
 from airjax.quants.qtensor import row_bytes as row_bytes
 from airjax.quants.qtensor import supported as supported
-from airjax.quants.qtensor import take_rows as take_rows
 from airjax.quants.qtensor import view as view
 from airjax.quants.selftest import usable as usable

@@ -41,7 +41,7 @@ def matmul(x: Array, w: QTensor | PackedTensor, *, dtype: np.dtype) -> Array:
             rows,
             w,
             cpu=_by_integers if groups_of(w) else functools.partial(_decoded, dtype=dtype),
-            default=_by_reduction,
+            default=functools.partial(_elsewhere, dtype=dtype),
         )
     return y.reshape(*x.shape[:-1], w.shape[0])
 
@@ -69,7 +69,7 @@ def matmul_many(x: Array, ws: Sequence[QTensor | PackedTensor], *, dtype: np.dty
         rows,
         tuple(plain),
         cpu=_all_by_integers,
-        default=lambda rows, ws: [_by_reduction(rows, w) for w in ws],
+        default=lambda rows, ws: [_elsewhere(rows, w, dtype) for w in ws],
     )
     return [y.reshape(*x.shape[:-1], w.shape[0]) for y, w in zip(ys, ws, strict=True)]
 
@@ -86,10 +86,11 @@ def _decoded(x: Array, w: QTensor, dtype: np.dtype) -> Array:
     return decoded_product(x, w.data, (w.shape[0], w.shape[1]), decode, dtype)
 
 
-def _by_reduction(x: Array, w: QTensor) -> Array:
-    """Multiplies and sums in one fusion, in float32: nothing decoded is written to memory."""
-    weights = dequantize(w)
-    return jnp.stack([jnp.sum(weights * row, axis=-1) for row in x])
+def _elsewhere(x: Array, w: QTensor, dtype: np.dtype) -> Array:
+    """One row multiplies and sums in one fusion, in float32; for more, XLA would write the decoded matrix to memory."""
+    if x.shape[0] > 1:
+        return _decoded(x, w, dtype)
+    return jnp.sum(dequantize(w) * x[0], axis=-1)[None]
 
 
 def _by_integers(x: Array, w: QTensor) -> Array:

@@ -26,7 +26,7 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from airjax.quants import kquants
 from airjax.quants.groups import Groups, expand, half, signed
-from airjax.quants.qtensor import QTensor, blocks, groups
+from airjax.quants.qtensor import QTensor, blocks, groups, take_block_rows
 from airjax.types import Array
 
 TILE_ROWS = 16
@@ -43,6 +43,7 @@ PARTS: dict[GGMLType, tuple[int, int, int, int]] = {
 _BIAS = {GGMLType.Q4_0: 8, GGMLType.Q6_K: 32}
 # Weights that are re-laid at a time: the integers on the way take a few bytes each.
 _CHUNK_WEIGHTS = 1 << 24
+_TILES_AT_ONCE = 32
 # Where the four weights of a lane lie in a 32-bit word, so that bits 0-3 and 16-19 hold neighbours; its own inverse.
 _BYTE_ORDER = np.array([0, 2, 1, 3])
 
@@ -137,6 +138,30 @@ def unpack_groups(w: PackedTensor) -> Groups:
 def unpack_dequantize(w: PackedTensor) -> Array:
     """The weights as float32 `[rows, n]`, bit for bit those of the blocks it came from."""
     return expand(unpack_groups(w))
+
+
+def take_rows(w: QTensor | PackedTensor, ids: Array) -> Array:
+    """Rows of a matrix, decoded after they are gathered: the embedding of tokens.
+
+    Of a re-laid matrix the whole tile of each row is decoded, some tiles at a time.
+
+    Args:
+      w: `[rows, n]`.
+      ids: int32 `[...]`, each in `[0, rows)`.
+
+    Returns:
+      float32 `[..., n]`.
+    """
+    if isinstance(w, QTensor):
+        return take_block_rows(w, ids)
+
+    def one(row: Array) -> Array:
+        tile = w.data.at[row // TILE_ROWS].get(mode="clip")
+        decoded = unpack_dequantize(PackedTensor(tile[None], w.type, (TILE_ROWS, w.shape[1])))
+        return decoded[row % TILE_ROWS]
+
+    rows = jax.lax.map(one, ids.reshape(-1), batch_size=_TILES_AT_ONCE)
+    return rows.reshape(*ids.shape, w.shape[1])
 
 
 def _split(w: PackedTensor) -> list[Array]:

@@ -109,8 +109,8 @@ def dequantize(w: QTensor) -> Array:
     return expand(_BLOCKS[w.type](blocks(w)))
 
 
-def take_rows(w: QTensor, ids: Array) -> Array:
-    """Rows of a matrix, decoded after they are gathered: the embedding of tokens.
+def take_block_rows(w: QTensor, ids: Array) -> Array:
+    """Rows of a matrix, decoded after they are gathered.
 
     Args:
       w: `[rows, n]`.

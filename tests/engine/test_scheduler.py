@@ -9,6 +9,8 @@ import airjax
 from airjax import engine, sampling
 
 _CONTEXT = 512
+# Prompts of one size share a call, whose products may sum in another order; decoding rounds activations behind it.
+_TOLERANCE = 1e-3
 _SAMPLER = sampling.chain(sampling.repetition_penalty(1.1), sampling.temperature(0.8))
 
 
@@ -57,7 +59,7 @@ def _alone(path):
     with airjax.load(path, vram_budget_gib=1, context=_CONTEXT) as single:
         return [
             [
-                (token.id, pytest.approx(token.logprob, abs=1e-5))
+                (token.id, pytest.approx(token.logprob, abs=_TOLERANCE))
                 for token in single.generate(
                     ids, sampler=_SAMPLER, key=jax.random.key(n), max_tokens=12, ignore_eos=True
                 )
@@ -83,6 +85,21 @@ def test_a_sequence_in_a_batch_equals_the_sequence_alone(toy, alone, options):
         found = _run(scheduler)
         scheduler.close()
     assert [_draws(found[number]) for number in numbers] == alone
+
+
+@pytest.mark.parametrize("model", ["toy", "sliding"])
+def test_with_batch_invariance_a_sequence_has_the_same_bits_alone_and_in_a_batch(model, request):
+    with _open(request.getfixturevalue(model), resident="none") as batch:
+
+        def run(chosen):
+            scheduler = batch.scheduler(_SAMPLER, batch_invariant=True)
+            numbers = {scheduler.submit(_request(_prompts()[n], n)): n for n in chosen}
+            found = {numbers[number]: _draws(events) for number, events in _run(scheduler).items()}
+            scheduler.close()
+            return found
+
+        together = run(range(5))
+        assert together == {n: run([n])[n] for n in range(5)}
 
 
 def test_streamed_equals_resident_bit_for_bit(toy):

@@ -113,8 +113,8 @@ def test_read_rows_gives_what_write_rows_put():
 def test_tiles_of_many_rows_equal_one_tile(monkeypatch):
     q, k, v = _rows(np.random.default_rng(6), 16)
     whole = _run(q, k, v, 16, [16])
-    module = sys.modules[layers.attention.__module__]
-    monkeypatch.setattr(module, "_SCORES_BYTES", 4 * _B * _N * 16 * 4)
+    module = sys.modules["airjax.layers.attention"]
+    monkeypatch.setattr(module, "SCORES_BYTES", 4 * _B * _N * 16 * 4)
     jax.clear_caches()
     np.testing.assert_allclose(_run(q, k, v, 16, [16]), whole, atol=1e-6)
 

@@ -1,0 +1,92 @@
+"""Resident layers in the form of the fused kernel, which here is XLA on the CPU backend."""
+
+import jax
+import numpy as np
+import pytest
+from toy_models import toy_llama
+
+import airjax
+from airjax import plan
+from airjax.quants import cuda, kernels, packed, selftest
+
+_IDS = list(range(3, 33))
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return toy_llama(tmp_path / "toy.gguf", block_type="Q4_K", separate_output=True, layers=11)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The CPU passes for a CUDA device, with XLA in the kernel's place."""
+
+    def product(x, ws, *, terms, capability, tuned=None):
+        return [x @ packed.unpack_dequantize(w).T for w in ws]
+
+    monkeypatch.setattr(cuda, "capability", lambda device: "9.0")
+    monkeypatch.setattr(plan, "_KERNEL_BACKENDS", ("cpu",))
+    monkeypatch.setattr(kernels, "product", product)
+    selftest._passes.cache_clear()
+    yield
+    selftest._passes.cache_clear()
+
+
+def _run(path, **options):
+    with airjax.load(path, vram_budget_gib=1, context=64, **options) as engine:
+        tokens = list(engine.generate(_IDS, max_tokens=12, ignore_eos=True))
+        relaid = [engine.model.weights.relaid(layer) for layer in range(11)]
+        packed_output = isinstance(engine.model.globals["output.weight"], dict)
+        return np.asarray(engine.logits(_IDS)), [t.id for t in tokens], relaid, packed_output
+
+
+def test_relaid_layers_give_what_plain_layers_give(toy, kernel, monkeypatch):
+    got, tokens, relaid, output = _run(toy, resident="all")
+    assert all(relaid) and output
+    monkeypatch.setattr(cuda, "capability", lambda device: "")
+    expected, plain_tokens, plain, output = _run(toy, resident="all")
+    assert not any(plain) and not output
+    np.testing.assert_allclose(got, expected, atol=2e-3 * np.abs(expected).max())
+    assert tokens == plain_tokens
+
+
+def test_a_tied_embedding_is_relaid_too(tmp_path, kernel, monkeypatch):
+    path = toy_llama(tmp_path / "tied.gguf", block_type="Q6_K", layers=1)
+
+    def logits():
+        with airjax.load(path, vram_budget_gib=1, context=64) as engine:
+            relaid = isinstance(engine.model.globals["token_embd.weight"], dict)
+            return np.asarray(engine.logits(_IDS)), relaid
+
+    got, relaid = logits()
+    monkeypatch.setattr(cuda, "capability", lambda device: "")
+    expected, plain = logits()
+    assert relaid and not plain
+    np.testing.assert_allclose(got, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_streamed_layers_stay_as_they_lie_in_the_file(toy, kernel):
+    _, tokens, relaid, _ = _run(toy, resident="none")
+    assert not any(relaid)
+    assert tokens == _run(toy, resident="all")[1]
+
+
+def test_closing_frees_relaid_layers(toy, kernel):
+    before = len(jax.live_arrays())
+    _run(toy, resident="all")
+    assert len(jax.live_arrays()) <= before + 2
+
+
+def test_relaid_layers_serve_a_batch(toy, kernel, monkeypatch):
+    def batch():
+        with airjax.load(toy, vram_budget_gib=1, context=64, resident="all", max_batch=4) as engine:
+            texts = {}
+            for n, token in engine.generate_batch([_IDS, _IDS[:5], [7]], max_tokens=10, ignore_eos=True):
+                texts.setdefault(n, []).append(token.id)
+            return texts, engine.model.weights.relaid(0)
+
+    got, relaid = batch()
+    monkeypatch.setattr(cuda, "capability", lambda device: "")
+    expected, plain = batch()
+    assert relaid and not plain
+    assert got == expected
