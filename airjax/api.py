@@ -17,6 +17,8 @@ from airjax.streaming import Timeline
 from airjax.text import ChatTemplate, Tokenizer
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
+KVDtype = Literal["auto", "f32", "f16", "bf16", "q8_0"]
+_KV_DTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 _COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -301,6 +303,7 @@ def load(
     kv_shuttle: Switch = "auto",
     context: int | None = None,
     compute_dtype: ComputeDtype | None = None,
+    kv_dtype: KVDtype = "auto",
     tier: str = "auto",
     prefill_chunk: int | None = None,
     max_batch: int | None = None,
@@ -318,7 +321,9 @@ def load(
       resident: "auto" keeps as many layers on the device as fit, "none" streams all, "all" streams nothing.
       kv_shuttle: "on" keeps the KV cache on the host, "auto" does so where it does not fit.
       context: positions of the KV cache; None for the model's own, at most 4096.
-      compute_dtype: of matrix products and KV; None for bfloat16 on a GPU and float32 on a CPU.
+      compute_dtype: of products; None for bfloat16 on a GPU and float32 on a CPU.
+      kv_dtype: how the KV cache is stored: "f32", "f16", "bf16", or "q8_0" for 8-bit integers with a scale for each
+        32 elements; "auto" for the compute dtype.
       tier: how streamed layers reach the device; see `airjax.plan.Tier`.
       prefill_chunk: tokens of a prompt that share a sweep; None for 512. With 1 a prompt takes the very steps
         of decoding, so its logits are bit for bit those that decoding saw.
@@ -337,6 +342,7 @@ def load(
         compute_dtype = "float32" if device.platform == "cpu" else "bfloat16"
     for name, value, allowed in (
         ("compute_dtype", compute_dtype, _COMPUTE_DTYPES),
+        ("kv_dtype", kv_dtype, _KV_DTYPES),
         ("resident", resident, ("auto", "none", "all")),
         ("kv_shuttle", kv_shuttle, ("auto", "on", "off")),
     ):
@@ -352,6 +358,7 @@ def load(
         resident=resident,
         kv_shuttle=kv_shuttle,
         compute_dtype=compute_dtype,
+        kv_dtype=kv_dtype,
         tier=tier,
         prefill_chunk=prefill_chunk,
         max_batch=max_batch,

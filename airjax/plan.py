@@ -153,9 +153,14 @@ def make_plan(
     if max_batch and kv_shuttle == "on":
         raise PlanError("a batch keeps its KV cache on the device: pass --kv_shuttle=off")
     kv_shuttle = "off" if max_batch else kv_shuttle
-    position_bytes = 2 * config.n_kv_heads * config.head_dim * _itemsize(config)
+    position_bytes = 2 * config.n_kv_heads * layers.row_bytes(config.head_dim, config.kv_dtype)
     kv_rows = [(kv_tokens or slots) * position_bytes for slots in kv_slots]
     workspace = _workspace_bytes(config, manifest, context, chunk)
+    # One layer's cache at a time is read in the dtype of the products.
+    plain_bytes = 2 * config.n_kv_heads * config.head_dim * _itemsize(config)
+    converted = position_bytes != plain_bytes or config.kv_dtype == "q8_0"
+    if converted:
+        workspace += plain_bytes * max(kv_tokens and min(kv_tokens, (max_batch or 1) * context), *kv_slots, 0)
     if max_batch:
         # The gathered pages of one layer with a copy, and the logits of every sequence in a few forms.
         workspace += 2 * min(kv_tokens, max_batch * context) * position_bytes

@@ -15,6 +15,27 @@ Array = jax.Array
 
 
 @flax.struct.dataclass
+class QuantizedRows:
+    """Rows of H elements as 8-bit integers with a scale for each group, as GGML's Q8_0 has it.
+
+    Attributes:
+      quants: int8 `[..., H]`.
+      scales: float16 `[..., H / group]`.
+    """
+
+    quants: Array
+    scales: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the rows that this stands for."""
+        return self.quants.shape
+
+
+Rows = Array | QuantizedRows
+
+
+@flax.struct.dataclass
 class LayerKV:
     """The keys and values that one layer has cached.
 
@@ -25,8 +46,18 @@ class LayerKV:
       v: values, `[B, K, S, H]`.
     """
 
-    k: Array
-    v: Array
+    k: Rows
+    v: Rows
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its arrays."""
+        return sum(part.nbytes for part in jax.tree.leaves(self))
+
+    def delete(self) -> None:
+        """Frees the device memory."""
+        for part in jax.tree.leaves(self):
+            part.delete()
 
 
 @flax.struct.dataclass

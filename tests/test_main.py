@@ -21,7 +21,7 @@ COMMON = [
     "--resident=auto",
     "--kv_shuttle=auto",
 ]
-COMMON += ["--context", "--compute_dtype", "--flagfile", "--compilation_cache_dir"]
+COMMON += ["--context", "--compute_dtype", "--kv_dtype=auto", "--flagfile", "--compilation_cache_dir"]
 SAMPLING = [
     "--max_tokens",
     "--temperature",
@@ -37,8 +37,8 @@ FLAGS = {
     "chat": [*COMMON, *SAMPLING, "--trace", "--system"],
     "inspect": ["--model", "--[no]json"],
     "plan": [*COMMON, "--[no]json", "--[no]probe"],
-    "perplexity": [*COMMON[:-4], "--context=512", "--trace", "--file"],
-    "bench": [*COMMON[:-4], "--batch=1", "--prompt=512", "--decode=32", "--seed=0", "--trace", "--plot"],
+    "perplexity": [*COMMON[:-5], "--context=512", "--trace", "--file"],
+    "bench": [*COMMON[:-5], "--batch=1", "--prompt=512", "--decode=32", "--seed=0", "--trace", "--plot"],
 }
 
 

@@ -22,6 +22,7 @@ CONFIG = LlamaConfig(
     context_length=1000,
     norm_eps=1e-5,
     compute_dtype="bfloat16",
+    kv_dtype="bf16",
     rope_width=2,
     rope_base=1e4,
     rope_linear_factor=1.0,

@@ -99,6 +99,7 @@ def run(values: Flags) -> None:
                 "filled": measured.prefill is not None,
                 "decode": values.decode,
                 "compute_dtype": model.config.compute_dtype,
+                "kv_dtype": model.config.kv_dtype,
             }
     if values.trace or values.plot:
         _trace(values, batches[0])
@@ -137,6 +138,7 @@ def _load(values: Flags, batch: int, trace: bool = False) -> Engine:
         context=context,
         max_batch=None if batch == 1 else batch,
         compute_dtype=values.compute_dtype,
+        kv_dtype=values.kv_dtype,
         trace=trace,
     )
 

@@ -55,7 +55,14 @@ def define_plan(values: Flags) -> None:
         "compute_dtype",
         None,
         ["float32", "bfloat16", "float16"],
-        "Of matrix products and KV. Default: bfloat16 on a GPU, float32 on a CPU.",
+        "Of products. Default: bfloat16 on a GPU, float32 on a CPU.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "kv_dtype",
+        "auto",
+        ["auto", "f32", "f16", "bf16", "q8_0"],
+        "How the KV cache is stored; auto: as compute_dtype.",
         flag_values=values,
     )
     flags.DEFINE_string(
@@ -150,6 +157,7 @@ def open_engine(values: Flags) -> Iterator[Engine]:
         kv_shuttle=values.kv_shuttle,
         context=values.context,
         compute_dtype=values.compute_dtype,
+        kv_dtype=values.kv_dtype,
         trace=bool(values.trace),
     ) as engine:
         try:

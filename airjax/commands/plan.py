@@ -47,7 +47,8 @@ def run(values: Flags) -> None:
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
     with open_gguf(values.model) as gguf:
-        _, config = models.from_gguf(gguf, values.compute_dtype or ("float32" if on_cpu else "bfloat16"))
+        compute_dtype = values.compute_dtype or ("float32" if on_cpu else "bfloat16")
+        _, config = models.from_gguf(gguf, compute_dtype, values.kv_dtype)
         plan = make_plan(
             gguf,
             build_manifest(gguf),

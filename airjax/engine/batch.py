@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from airjax import layers
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.step import paged_block_step, paged_run_step
@@ -47,13 +48,12 @@ class PagedState:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers)
 
     def close(self) -> None:
         """Frees the memory of the pages."""
         for layer in self.layers:
-            layer.k.delete()
-            layer.v.delete()
+            layer.delete()
         self.layers.clear()
 
 
@@ -61,12 +61,9 @@ def new_pages(model: Model, count: int) -> PagedState:
     """`count` empty pages in every layer."""
     config = model.config
     shape = (count, config.n_kv_heads, KV_PAGE, config.head_dim)
-    dtype = jnp.dtype(config.compute_dtype)
-    layers = [
-        LayerKV(*(jnp.zeros(shape, dtype, device=model.device) for _ in range(2)))
-        for _ in range(config.n_layers)
-    ]
-    return PagedState(layers)
+    return PagedState(
+        [layers.empty_cache(shape, config.kv_dtype, model.device) for _ in range(config.n_layers)]
+    )
 
 
 def grow_pages(state: PagedState, count: int) -> None:
@@ -74,8 +71,7 @@ def grow_pages(state: PagedState, count: int) -> None:
     for layer, kv in enumerate(state.layers):
         state.layers[layer] = _padded(kv, count - kv.k.shape[0])
         jax.block_until_ready(state.layers[layer])
-        kv.k.delete()
-        kv.v.delete()
+        kv.delete()
 
 
 def read_pages(state: PagedState, pages: Sequence[int]) -> list[LayerKV]:

@@ -110,6 +110,7 @@ def open_model(
     resident: Resident,
     kv_shuttle: Switch,
     compute_dtype: str,
+    kv_dtype: str = "auto",
     tier: str = "auto",
     prefill_chunk: int | None = None,
     max_batch: int | None = None,
@@ -124,7 +125,7 @@ def open_model(
     """
     gguf = open_gguf(path)
     try:
-        architecture, config = models.from_gguf(gguf, compute_dtype)
+        architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype)
         manifest = build_manifest(gguf, align=_CPU_ALIGNMENT if device.platform == "cpu" else 1)
         plan = make_plan(
             gguf,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from airjax import layers
 from airjax.engine.model import Model
 from airjax.engine.step import block_step, run_step, shuttled_block_step
 from airjax.streaming import Shuttle
@@ -38,8 +39,7 @@ class State:
     def close(self) -> None:
         """Frees the memory of the cache."""
         for layer in self.kv:
-            layer.k.delete()
-            layer.v.delete()
+            layer.delete()
         self.kv.clear()
         if self.shuttle is not None:
             self.shuttle.close()
@@ -48,13 +48,11 @@ class State:
 def new_state(model: Model, batch: int = 1) -> State:
     """An empty cache for `batch` sequences, as the plan says; on the device it grows with what it holds."""
     config, plan = model.config, model.plan
-    dtype = jnp.dtype(config.compute_dtype)
     if plan.shuttle:
         row = (batch, config.n_kv_heads, config.head_dim)
         shuttle = Shuttle(
             plan.kv_slots,
-            row,
-            dtype,
+            layers.rows_struct(row, config.kv_dtype),
             model.device,
             max(plan.stream_depth, 2),
             pin=model.device.platform != "cpu",
@@ -64,7 +62,7 @@ def new_state(model: Model, batch: int = 1) -> State:
     kv = []
     for slots in plan.kv_slots:
         shape = (batch, config.n_kv_heads, min(slots, _SMALLEST_LENGTH), config.head_dim)
-        kv.append(LayerKV(*(jnp.zeros(shape, dtype, device=model.device) for _ in range(2))))
+        kv.append(layers.empty_cache(shape, config.kv_dtype, model.device))
     return State(batch, kv=kv)
 
 
@@ -179,8 +177,7 @@ def _grown(kv: LayerKV, slots: int) -> LayerKV:
     if missing <= 0:
         return kv
     grown = _pad(kv, missing)
-    kv.k.delete()
-    kv.v.delete()
+    kv.delete()
     return grown
 
 

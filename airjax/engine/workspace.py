@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from airjax import models, sampling
+from airjax import layers, models, sampling
 from airjax.engine.batch import table_of
 from airjax.engine.step import (
     block_step,
@@ -111,7 +111,7 @@ def _buffers(layout: Layout) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 def _cache(shape: tuple[int, ...], config: Config) -> LayerKV:
-    part: Any = _array(shape, config.compute_dtype)
+    part = layers.rows_struct(shape, config.kv_dtype)
     return LayerKV(k=part, v=part)
 
 

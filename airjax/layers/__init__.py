@@ -8,3 +8,7 @@ from airjax.layers.paged import attention as attention
 from airjax.layers.paged import write_rows as write_rows
 from airjax.layers.rope import rope as rope
 from airjax.layers.rope import rope_frequencies as rope_frequencies
+from airjax.layers.rows import KV_DTYPES as KV_DTYPES
+from airjax.layers.rows import empty_cache as empty_cache
+from airjax.layers.rows import row_bytes as row_bytes
+from airjax.layers.rows import rows_struct as rows_struct

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from airjax.layers.rows import decode, encode
 from airjax.types import Array, LayerKV
 
 # Finite, so that a padding row (which sees no key at all) stays free of NaN.
@@ -31,38 +32,40 @@ def write_rows(kv: LayerKV, k: Array, v: Array, positions: Array) -> LayerKV:
       positions: `[B, T]` int32; at most S distinct non-negative ones per sequence.
 
     Returns:
-      The cache with the rows written, of the cache's dtype.
+      The cache with the rows written, of the cache's form.
     """
+    rows = LayerKV(k=encode(k, kv.k), v=encode(v, kv.v))
     if positions.shape == (1, 1):
-        return jax.lax.platform_dependent(kv, k, v, positions, cpu=_write_row, default=_scatter_rows)
-    return _scatter_rows(kv, k, v, positions)
+        return jax.lax.platform_dependent(kv, rows, positions, cpu=_write_row, default=_scatter_rows)
+    return _scatter_rows(kv, rows, positions)
 
 
-def _write_row(kv: LayerKV, k: Array, v: Array, positions: Array) -> LayerKV:
+def _write_row(kv: LayerKV, rows: LayerKV, positions: Array) -> LayerKV:
     """One row. XLA's CPU backend fuses a scatter of one row into every reader of the cache, each of which then
     works on a copy of the whole cache; a `lax.cond` it does not fuse, and updates in place."""
     position = positions[0, 0]
 
     def write(kv: LayerKV) -> LayerKV:
         def one(cache: Array, row: Array) -> Array:
-            row = row.astype(cache.dtype).swapaxes(1, 2)
-            return jax.lax.dynamic_update_slice_in_dim(cache, row, position % cache.shape[2], axis=2)
+            return jax.lax.dynamic_update_slice_in_dim(
+                cache, row.swapaxes(1, 2), position % cache.shape[2], axis=2
+            )
 
-        return LayerKV(k=one(kv.k, k), v=one(kv.v, v))
+        return jax.tree.map(one, kv, rows)
 
     return jax.lax.cond(position >= 0, write, lambda kv: kv, kv)
 
 
-def _scatter_rows(kv: LayerKV, k: Array, v: Array, positions: Array) -> LayerKV:
+def _scatter_rows(kv: LayerKV, rows: LayerKV, positions: Array) -> LayerKV:
     slots = _slots(positions, kv.k.shape[2])
 
     def write(cache: Array, rows: Array) -> Array:  # one sequence: [K, S, H], [T, K, H]
         def one(cache_b: Array, rows_b: Array, slots_b: Array) -> Array:
             return cache_b.at[:, slots_b].set(rows_b.swapaxes(0, 1), mode="drop")
 
-        return jax.vmap(one)(cache, rows.astype(cache.dtype), slots)
+        return jax.vmap(one)(cache, rows, slots)
 
-    return LayerKV(k=write(kv.k, k), v=write(kv.v, v))
+    return jax.tree.map(write, kv, rows)
 
 
 def read_rows(kv: LayerKV, positions: Array) -> LayerKV:
@@ -80,6 +83,7 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
     length: int | None = None,
+    dtype: np.dtype | None = None,
 ) -> Array:
     """Grouped-query attention of new tokens over a cache that already holds their own rows.
 
@@ -93,12 +97,14 @@ def attention(
       window: a token sees itself and the `window - 1` before it; 0 for all before it.
       softcap: scores become softcap * tanh(scores / softcap); 0 for none.
       length: only the first `length` slots are looked at (static); every position is below it then.
+      dtype: of the products; None for the cache's own.
 
     Returns:
       `[B, T, N, H]` float32.
     """
     size = kv.k.shape[2]
-    keys, values = kv.k[:, :, :length], kv.v[:, :, :length]
+    seen_rows = jax.tree.map(lambda part: part[:, :, :length], kv)
+    keys, values = decode(seen_rows.k, dtype), decode(seen_rows.v, dtype)
     batch, new, heads, width = q.shape
     kv_heads = keys.shape[1]
     # Where each slot's content comes from: the newest position that maps to it, negative if none yet.

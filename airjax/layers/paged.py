@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from airjax.layers import attention as contiguous
+from airjax.layers.rows import encode
 from airjax.types import Array, KVCache, LayerKV, PagedKV
 
 
@@ -22,7 +24,7 @@ def write_rows(kv: KVCache, k: Array, v: Array, positions: Array) -> KVCache:
       positions: `[B, T]` int32; of distinct slots.
 
     Returns:
-      The cache with the rows written, of the cache's dtype.
+      The cache with the rows written, of the cache's form.
     """
     if isinstance(kv, LayerKV):
         return contiguous.write_rows(kv, k, v, positions)
@@ -33,9 +35,10 @@ def write_rows(kv: KVCache, k: Array, v: Array, positions: Array) -> KVCache:
     slot = positions % size
 
     def write(pages: Array, rows: Array) -> Array:
-        return pages.at[page, :, slot].set(rows.astype(pages.dtype), mode="drop")
+        return pages.at[page, :, slot].set(rows, mode="drop")
 
-    return PagedKV(LayerKV(k=write(kv.pages.k, k), v=write(kv.pages.v, v)), kv.table)
+    rows = LayerKV(k=encode(k, kv.pages.k), v=encode(v, kv.pages.v))
+    return PagedKV(jax.tree.map(write, kv.pages, rows), kv.table)
 
 
 def attention(
@@ -47,6 +50,7 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
     length: int | None = None,
+    dtype: np.dtype | None = None,
 ) -> Array:
     """Grouped-query attention of new tokens over a cache that already holds their own rows.
 
@@ -54,7 +58,8 @@ def attention(
       q: `[B, T, N, H]`, N a multiple of K.
       kv: a cache with a row of slots per sequence, or one in pages whose table covers every position.
       positions: `[B, T]` int32, negative for padding rows; the others of a row rise one by one.
-      scale, window, softcap, length: as in `contiguous.attention`; pages have no `length`, their table is cut.
+      scale, window, softcap, length, dtype: as in `contiguous.attention`; pages have no `length`, their table is
+        cut.
 
     Returns:
       `[B, T, N, H]` float32.
@@ -62,7 +67,9 @@ def attention(
     if isinstance(kv, PagedKV):
         kv, positions = _gather(kv, positions, window)
         length = None
-    return contiguous.attention(q, kv, positions, scale=scale, window=window, softcap=softcap, length=length)
+    return contiguous.attention(
+        q, kv, positions, scale=scale, window=window, softcap=softcap, length=length, dtype=dtype
+    )
 
 
 def _gather(kv: PagedKV, positions: Array, window: int) -> tuple[LayerKV, Array]:

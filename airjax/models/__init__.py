@@ -5,6 +5,7 @@ To add one: write the file with the functions of `Architecture`, and name it in 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import cast
 
 from airjax.gguf import GGUF, GGUFError
@@ -25,12 +26,13 @@ def get(architecture: str) -> Architecture:
     return cast(Architecture, _ARCHITECTURES[architecture])
 
 
-def from_gguf(gguf: GGUF, compute_dtype: str) -> tuple[Architecture, Config]:
+def from_gguf(gguf: GGUF, compute_dtype: str, kv_dtype: str = "auto") -> tuple[Architecture, Config]:
     """Finds the architecture of a file, reads its configuration and checks its tensor table.
 
     Args:
       gguf: the open file.
       compute_dtype: "float32", "bfloat16" or "float16".
+      kv_dtype: one of `layers.KV_DTYPES`, or "auto" for the compute dtype.
 
     Raises:
       GGUFError: the architecture is unknown, or the file does not fit it. No tensor data is read.
@@ -42,5 +44,7 @@ def from_gguf(gguf: GGUF, compute_dtype: str) -> tuple[Architecture, Config]:
         )
     architecture = get(name)
     config = architecture.config_from_gguf(gguf, compute_dtype)
+    if kv_dtype != "auto":
+        config = dataclasses.replace(config, kv_dtype=kv_dtype)
     check_tensors(gguf, architecture, config)
     return architecture, config

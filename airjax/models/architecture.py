@@ -12,6 +12,8 @@ from airjax import quants
 from airjax.gguf import GGUF, GGUFError, Layout
 from airjax.types import Array, KVCache
 
+_KV_DTYPE_OF = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
 Weights = Mapping[str, Any]  # of quants.QTensor, or quants.PackedTensor where a kernel reads it
 
 
@@ -26,7 +28,8 @@ class TensorSpec(NamedTuple):
 class Config:
     """Sizes and constants that every architecture has; hashable, a static argument of jit.
 
-    `compute_dtype` is the dtype of matrix products and of the KV cache ("float32", "bfloat16", "float16").
+    `compute_dtype` is the dtype of products ("float32", "bfloat16", "float16"), `kv_dtype` the form of the KV cache
+    (one of `layers.KV_DTYPES`).
     """
 
     architecture: str
@@ -40,6 +43,7 @@ class Config:
     context_length: int
     norm_eps: float
     compute_dtype: str
+    kv_dtype: str
 
 
 class Architecture(Protocol):
@@ -177,6 +181,7 @@ def common_sizes(gguf: GGUF, compute_dtype: str) -> dict[str, Any]:
         "context_length": key("context_length"),
         "norm_eps": eps,
         "compute_dtype": compute_dtype,
+        "kv_dtype": _KV_DTYPE_OF[compute_dtype],
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
 from airjax import layers, quants
 from airjax.gguf import GGUF, GGUFError
@@ -160,7 +161,13 @@ def block(
     k = layers.rope(norm(k, "attn_k_norm"), positions, frequencies, interleaved=False)
     kv = layers.write_rows(kv, k, v, positions)
     attended = layers.attention(
-        q, kv, positions, scale=config.attention_scale, window=window(config, kind), length=length
+        q,
+        kv,
+        positions,
+        scale=config.attention_scale,
+        window=window(config, kind),
+        length=length,
+        dtype=np.dtype(config.compute_dtype),
     )
     attended = project(attended.reshape(batch, new, -1), weights, "attn_output", config)
     x = x + norm(attended, "post_attention_norm")

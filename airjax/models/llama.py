@@ -165,7 +165,14 @@ def block(
     q = layers.rope(q, positions, frequencies, interleaved=True)
     k = layers.rope(k, positions, frequencies, interleaved=True)
     kv = layers.write_rows(kv, k, v, positions)
-    attended = layers.attention(q, kv, positions, scale=config.head_dim**-0.5, length=length)
+    attended = layers.attention(
+        q,
+        kv,
+        positions,
+        scale=config.head_dim**-0.5,
+        length=length,
+        dtype=np.dtype(config.compute_dtype),
+    )
     x = x + project(attended.reshape(batch, new, -1), weights, "attn_output", config)
 
     h = layers.rms_norm(x, vector(weights, "ffn_norm.weight"), config.norm_eps)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,8 +21,7 @@ class Shuttle:
 
     Args:
       sizes: S of each layer.
-      row_shape: `(B, K, H)`.
-      dtype: of the cache.
+      row: shapes and dtypes `[B, K, H]` of the keys (or the values) of one position.
       device: where the blocks run.
       depth: how many layers' KV may be alive on the device at once.
       pin: register the host memory with the driver (for a GPU).
@@ -33,8 +34,7 @@ class Shuttle:
     def __init__(
         self,
         sizes: Sequence[int],
-        row_shape: tuple[int, int, int],
-        dtype: np.dtype,
+        row: Any,
         device: jax.Device,
         depth: int,
         *,
@@ -47,15 +47,16 @@ class Shuttle:
         self._depth = depth
         self._timeline = timeline
         self._memory: list[PinnedMemory] = []
-        self._host: list[tuple[np.ndarray, np.ndarray]] = []
+        self._host: list[LayerKV] = []  # of numpy arrays
+
+        def allocate(size: int, part: Any) -> np.ndarray:
+            shape = (size, *part.shape)
+            memory = PinnedMemory.allocate(int(np.prod(shape)) * part.dtype.itemsize, pin=pin)
+            self._memory.append(memory)
+            return memory.array.view(part.dtype).reshape(shape)
+
         for size in sizes:
-            pair = []
-            for _ in range(2):
-                shape = (size, *row_shape)
-                memory = PinnedMemory.allocate(int(np.prod(shape)) * dtype.itemsize, pin=pin)
-                self._memory.append(memory)
-                pair.append(memory.array.view(dtype).reshape(shape))
-            self._host.append((pair[0], pair[1]))
+            self._host.append(jax.tree.map(functools.partial(allocate, size), LayerKV(row, row)))
         self._landing: dict[int, tuple[LayerKV, np.ndarray]] = {}
         self._ahead: collections.deque[tuple[int, LayerKV]] = collections.deque()
         self._lengths: Sequence[int] = ()
@@ -82,14 +83,14 @@ class Shuttle:
           rows: `[B, K, T, H]` each.
           positions: `[B, T]`, negative for padding rows.
         """
-        self.bytes_down += rows.k.nbytes + rows.v.nbytes
-        rows.k.copy_to_host_async()
-        rows.v.copy_to_host_async()
+        self.bytes_down += rows.nbytes
+        for part in jax.tree.leaves(rows):
+            part.copy_to_host_async()
         if self._timeline is not None:
-            self._timeline.watch("device to host", f"kv {layer}", rows, rows.k.nbytes + rows.v.nbytes)
+            self._timeline.watch("device to host", f"kv {layer}", rows, rows.nbytes)
         if self._last is not None:
             # The throttle: no upload runs further ahead than the blocks do.
-            jax.block_until_ready(self._last.k)
+            jax.block_until_ready(self._last)
         self._last = rows
         self._landing[layer] = (rows, positions)
         self._fill(layer + 1)
@@ -113,7 +114,7 @@ class Shuttle:
         if landing is None:
             return
         rows, positions = landing
-        for host, new in zip(self._host[layer], (rows.k, rows.v), strict=True):
+        for host, new in zip(jax.tree.leaves(self._host[layer]), jax.tree.leaves(rows), strict=True):
             values = np.asarray(new)  # [B, K, T, H]
             for sequence, row_positions in enumerate(positions):
                 used = np.flatnonzero(row_positions >= 0)
@@ -127,8 +128,8 @@ class Shuttle:
             self._land(ahead)
             host = self._host[ahead]
             length = self._lengths[ahead]
-            kv = LayerKV(*(put_snapshot(part[:length], self._device) for part in host))
-            nbytes = kv.k.nbytes + kv.v.nbytes
+            kv = jax.tree.map(lambda part: put_snapshot(part[:length], self._device), host)  # noqa: B023
+            nbytes = kv.nbytes
             self.bytes_up += nbytes
             if self._timeline is not None:
                 self._timeline.watch("host to device", f"kv {ahead}", kv, nbytes)

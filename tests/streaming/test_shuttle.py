@@ -13,7 +13,7 @@ _ROW = (2, 3, 4)  # B, K, H
 
 
 def _shuttle(sizes, depth=2):
-    return Shuttle(sizes, _ROW, np.dtype(np.float32), jax.devices()[0], depth, pin=False)
+    return Shuttle(sizes, jax.ShapeDtypeStruct(_ROW, jnp.float32), jax.devices()[0], depth, pin=False)
 
 
 def _rows(generator, length):
