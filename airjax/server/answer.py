@@ -157,7 +157,7 @@ class Generation:
             delta = self.choices[index].push(happened)
             if delta.finish is not None:
                 self._ended.add(index)
-                self.run.cancel(index)
+                self.run.cancel(index, "stop")
             yield index, delta
 
 

@@ -77,11 +77,11 @@ class Run:
             self.open.discard(index)
         return index, event
 
-    def cancel(self, index: int) -> None:
-        """Ends a generation early."""
+    def cancel(self, index: int, reason: str = "cancelled") -> None:
+        """Ends a generation early; it is counted under `reason`."""
         if index in self.open:
             self.open.discard(index)
-            self._worker.cancel(self, index)
+            self._worker.cancel(self, index, reason)
 
     def close(self) -> None:
         """Ends what is still open."""
@@ -184,9 +184,9 @@ class Worker:
         self._commands.put(lambda: self._submit(run, orders))
         return run
 
-    def cancel(self, run: Run, index: int) -> None:
+    def cancel(self, run: Run, index: int, reason: str) -> None:
         """Takes a generation out at the next sweep."""
-        self._commands.put(lambda: self._cancel(run, index))
+        self._commands.put(lambda: self._cancel(run, index, reason))
 
     def call(self, function: Callable[[Engine], _T]) -> Future[_T]:
         """Runs a function between two steps, in the thread."""
@@ -278,12 +278,12 @@ class Worker:
             self._jobs[number] = _Job(run, index, time.monotonic())
             self._numbers[run, index] = number
 
-    def _cancel(self, run: Run, index: int) -> None:
+    def _cancel(self, run: Run, index: int, reason: str) -> None:
         assert self._scheduler is not None
         number = self._numbers.get((run, index))
         if number is not None:
             self._scheduler.cancel(number)
-            self.metrics.finished.labels("cancelled").inc()
+            self.metrics.finished.labels(reason).inc()
             self._forget(number)
 
     def _forget(self, number: int) -> None:
