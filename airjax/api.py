@@ -14,7 +14,7 @@ import numpy as np
 from airjax import engine, sampling
 from airjax.plan import GIB, Plan, Resident, Switch
 from airjax.streaming import Timeline
-from airjax.text import ChatTemplate, Tokenizer
+from airjax.text import ChatTemplate, StopStrings, Tokenizer
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 KVDtype = Literal["auto", "f32", "f16", "bf16", "q8_0"]
@@ -54,6 +54,11 @@ class Engine:
         self.tokenizer = tokenizer
         self._template = template
         self._state: engine.State | None = None
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The file's chat template, if it has one."""
+        return self._template
 
     @property
     def plan(self) -> Plan:
@@ -273,24 +278,19 @@ class Engine:
         return ids
 
     def _texts(self, draws: Iterator[engine.Draw], stop: tuple[str, ...]) -> Iterator[Token]:
-        stream = self.tokenizer.stream(skip_special=True)
-        held = ""  # text that may be the beginning of a stop string
+        stream, stops = self.tokenizer.stream(skip_special=True), StopStrings(stop)
         for draw in draws:
             ended = self.stats.finish_reason != ""
             by_token = self.stats.finish_reason == "stop"
-            if not by_token:
-                held += stream.push(draw.id)
+            text = stops.push(("" if by_token else stream.push(draw.id)) + (stream.flush() if ended else ""))
             if ended:  # nothing may be left behind
-                held += stream.flush()
-            cut = min((at for text in stop if (at := held.find(text)) >= 0), default=-1)
-            if cut >= 0:
+                text += stops.flush()
+            if stops.stopped:
                 self.stats.finish_reason = "stop"
-                yield Token(draw.id, held[:cut], draw.logprob)
+                yield Token(draw.id, text, draw.logprob)
                 return
-            ready = len(held) - (0 if ended else _overlap(held, stop))
-            if not by_token or held:
-                yield Token(draw.id, held[:ready], draw.logprob)
-            held = held[ready:]
+            if not by_token or text:
+                yield Token(draw.id, text, draw.logprob)
 
 
 def load(
@@ -405,14 +405,3 @@ def _budget(name: str, gib: float | None, free: int) -> int:
     if not gib > 0 or gib > 1 << 20:
         raise RequestError(f"{name} must be a positive number of GiB, got {gib}")
     return int(gib * GIB)
-
-
-def _overlap(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of `text` may begin a stop string."""
-    longest = 0
-    for candidate in stop:
-        for size in range(min(len(candidate) - 1, len(text)), longest, -1):
-            if text.endswith(candidate[:size]):
-                longest = size
-                break
-    return longest

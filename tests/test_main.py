@@ -38,6 +38,14 @@ FLAGS = {
     "inspect": ["--model", "--[no]json"],
     "plan": [*COMMON, "--[no]json", "--[no]probe"],
     "perplexity": [*COMMON[:-5], "--context=512", "--trace", "--file"],
+    "serve": [
+        *COMMON,
+        "--host=127.0.0.1",
+        "--port=3000",
+        "--api_key_file",
+        "--max_batch=8",
+        "--max_queue=64",
+    ],
     "bench": [*COMMON[:-5], "--batch=1", "--prompt=512", "--decode=32", "--seed=0", "--trace", "--plot"],
 }
 

@@ -60,6 +60,7 @@ class Event(NamedTuple):
       top: the most probable tokens under the model and their log-probabilities.
       finish_reason: "" while it goes on.
       error: a sentence, with the reason "error".
+      cached_tokens: how many tokens of the prompt came from shared pages.
     """
 
     request: int
@@ -68,3 +69,4 @@ class Event(NamedTuple):
     top: tuple[tuple[int, float], ...]
     finish_reason: Finish
     error: str = ""
+    cached_tokens: int = 0

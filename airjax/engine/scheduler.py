@@ -471,7 +471,7 @@ class Scheduler:
             reason = "context"
         if reason:
             self._leave(sequence)
-        return Event(sequence.number, token, logprob, top, reason)
+        return Event(sequence.number, token, logprob, top, reason, cached_tokens=sequence.cached)
 
     def _fail(self, sequence: _Sequence, error: str) -> Event:
         self._leave(sequence)

@@ -2,7 +2,8 @@
 
 from airjax.text.chat_template import ChatTemplate
 from airjax.text.errors import TextError
+from airjax.text.stops import StopStrings
 from airjax.text.stream import TextStream
 from airjax.text.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "TextError", "TextStream", "Tokenizer"]
+__all__ = ["ChatTemplate", "StopStrings", "TextError", "TextStream", "Tokenizer"]

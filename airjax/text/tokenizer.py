@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -195,9 +195,17 @@ class Tokenizer:
         """
         return b"".join(map(self._piece_source(skip_special), ids)).decode("utf-8", "replace")
 
-    def stream(self, skip_special: bool = False) -> TextStream:
-        """A decoder for ids that arrive one by one; its texts join to `decode(ids, skip_special)`."""
-        return TextStream(self._piece_source(skip_special))
+    def stream(self, skip_special: bool = False, keep: Collection[bytes] = ()) -> TextStream:
+        """A decoder for ids that arrive one by one; its texts join to `decode(ids, skip_special)`.
+
+        Args:
+          skip_special: whether to leave control and unknown tokens out.
+          keep: the pieces of such tokens that stay in nevertheless.
+        """
+        source = self._piece_source(skip_special)
+        if not keep:
+            return TextStream(source)
+        return TextStream(lambda token: piece if (piece := self.piece(token)) in keep else source(token))
 
     def _piece_source(self, skip_special: bool) -> Callable[[int], bytes]:
         return self._visible_piece if skip_special else self.piece

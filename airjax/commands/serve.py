@@ -1,0 +1,114 @@
+"""`airjax serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from airjax.commands.options import Flags, define_context, define_model, define_plan
+
+USES_JAX = True
+HELP = """
+  airjax serve --model=FILE.gguf [--port=3000] [--max_batch=8]
+  curl http://127.0.0.1:3000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello"}]}'
+
+Requests share each sweep. SIGTERM ends the server after the running ones.
+"""
+
+
+def define_flags(values: Flags) -> None:
+    """Declares the command's flags."""
+    define_model(values)
+    define_plan(values)
+    define_context(values)
+    flags.DEFINE_string("host", "127.0.0.1", "The address to listen on.", flag_values=values)
+    flags.DEFINE_integer("port", 3000, "The port.", 0, 65535, flag_values=values)
+    flags.DEFINE_string(
+        "api_key_file",
+        None,
+        "A file of keys, one a line; a client must send one of them.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("max_batch", 8, "Sequences that share a sweep.", 1, flag_values=values)
+    flags.DEFINE_integer(
+        "max_queue", 64, "Sequences that may wait; more are answered with 429.", 0, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "kv_tokens",
+        None,
+        "Positions that all caches hold together. Default: the context of every sequence.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "model_alias", None, "The model's name for clients. Default: the file's.", flag_values=values
+    )
+    flags.DEFINE_list(
+        "cors_origins", [], "Origins of web pages that may call the server; * for all.", flag_values=values
+    )
+    flags.DEFINE_float(
+        "request_timeout_s", 600.0, "A generation is given up after this time.", 0.001, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "drain_timeout_s", 30, "At the end, running requests have this time.", 0, flag_values=values
+    )
+    flags.DEFINE_bool("log_prompts", False, "Write prompts to the log.", flag_values=values)
+
+
+def run(values: Flags) -> None:
+    """Runs the command."""
+    from airjax import api
+    from airjax.server.app import make_app
+    from airjax.server.listener import Listener, listen
+    from airjax.server.metrics import Metrics
+    from airjax.server.state import Options, State
+    from airjax.server.worker import Worker
+
+    options = Options(
+        model_name=values.model_alias or Path(values.model).stem,
+        api_keys=read_keys(values.api_key_file),
+        cors_origins=tuple(values.cors_origins),
+        request_timeout_s=values.request_timeout_s,
+        log_prompts=values.log_prompts,
+    )
+    logging.getLogger("airjax.server").setLevel(logging.INFO)
+
+    def load() -> api.Engine:
+        return api.load(
+            values.model,
+            vram_budget_gib=values.vram_budget_gib,
+            ram_budget_gib=values.ram_budget_gib,
+            stream_depth=values.stream_depth,
+            resident=values.resident,
+            kv_shuttle=values.kv_shuttle,
+            context=values.context,
+            compute_dtype=values.compute_dtype,
+            max_batch=values.max_batch,
+            kv_tokens=values.kv_tokens,
+        )
+
+    with listen(values.host, values.port) as opened:
+        metrics = Metrics()
+        worker = Worker(load, metrics, values.max_queue, on_failure=lambda: listener.end())
+        listener = Listener(make_app(State(options, worker, metrics)), values.drain_timeout_s)
+        host, port = opened.getsockname()[:2]
+        print(f"airjax: serving {options.model_name} on http://{host}:{port}", file=sys.stderr, flush=True)
+        listener.run(sockets=[opened])
+    if worker.error is not None:
+        raise worker.error
+
+
+def read_keys(path: str | None) -> tuple[str, ...]:
+    """The keys of a file, one a line.
+
+    Raises:
+      ValueError: it has none.
+    """
+    if path is None:
+        return ()
+    keys = tuple(line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip())
+    if not keys:
+        raise ValueError(f"--api_key_file={path} has no key: write one a line, or leave the flag out")
+    return keys

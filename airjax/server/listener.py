@@ -1,0 +1,94 @@
+"""The process around the application: its socket, its signals, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+_HEADER_TIMEOUT_S = 20.0
+_BACKLOG = 2048
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, before any model is opened.
+
+    Raises:
+      ValueError: another one has the port, or the address is not ours.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        opened = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ValueError(f"--host={host} is no address of this machine: {error.strerror}") from None
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+        opened.listen(_BACKLOG)
+    except OSError as error:
+        opened.close()
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"cannot listen on {host}, port {port}: {reason}; pass another --port") from None
+    return opened
+
+
+class Listener(uvicorn.Server):
+    """Serves an application until SIGTERM or ctrl-C, then lets running requests come to their end.
+
+    Args:
+      app: the application.
+      drain_timeout_s: after which running requests are given up.
+    """
+
+    def __init__(self, app: Starlette, drain_timeout_s: int) -> None:
+        config = uvicorn.Config(
+            app,
+            http=_Protocol,
+            ws="none",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            timeout_graceful_shutdown=drain_timeout_s,
+        )
+        super().__init__(config)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Takes SIGTERM and SIGINT as a wish to end, which is no failure."""
+        names = (signal.SIGTERM, signal.SIGINT)
+        before = {name: signal.signal(name, self.handle_exit) for name in names}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def end(self) -> None:
+        """Ends the server, from any thread."""
+        self.should_exit = True
+
+
+class _Protocol(H11Protocol):
+    """Hangs up on who does not say within some time what it wants."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._patience = asyncio.get_running_loop().call_later(_HEADER_TIMEOUT_S, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._patience.cancel()
+        super().connection_lost(exc)
+
+    def _give_up(self) -> None:
+        cycle: Any = self.cycle  # None until a request has come whole
+        if cycle is None:
+            self.transport.close()

@@ -1,0 +1,100 @@
+"""What the server counts, in Prometheus' form."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from airjax.engine import Scheduler
+from airjax.plan import KV_PAGE
+
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
+_WINDOW_S = 5.0
+
+
+class Metrics(Collector):
+    """The counters of one server.
+
+    Attributes:
+      requests: answers by route and status.
+      first_token_s: from the request to its first token.
+      between_tokens_s: between tokens of one generation.
+      finished: ended generations by reason.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("airjax_requests", "Answers.", ["route", "status"], registry=self.registry)
+        self.first_token_s = Histogram(
+            "airjax_time_to_first_token_seconds",
+            "From a request to its first token.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.between_tokens_s = Histogram(
+            "airjax_time_between_tokens_seconds",
+            "Between two tokens of one generation.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.finished = Counter(
+            "airjax_generations", "Ended generations by their reason.", ["reason"], registry=self.registry
+        )
+        self._scheduler: Scheduler | None = None
+        self._recent: collections.deque[tuple[float, int, float, float]] = collections.deque(maxlen=4096)
+        self.registry.register(self)
+
+    def watch(self, scheduler: Scheduler) -> None:
+        """Reads this scheduler's numbers from now on."""
+        self._scheduler = scheduler
+
+    def step(self) -> None:
+        """Called by the worker after each step: what the link's rate follows from."""
+        assert self._scheduler is not None
+        stats, now = self._scheduler.stats, time.monotonic()
+        self._recent.append((now, stats.bytes_streamed, stats.wait_s, stats.busy_s))
+        while self._recent and self._recent[0][0] < now - _WINDOW_S:
+            self._recent.popleft()
+
+    def collect(self) -> Iterable[Metric]:
+        """Called for each scrape."""
+        if self._scheduler is None:
+            return
+        stats, scheduler = self._scheduler.stats, self._scheduler
+        for name, text, number in (
+            ("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens),
+            ("cached_prompt_tokens", "Tokens of prompts that came from shared pages.", stats.cached_tokens),
+            ("generated_tokens", "Drawn tokens.", stats.generated_tokens),
+            ("sweeps", "Passes of all layers.", stats.sweeps),
+            ("streamed_bytes", "Bytes over the link to the device.", stats.bytes_streamed),
+            ("stall_seconds", "Time in which the device waited for weights.", stats.wait_s),
+            ("busy_seconds", "Time in steps.", stats.busy_s),
+            ("preemptions", "Sequences sent away for lack of KV pages.", stats.preemptions),
+        ):
+            yield CounterMetricFamily(f"airjax_{name}", text, value=number)
+        for name, text, value in (
+            ("batch_size", "Sequences that take part in sweeps.", scheduler.running),
+            ("queue_length", "Sequences that wait.", scheduler.waiting),
+            ("link_bytes_per_second", "Over the last seconds of work.", self.link_rate),
+            ("kv_pages_held", f"Pages of {KV_PAGE} positions that sequences hold.", scheduler.pages_held),
+            ("kv_pages_limit", "Pages that there may be.", scheduler.pages_limit),
+        ):
+            yield GaugeMetricFamily(f"airjax_{name}", text, value=value)
+
+    @property
+    def link_rate(self) -> float:
+        """Bytes per second of work over the last seconds; 0 where nothing was streamed."""
+        recent = list(self._recent)
+        if len(recent) < 2:
+            return 0.0
+        busy = recent[-1][3] - recent[0][3]
+        return (recent[-1][1] - recent[0][1]) / busy if busy else 0.0
+
+    def text(self) -> bytes:
+        """The exposition."""
+        return generate_latest(self.registry)

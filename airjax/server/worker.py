@@ -1,0 +1,307 @@
+"""The thread that owns engine and scheduler. Everybody else talks to it through a queue."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import jax
+
+from airjax import engine
+from airjax.api import Engine
+from airjax.server.metrics import Metrics
+from airjax.server.sampler import Settings, make_sampler
+
+_T = TypeVar("_T")
+_LOG = logging.getLogger("airjax.server")
+# Choices of one request fold their number into a key that no draw folds into: draws count from 0.
+_CHOICES = 0x7FFFFFFF
+
+
+class QueueFullError(Exception):
+    """There is no place for a request now."""
+
+
+class NotReadyError(Exception):
+    """The engine is not open yet, or not any more."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A generation that is wanted, without anything of JAX."""
+
+    ids: tuple[int, ...]
+    settings: Settings
+    seed: int
+    choice: int
+    max_tokens: int
+    stop_ids: frozenset[int]
+    top_logprobs: int
+
+    def request(self) -> engine.Request:
+        """For the scheduler."""
+        key = jax.random.key((self.seed ^ self.seed >> 32) & 0x7FFFFFFF)
+        if self.choice:
+            key = jax.random.fold_in(jax.random.fold_in(key, _CHOICES), self.choice)
+        return engine.Request(
+            ids=self.ids,
+            sampler=make_sampler(self.settings),
+            key=key,
+            max_tokens=self.max_tokens,
+            stop_ids=self.stop_ids,
+            top_logprobs=self.top_logprobs,
+        )
+
+
+class Run:
+    """The generations of one HTTP request, as its handler sees them. It belongs to the event loop."""
+
+    def __init__(self, worker: Worker, count: int) -> None:
+        self._worker = worker
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, engine.Event]] = asyncio.Queue()
+        self.open = set(range(count))
+
+    async def next(self) -> tuple[int, engine.Event]:
+        """The next event, with the number of its generation."""
+        index, event = await self._events.get()
+        if event.finish_reason:
+            self.open.discard(index)
+        return index, event
+
+    def cancel(self, index: int, reason: str = "cancelled") -> None:
+        """Ends a generation early; it is counted under `reason`."""
+        if index in self.open:
+            self.open.discard(index)
+            self._worker.cancel(self, index, reason)
+
+    def close(self) -> None:
+        """Ends what is still open."""
+        for index in tuple(self.open):
+            self.cancel(index)
+
+    def deliver(self, events: Sequence[tuple[int, engine.Event]]) -> None:
+        """Called by the worker."""
+
+        def put() -> None:
+            for item in events:
+                self._events.put_nowait(item)
+
+        with contextlib.suppress(RuntimeError):  # the loop has ended, so nobody listens
+            self._loop.call_soon_threadsafe(put)
+
+
+@dataclass
+class _Job:
+    run: Run
+    index: int
+    started: float
+    last: float | None = None
+
+
+class Worker:
+    """Opens the engine in a thread of its own and steps its scheduler while there is work.
+
+    Args:
+      open_engine: gives the engine; called in the thread.
+      metrics: what is counted.
+      max_queue: how many generations may wait beside those that run.
+      on_failure: called in the thread when the engine cannot be opened; the reason is `error`.
+
+    Attributes:
+      state: where it stands.
+      stage: what it does while loading.
+      error: why the engine could not be opened.
+    """
+
+    def __init__(
+        self,
+        open_engine: Callable[[], Engine],
+        metrics: Metrics,
+        max_queue: int,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.state: Literal["loading", "ready", "failed", "stopped"] = "loading"
+        self.stage = "opening the model"
+        self.error: Exception | None = None
+        self.started = time.monotonic()
+        self.metrics = metrics
+        self._open_engine = open_engine
+        self._max_queue = max_queue
+        self._on_failure = on_failure
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: dict[int, _Job] = {}
+        self._numbers: dict[tuple[Run, int], int] = {}
+        self._places = 0  # generations that were let in and have not ended
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+        self._scheduler: engine.Scheduler | None = None
+        self._thread = threading.Thread(target=self._work, name="airjax-engine", daemon=True)
+
+    @property
+    def engine(self) -> Engine:
+        """The open engine; only its tokenizer, template and plan may be used outside the thread.
+
+        Raises:
+          NotReadyError: it is not open.
+        """
+        if self.state != "ready" or self._engine is None:
+            raise NotReadyError(self.stage)
+        return self._engine
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread after the step that it is in; what runs is dropped, engine and file are closed."""
+        if self._thread.ident is None:
+            return
+        self._commands.put(None)
+        self._thread.join()
+
+    def submit(self, orders: Sequence[Order]) -> Run:
+        """Lets generations in.
+
+        Raises:
+          NotReadyError: the engine is not open.
+          QueueFullError: the queue has no place for them.
+        """
+        places = self.engine.plan.max_batch + self._max_queue
+        with self._lock:
+            if self._places + len(orders) > places:
+                raise QueueFullError(f"{self._places} of {places} places are taken")
+            self._places += len(orders)
+        run = Run(self, len(orders))
+        self._commands.put(lambda: self._submit(run, orders))
+        return run
+
+    def cancel(self, run: Run, index: int, reason: str) -> None:
+        """Takes a generation out at the next sweep."""
+        self._commands.put(lambda: self._cancel(run, index, reason))
+
+    def call(self, function: Callable[[Engine], _T]) -> Future[_T]:
+        """Runs a function between two steps, in the thread."""
+        future: Future[_T] = Future()
+
+        def work() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                assert self._engine is not None
+                future.set_result(function(self._engine))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._commands.put(work)
+        return future
+
+    def _work(self) -> None:
+        try:
+            self._engine = self._open_engine()
+            self.stage = "making room for the batch"
+            self._scheduler = self._engine.scheduler(make_sampler(Settings()))
+        except Exception as error:
+            self.error, self.state = error, "failed"
+            if self._engine is not None:
+                self._engine.close()
+            self._on_failure()
+            return
+        self.metrics.watch(self._scheduler)
+        self.state, self.stage = "ready", "ready"
+        try:
+            while self._obey():
+                self._step()
+        finally:
+            self.state = "stopped"
+            self._fail_all("the server is shutting down")
+            self._scheduler.close()
+            self._engine.close()
+
+    def _obey(self) -> bool:
+        """Carries out what was asked for; waits for something to do. False at the end."""
+        assert self._scheduler is not None
+        while True:
+            try:
+                command = self._commands.get(block=not self._scheduler.busy)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _step(self) -> None:
+        assert self._scheduler is not None
+        try:
+            events = self._scheduler.step()
+        except Exception as error:
+            _LOG.exception("a step failed")
+            self._fail_all(f"the engine failed: {error}")
+            return
+        self.metrics.step()
+        now = time.monotonic()
+        found: dict[Run, list[tuple[int, engine.Event]]] = {}
+        for event in events:
+            job = self._jobs.get(event.request)
+            if job is None:
+                continue
+            found.setdefault(job.run, []).append((job.index, event))
+            if event.token is not None:
+                if job.last is None:
+                    self.metrics.first_token_s.observe(now - job.started)
+                else:
+                    self.metrics.between_tokens_s.observe(now - job.last)
+                job.last = now
+            if event.finish_reason:
+                self.metrics.finished.labels(event.finish_reason).inc()
+                self._forget(event.request)
+        for run, items in found.items():
+            run.deliver(items)
+
+    def _submit(self, run: Run, orders: Sequence[Order]) -> None:
+        assert self._scheduler is not None
+        for index, order in enumerate(orders):
+            try:
+                number = self._scheduler.submit(order.request())
+            except Exception as error:
+                self._leave_place()
+                run.deliver([(index, _failure(str(error)))])
+                continue
+            self._jobs[number] = _Job(run, index, time.monotonic())
+            self._numbers[run, index] = number
+
+    def _cancel(self, run: Run, index: int, reason: str) -> None:
+        assert self._scheduler is not None
+        number = self._numbers.get((run, index))
+        if number is not None:
+            self._scheduler.cancel(number)
+            self.metrics.finished.labels(reason).inc()
+            self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        job = self._jobs.pop(number)
+        del self._numbers[job.run, job.index]
+        self._leave_place()
+
+    def _leave_place(self) -> None:
+        with self._lock:
+            self._places -= 1
+
+    def _fail_all(self, error: str) -> None:
+        assert self._scheduler is not None
+        for number, job in list(self._jobs.items()):
+            self._scheduler.cancel(number)
+            self._forget(number)
+            job.run.deliver([(job.index, _failure(error))])
+
+
+def _failure(error: str) -> engine.Event:
+    return engine.Event(-1, None, 0.0, (), "error", error)

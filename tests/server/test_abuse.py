@@ -1,0 +1,137 @@
+"""What a server must bear: each fault has its answer, and the next request is served."""
+
+import pytest
+from toy_models import toy_llama
+from toy_server import serve_toy
+
+from airjax import engine as engines
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return toy_llama(tmp_path_factory.mktemp("toy") / "toy.gguf", layers=2, block_type="Q8_0")
+
+
+@pytest.fixture(scope="module")
+def client(path):
+    with serve_toy(path, max_queue=0) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def _still_answers(client):
+    yield
+    answer = client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 2})
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"{", 400, "not valid JSON"),
+        (b"[1]", 400, "must be a JSON object"),
+        (b'{"prompt": "\xff"}', 400, "not UTF-8"),
+        (b'{"prompt": "a", "temperature": NaN}', 400, "NaN"),
+        (b'{"prompt": "a", "temperature": 1e999}', 400, "temperature"),
+        (b'{"prompt": "a", "max_tokens": -1}', 400, "max_tokens"),
+        (b'{"prompt": "a", "max_tokens": 1.5}', 400, "max_tokens"),
+        (b'{"prompt": "a", "seed": "x"}', 400, "seed"),
+        (b'{"prompt": "a", "n": 0}', 400, "n:"),
+        (b'{"prompt": "a", "stop": ["", "a"]}', 400, "stop"),
+        (b'{"prompt": "a", "stop": ["a", "b", "c", "d", "e"]}', 400, "stop"),
+        (b'{"prompt": "a", "wish": 1}', 400, "wish is not known"),
+        (b'{"prompt": "a", "presence_penalty": 1}', 400, "presence_penalty is not supported"),
+        (b'{"prompt": "a", "grammar": "root ::= x"}', 400, "grammar is not supported"),
+        (b'{"prompt": "a", "response_format": {"type": "json_object"}}', 400, "response_format json_object"),
+        (b'{"prompt": ""}', 400, "prompt is empty"),
+        (b'{"prompt": [99999999]}', 400, "token ids must be between"),
+        (b'{"prompt": [-1]}', 400, "prompt"),
+        (b'{"prompt": "' + b"a" * 300 + b'"}', 400, "context"),
+        (b'{"prompt": "a", "model": "other"}', 404, "does not exist"),
+        (b"[" * 200_000, 400, ""),
+        (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", 400, ""),
+        (b'{"prompt": ' + b"9" * 10_000 + b"}", 400, ""),
+        (b'{"prompt": "' + b"a" * (9 << 20) + b'"}', 413, "at most"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_bad_body_is_refused_in_openai_s_form(client, body, status, words):
+    answer = client.post("/v1/completions", content=body)
+    assert answer.status_code == status, answer.text[:300]
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and words in error["message"]
+
+
+def test_a_body_without_a_length_is_bounded_too(client):
+    pieces = (b" " * (1 << 20) for _ in range(10))
+    assert client.post("/v1/completions", content=pieces).status_code == 413
+
+
+def test_an_unknown_route_and_a_wrong_method(client):
+    assert client.get("/v1/nowhere").json()["error"]["code"] == "not_found"
+    assert client.get("/v1/completions").status_code == 405
+
+
+def test_a_full_queue_says_when_to_come_again(client):
+    answer = client.post("/v1/completions", json={"prompt": "a", "n": 5})
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+    assert answer.json()["error"]["code"] == "queue_full"
+
+
+def test_an_engine_error_fails_the_request_in_both_forms(client, monkeypatch):
+    def fail(self, batch):
+        raise RuntimeError("the link is down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engines.Scheduler, "_sweep", fail)
+        answer = client.post("/v1/completions", json={"prompt": "a"})
+        assert answer.status_code == 500 and "the link is down" in answer.json()["error"]["message"]
+        stream = client.post("/v1/completions", json={"prompt": "a", "stream": True})
+        assert "the link is down" in stream.text and "[DONE]" not in stream.text
+
+
+def test_only_the_request_whose_sampler_fails_is_lost(client, monkeypatch):
+    advance = engines.Scheduler._advance
+
+    def fail(self, sequence, *rest):
+        if len(sequence.request.ids) == 3:
+            return self._fail(sequence, "no token can be drawn")
+        return advance(self, sequence, *rest)
+
+    monkeypatch.setattr(engines.Scheduler, "_advance", fail)
+    answer = client.post("/v1/completions", json={"prompt": "abc"})
+    assert answer.status_code == 500 and "no token" in answer.json()["error"]["message"]
+
+
+def test_keys_are_asked_for(path):
+    with serve_toy(path, api_keys=("first", "second")) as client:
+        assert client.get("/v1/models").status_code == 401
+        for key, status in (("second", 200), ("first", 200), ("firs", 401), ("", 401), ("\xff", 401)):
+            headers = {"authorization": b"Bearer " + key.encode("latin-1")}
+            assert client.get("/v1/models", headers=headers).status_code == status
+        assert client.get("/health").status_code == 200
+        error = client.get("/v1/models", headers={"authorization": "Bearer wrong"}).json()["error"]
+        assert error["code"] == "invalid_api_key"
+
+
+def test_a_request_that_takes_too_long_is_given_up(path):
+    with serve_toy(path, request_timeout_s=0.0001) as client:
+        answer = client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 200})
+        assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+
+
+def test_other_pages_may_call_only_when_asked(client, path):
+    headers = {"origin": "http://else.where"}
+    assert "access-control-allow-origin" not in client.get("/health", headers=headers).headers
+    with serve_toy(path, cors_origins=("http://else.where",)) as open_client:
+        answer = open_client.get("/health", headers=headers)
+        assert answer.headers["access-control-allow-origin"] == "http://else.where"
+
+
+def test_prompts_are_logged_only_when_asked(client, path, caplog):
+    caplog.set_level("INFO", "airjax.server")
+    client.post("/v1/completions", json={"prompt": "secretword", "max_tokens": 1})
+    assert "POST /v1/completions 200" in caplog.text and "secretword" not in caplog.text
+    with serve_toy(path, log_prompts=True) as talkative:
+        talkative.post("/v1/completions", json={"prompt": "secretword", "max_tokens": 1})
+    assert "secretword" in caplog.text

@@ -1,0 +1,45 @@
+"""A server over a toy model, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from starlette.testclient import TestClient
+
+import airjax
+from airjax.server.app import make_app
+from airjax.server.metrics import Metrics
+from airjax.server.state import Options, State
+from airjax.server.worker import Worker
+from airjax.text import ChatTemplate
+
+TEMPLATE = (
+    "{% if tools %}tools {{ tools | tojson }}\n{% endif %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@contextlib.contextmanager
+def serve_toy(path: Path, *, max_queue: int = 8, **options: Any) -> Iterator[TestClient]:
+    """A client of a server whose engine is open."""
+
+    def load() -> airjax.Engine:
+        opened = airjax.load(path, vram_budget_gib=1, context=256, max_batch=4, resident="all")
+        opened._template = ChatTemplate(TEMPLATE, "toy")
+        opened.tokenizer.encode = lambda text, **_: [1 + ord(letter) % 16 for letter in text]
+        opened.tokenizer.eog_ids = frozenset()  # random weights would end where they like
+        return opened
+
+    metrics = Metrics()
+    state = State(Options("toy", **options), Worker(load, metrics, max_queue), metrics)
+    with TestClient(make_app(state), raise_server_exceptions=False) as client:
+        deadline = time.monotonic() + 60
+        while state.worker.state == "loading" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert state.worker.error is None, state.worker.error
+        yield client
