@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import sys
 from pathlib import Path
@@ -95,6 +96,10 @@ def run(values: Flags) -> None:
         listener = Listener(make_app(State(options, worker, metrics)), values.drain_timeout_s)
         host, port = opened.getsockname()[:2]
         print(f"airjax: serving {options.model_name} on http://{host}:{port}", file=sys.stderr, flush=True)
+        if not options.api_keys and not ipaddress.ip_address(host).is_loopback:
+            print(
+                f"airjax: anyone who reaches {host} may use this server: pass --api_key_file", file=sys.stderr
+            )
         listener.run(sockets=[opened])
     if worker.error is not None:
         raise worker.error
