@@ -1,24 +1,45 @@
 """Composable, pure samplers: transforms of logits, `chain`, and the draw of a token."""
 
+from airjax.sampling.bias import banned_tokens, forced_tokens, logit_bias, min_new_tokens
 from airjax.sampling.draw import draw, log_prob
+from airjax.sampling.dry import dry
 from airjax.sampling.mask import mask_tokens
-from airjax.sampling.penalties import repetition_penalty
-from airjax.sampling.temperature import greedy, temperature
+from airjax.sampling.mirostat import mirostat
+from airjax.sampling.penalties import output_penalties, penalties, repetition_penalty
+from airjax.sampling.standard import standard
+from airjax.sampling.temperature import dynamic_temperature, greedy, temperature
 from airjax.sampling.transform import Apply, State, Transform, chain
 from airjax.sampling.truncation import min_p, top_k, top_p
+from airjax.sampling.typical import epsilon_cutoff, eta_cutoff, top_n_sigma, typical_p
+from airjax.sampling.xtc import xtc
 
 __all__ = [
     "Apply",
     "State",
     "Transform",
+    "banned_tokens",
     "chain",
     "draw",
+    "dry",
+    "dynamic_temperature",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "forced_tokens",
     "greedy",
     "log_prob",
+    "logit_bias",
     "mask_tokens",
+    "min_new_tokens",
     "min_p",
+    "mirostat",
+    "output_penalties",
+    "penalties",
     "repetition_penalty",
+    "standard",
     "temperature",
     "top_k",
+    "top_n_sigma",
     "top_p",
+    "typical_p",
+    "xtc",
 ]

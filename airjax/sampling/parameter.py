@@ -34,6 +34,8 @@ def check(
     inside = above & (values <= high) & np.isfinite(values)
     if not inside.all():
         wrong = float(values[~inside][0]) if values.ndim else float(values)
+        if np.isinf(low) and np.isinf(high):
+            raise ValueError(f"{name} must be a finite number, got {wrong:g}")
         opening, closing = "[" if low_included else "(", "]" if np.isfinite(high) else ")"
         raise ValueError(f"{name} must be in {opening}{low:g}, {high:g}{closing}, got {wrong:g}")
     return values

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from airjax.sampling.active import where_active
 from airjax.sampling.parameter import Parameter, check, per_sequence
 from airjax.sampling.transform import State, Transform
+from airjax.sampling.typical import entropy
 
 
 def greedy() -> Transform:
@@ -44,6 +46,40 @@ def temperature(t: Parameter) -> Transform:
     return Transform(init, _apply_temperature)
 
 
+def dynamic_temperature(t: Parameter, spread: Parameter = 0, exponent: Parameter = 1) -> Transform:
+    """A temperature that rises with the entropy of the distribution.
+
+    Formula: `logits' = logits / T`, with `T = low + (high - low) * (entropy / log(n)) ** exponent`,
+    `low = max(0, t - spread)`, `high = t + spread`, and `n` the number of tokens not ruled out. Without spread it
+    is `temperature(t)`; `T = 0` is greedy choice.
+
+    Args:
+      t: the temperature in the middle, at least 0, for the batch or `[B]` for its sequences.
+      spread: how far it goes to either side, at least 0; 0 turns the dependence off.
+      exponent: at least 0.
+
+    Returns:
+      A transform whose state is `(t, spread, exponent)`, float32 `[B]` each.
+
+    Raises:
+      ValueError: if a parameter is out of range.
+
+    References:
+      Zhang et al., "EDT: Improving Large Language Models' Generation by Entropy-based Dynamic Temperature Sampling",
+      2024; the formula is that of llama.cpp's `temp_ext` sampler.
+    """
+    settings = (
+        check("temperature", t, 0),
+        check("dynatemp_range", spread, 0),
+        check("dynatemp_exponent", exponent, 0),
+    )
+
+    def init(context: np.ndarray | jax.Array, vocab_size: int) -> State:
+        return tuple(per_sequence(values, context, np.float32) for values in settings)
+
+    return Transform(init, _apply_dynamic_temperature)
+
+
 def keep_argmax(logits: jax.Array) -> jax.Array:
     """Mask `[B, V]` of the largest logit of each row; of several that tie, the first."""
     ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
@@ -62,6 +98,25 @@ def _apply_greedy(logits: jax.Array, state: State, token: jax.Array) -> tuple[ja
 
 
 def _apply_temperature(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
-    t = state[:, None]  # [B, 1]
+    return where_active(state != 1, lambda x: _scale(x, state), logits), state
+
+
+def _apply_dynamic_temperature(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
+    t, spread, exponent = state
+
+    def scale(logits: jax.Array) -> jax.Array:
+        low, high = jnp.maximum(t - spread, 0), t + spread
+        count = jnp.sum(logits > -jnp.inf, axis=-1)
+        share = entropy(logits) / jnp.log(jnp.maximum(count, 2).astype(jnp.float32))
+        dynamic = low + (high - low) * jnp.clip(share, 0, 1) ** exponent
+        # A single token has no entropy to measure, and no temperature changes its probability.
+        return _scale(logits, jnp.where(spread > 0, jnp.where(count > 1, dynamic, 1), t))
+
+    return where_active((t != 1) | (spread > 0), scale, logits), state
+
+
+def _scale(logits: jax.Array, t: jax.Array) -> jax.Array:
+    """Divides logits `[B, V]` by `t` `[B]`; rows with 0 keep the largest alone."""
+    t = t[:, None]
     scaled = logits / jnp.where(t > 0, t, 1)
-    return jnp.where((t > 0) | keep_argmax(logits), scaled, -jnp.inf), state
+    return jnp.where((t > 0) | keep_argmax(logits), scaled, -jnp.inf)

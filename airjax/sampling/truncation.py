@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from airjax.sampling.active import where_active
 from airjax.sampling.parameter import Parameter, check, check_whole, per_sequence
 from airjax.sampling.prefix import shortest_prefix
 from airjax.sampling.transform import State, Transform
@@ -91,16 +92,21 @@ def min_p(p: Parameter) -> Transform:
 
 
 def _apply_top_k(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
-    need = jnp.where(state > 0, state, jnp.inf)  # [B]
-    keep = shortest_prefix(logits, jnp.ones_like(logits), need)
-    return jnp.where(keep, logits, -jnp.inf), state
+    def cut(logits: jax.Array) -> jax.Array:
+        need = jnp.where(state > 0, state, jnp.inf)  # [B]
+        return jnp.where(shortest_prefix(logits, jnp.ones_like(logits), need), logits, -jnp.inf)
+
+    return where_active((state > 0) & (state < logits.shape[-1]), cut, logits), state
 
 
 def _apply_top_p(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
-    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    # Rounded sums may pass p = 1 before the last token, so 1 is taken out of the arithmetic.
-    need = jnp.where(state < 1, state * jnp.sum(weights, axis=-1), jnp.inf)
-    return jnp.where(shortest_prefix(logits, weights, need), logits, -jnp.inf), state
+    def cut(logits: jax.Array) -> jax.Array:
+        weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+        # Rounded sums may pass p = 1 before the last token, so 1 is taken out of the arithmetic.
+        need = jnp.where(state < 1, state * jnp.sum(weights, axis=-1), jnp.inf)
+        return jnp.where(shortest_prefix(logits, weights, need), logits, -jnp.inf)
+
+    return where_active(state < 1, cut, logits), state
 
 
 def _apply_min_p(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
