@@ -23,15 +23,10 @@ Prompts = Prompt | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]]
 
 # Names that clients know from OpenAI or llama.cpp, with the value that asks for nothing.
 _NOT_BUILT: dict[str, Any] = {
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
     "logit_bias": {},
     "grammar": "",
-    "typical_p": 1,
     "mirostat": 0,
-    "dry_multiplier": 0,
     "xtc_probability": 0,
-    "top_n_sigma": -1,
     "suffix": "",
     "echo": False,
 }
@@ -71,15 +66,15 @@ class _Generation(_Model):
     stream_options: StreamOptions | None = None
     user: StrictStr | None = None
     response_format: ResponseFormat | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[StrictStr, Number] | None = None
     grammar: StrictStr | None = None
-    typical_p: Number | None = None
+    typical_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     mirostat: StrictInt | None = None
-    dry_multiplier: Number | None = None
+    dry_multiplier: Annotated[Number, Field(ge=0, le=100)] | None = None
     xtc_probability: Number | None = None
-    top_n_sigma: Number | None = None
+    top_n_sigma: Annotated[Number, Field(ge=-1, le=100)] | None = None
 
     @property
     def settings(self) -> Settings:

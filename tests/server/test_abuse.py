@@ -40,7 +40,7 @@ def _still_answers(client):
         (b'{"prompt": "a", "stop": ["", "a"]}', 400, "stop"),
         (b'{"prompt": "a", "stop": ["a", "b", "c", "d", "e"]}', 400, "stop"),
         (b'{"prompt": "a", "wish": 1}', 400, "wish is not known"),
-        (b'{"prompt": "a", "presence_penalty": 1}', 400, "presence_penalty is not supported"),
+        (b'{"prompt": "a", "mirostat": 1}', 400, "mirostat is not supported"),
         (b'{"prompt": "a", "grammar": "root ::= x"}', 400, "grammar is not supported"),
         (b'{"prompt": "a", "response_format": {"type": "json_object"}}', 400, "response_format json_object"),
         (b'{"prompt": ""}', 400, "prompt is empty"),

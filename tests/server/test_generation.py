@@ -47,6 +47,14 @@ def test_a_completion_has_text_reason_and_exact_counts(client):
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (6, 12, 18)
 
 
+def test_presence_penalty_keeps_tokens_from_coming_back(client):
+    def distinct(penalty):
+        body = complete(client, max_tokens=40, presence_penalty=penalty, logprobs=1)
+        return len(set(body["choices"][0]["logprobs"]["tokens"]))
+
+    assert distinct(2) > distinct(-2)
+
+
 def test_a_streamed_completion_joins_to_the_whole(client):
     whole = complete(client, temperature=2, seed=3)
     body = {"prompt": "abcabc", "max_tokens": 12, "temperature": 2, "seed": 3}

@@ -127,8 +127,8 @@ def test_chat_logprobs_models_and_embeddings(client):
 
 
 def test_errors_are_of_the_client_s_classes(server, client):
-    with pytest.raises(openai.BadRequestError, match="presence_penalty"):
-        client.chat.completions.create(messages=MESSAGES, presence_penalty=1, **GREEDY)
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        client.chat.completions.create(messages=MESSAGES, logit_bias={"5": 1}, **GREEDY)
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="smol", prompt="word " * 600)
     assert caught.value.code == "context_length_exceeded" and caught.value.param == "prompt"
