@@ -21,6 +21,9 @@ _KERNEL_BACKENDS = ("gpu", "cuda")
 EMBEDDING = "token_embd.weight"
 # Positions of one page of a batch's cache.
 KV_PAGE = 64
+# Bytes of a block of positions that the shuttle sends in one piece: a millisecond of a fast link, so that the cost of
+# dispatch and the pinned memory of a short text are both small.
+KV_BLOCK_BYTES = 32 << 20
 LOGIT_ROWS_BYTES = 64 << 20
 # Threads, compiled programs and the allocator's rounding; measured on an H100 and on CPU, rounded up.
 _FIXED_WORKSPACE_BYTES = 64 << 20
@@ -63,6 +66,8 @@ class Plan:
       model_bytes: weights of the whole model.
       max_batch: sequences that may share a sweep; 0 if the model was not opened for batches.
       kv_tokens: positions that their caches hold together, in pages.
+      kv_block: positions that the shuttle sends in one piece; attention over more goes piece by piece (0 without it).
+      kv_pieces: how many of these may be on the device at once.
     """
 
     tier: Tier
@@ -90,6 +95,8 @@ class Plan:
     model_bytes: int
     max_batch: int
     kv_tokens: int
+    kv_block: int = 0
+    kv_pieces: int = 0
 
 
 def make_plan(
@@ -155,12 +162,18 @@ def make_plan(
     kv_shuttle = "off" if max_batch else kv_shuttle
     position_bytes = 2 * config.n_kv_heads * layers.row_bytes(config.head_dim, config.kv_dtype)
     kv_rows = [(kv_tokens or slots) * position_bytes for slots in kv_slots]
-    workspace = _workspace_bytes(config, manifest, context, chunk)
+    kv_block = max(KV_BLOCK_BYTES // position_bytes // KV_PAGE, 1) * KV_PAGE
+    least_workspace = _workspace_bytes(config, manifest, context, chunk)
     # One layer's cache at a time is read in the dtype of the products.
     plain_bytes = 2 * config.n_kv_heads * config.head_dim * _itemsize(config)
     converted = position_bytes != plain_bytes or config.kv_dtype == "q8_0"
+    workspace = least_workspace
     if converted:
         workspace += plain_bytes * max(kv_tokens and min(kv_tokens, (max_batch or 1) * context), *kv_slots, 0)
+    # The shuttle's pieces come in another order; what was seen of a long cache waits in float32 for the rest.
+    copied = min(max(kv_slots), kv_block) * (position_bytes + (plain_bytes if converted else 0))
+    waiting = 12 * chunk * config.n_heads * config.head_dim if max(kv_slots) > kv_block else 0
+    shuttled_workspace = least_workspace + copied + waiting
     if max_batch:
         # The gathered pages of one layer with a copy, and the logits of every sequence in a few forms.
         workspace += 2 * min(kv_tokens, max_batch * context) * position_bytes
@@ -172,26 +185,24 @@ def make_plan(
     relaid = backend in _KERNEL_BACKENDS and not streams
     kept_bytes = [_relaid_bytes(span) if relaid else span.nbytes for span in manifest.layers]
     globals_bytes = sum(_relaid_bytes(span) if relaid else span.nbytes for span in _device_globals(manifest))
-    shuttled = sum(sorted(kv_rows)[-(stream_depth + 1) :])
-    least_kv = sum(kv_rows) if kv_shuttle == "off" else min(sum(kv_rows), shuttled)
-    least = workspace + least_kv + min(_slots_bytes(layer_bytes, stream_depth), sum(layer_bytes))
+    kv_pieces = max(stream_depth, 2) + 2
+    shuttled = _pieces_positions(kv_slots, kv_block, kv_pieces) * position_bytes
+    least_kv = workspace + sum(kv_rows)
+    if kv_shuttle != "off":
+        least_kv = min(least_kv, shuttled_workspace + shuttled)
+    least = least_kv + min(_slots_bytes(layer_bytes, stream_depth), sum(layer_bytes))
     # Its rows would wait behind the layers on the link, so it leaves the device only where it does not fit.
     host_embedding = (
         streams and "output.weight" in manifest.globals and globals_bytes + least > vram_budget_bytes
     )
     if host_embedding:
         globals_bytes -= manifest.globals[EMBEDDING].nbytes
+    on_device = globals_bytes + workspace + sum(kv_rows)
+    fits = on_device + min(_slots_bytes(layer_bytes, stream_depth), sum(layer_bytes)) <= vram_budget_bytes
+    saves = shuttled_workspace + shuttled < workspace + sum(kv_rows)
+    shuttle = kv_shuttle == "on" or (kv_shuttle == "auto" and not fits and saves)
+    workspace = shuttled_workspace if shuttle else workspace
     fixed = globals_bytes + workspace
-
-    def fits(kv_bytes: int) -> bool:
-        return (
-            fixed + kv_bytes + min(_slots_bytes(layer_bytes, stream_depth), sum(layer_bytes))
-            <= vram_budget_bytes
-        )
-
-    shuttle = kv_shuttle == "on" or (
-        kv_shuttle == "auto" and not fits(sum(kv_rows)) and shuttled < sum(kv_rows)
-    )
     kv_bytes = shuttled if shuttle else sum(kv_rows)
     kv_host_bytes = sum(kv_rows) if shuttle else 0
 
@@ -213,10 +224,10 @@ def make_plan(
         fixed += gaps
     peak = fixed + kv_bytes + slots + resident_bytes
     if peak > vram_budget_bytes:
-        smallest = fixed + min(sum(kv_rows), shuttled) + min(_slots_bytes(layer_bytes, 1), sum(layer_bytes))
+        smallest = fixed - workspace + least_kv + min(_slots_bytes(layer_bytes, 1), sum(layer_bytes))
         if peak > smallest:
             advice = f"the smallest that can work is {_up(smallest)} GiB (--stream_depth=1 --resident=none"
-            advice += " --kv_shuttle=on)" if shuttled < sum(kv_rows) else ")"
+            advice += " --kv_shuttle=on)" if saves else ")"
         else:
             advice = "a shorter --context needs less"
         raise PlanError(
@@ -258,6 +269,8 @@ def make_plan(
         model_bytes=sum(layer_bytes) + sum(span.nbytes for span in _device_globals(manifest)),
         max_batch=max_batch or 0,
         kv_tokens=kv_tokens,
+        kv_block=kv_block if shuttle else 0,
+        kv_pieces=kv_pieces if shuttle else 0,
     )
 
 
@@ -329,6 +342,12 @@ def _kv_slots(architecture: Architecture, config: Config, layer: int, context: i
     slots = min(context, window + chunk) if window else context
     # An odd number of slots makes a GPU's attention several times slower.
     return -(-slots // KV_PAGE) * KV_PAGE
+
+
+def _pieces_positions(kv_slots: Sequence[int], block: int, count: int) -> int:
+    """Positions of the `count` largest pieces that the caches of all layers are cut into."""
+    pieces = [min(block, slots - first) for slots in kv_slots for first in range(0, slots, block)]
+    return sum(sorted(pieces)[-count:])
 
 
 def _device_globals(manifest: Manifest) -> Sequence[Span]:

@@ -79,6 +79,8 @@ class Model:
         if shuttle is not None:
             self.stats.bytes_streamed += shuttle.bytes_up
             shuttle.bytes_up = 0
+            self.stats.wait_s += shuttle.wait_s
+            shuttle.wait_s = 0.0
 
     def wait(self) -> None:
         """Waits until the device has done all its work, which may still read the mapping."""

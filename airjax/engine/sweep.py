@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from airjax import layers
+from airjax.engine.long import long_layer
 from airjax.engine.model import Model
 from airjax.engine.step import block_step, run_step, shuttled_block_step
 from airjax.streaming import Shuttle
@@ -54,7 +55,8 @@ def new_state(model: Model, batch: int = 1) -> State:
             plan.kv_slots,
             layers.rows_struct(row, config.kv_dtype),
             model.device,
-            max(plan.stream_depth, 2),
+            plan.kv_pieces,
+            plan.kv_block,
             pin=model.device.platform != "cpu",
             timeline=model.timeline,
         )
@@ -93,7 +95,7 @@ def sweep(
     steps = _steps(model, state, lengths)
     model.weights.begin_sweep()
     if state.shuttle is not None:
-        state.shuttle.begin_sweep(lengths)
+        state.shuttle.begin_sweep(_uploads(state.shuttle, lengths, positions))
     layer = 0
     while layer < len(steps):
         end = run_end(model, state, layer, positions)
@@ -103,14 +105,19 @@ def sweep(
             continue
         step = steps[layer]
         weights = model.weights.take(layer)
-        kv = _grown(state.kv[layer], lengths[layer]) if state.shuttle is None else state.shuttle.take(layer)
         before = x
-        x, kv = step(weights, before, kv, device_positions)
-        model.pending = x
         if state.shuttle is None:
-            state.kv[layer] = kv
+            kv = _grown(state.kv[layer], lengths[layer])
+            x, state.kv[layer] = step(weights, before, kv, device_positions)
         else:
-            state.shuttle.keep(layer, kv, positions)
+            if lengths[layer] > state.shuttle.block:
+                x, rows = long_layer(model, state.shuttle, layer, weights, before, device_positions)
+            else:
+                for piece in state.shuttle.pieces(layer):  # there is one
+                    x, rows = step(weights, before, piece.kv, device_positions)
+                    state.shuttle.release(x)
+            state.shuttle.keep(layer, rows, positions)
+        model.pending = x
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", x)
         model.weights.release(layer, weights, before, done=x)
@@ -164,11 +171,24 @@ def _run(
 
 def _lengths(model: Model, positions: np.ndarray) -> list[int]:
     """How many slots of each layer's cache this sweep looks at: few distinct values, so few programs."""
-    needed = int(positions.max()) + 1
+    length = _rounded(int(positions.max()) + 1)
+    return [min(length, slots) for slots in model.plan.kv_slots]
+
+
+def _rounded(needed: int) -> int:
     length = _SMALLEST_LENGTH
     while length < needed:  # 256, 384, 512, 768, 1024, 1536, ...
         length += length // 2 if length & (length - 1) == 0 else length // 3
-    return [min(length, slots) for slots in model.plan.kv_slots]
+    return length
+
+
+def _uploads(shuttle: Shuttle, lengths: list[int], positions: np.ndarray) -> list[int]:
+    """How many slots of each layer go up: of a cache longer than one piece only those of earlier positions."""
+    earlier = int(np.max(np.min(positions, axis=1, initial=positions.max(), where=positions >= 0)))
+    whole = earlier - earlier % shuttle.block
+    # The last piece is rounded, so that there are few programs.
+    used = whole + min(_rounded(earlier - whole), shuttle.block) if earlier > whole else whole
+    return [min(used, length) if length > shuttle.block else length for length in lengths]
 
 
 def _grown(kv: LayerKV, slots: int) -> LayerKV:

@@ -10,6 +10,7 @@ import numpy as np
 
 from airjax import layers, models, sampling
 from airjax.engine.batch import table_of
+from airjax.engine.long import attend_step, begin_step, end_step
 from airjax.engine.step import (
     block_step,
     draw_rows_step,
@@ -48,8 +49,11 @@ def compiled_workspace(manifest: Manifest, config: Config, plan: Plan) -> int:
         x = _array((sequences, new, config.d_model))
         positions = _array((sequences, new), jnp.int32)
         for layout, kind, slots in programs:
-            step, cache = _block(layout, config, kind, slots, plan, sequences)
-            used = _workspace(step, _buffers(layout), x, *cache, positions)
+            if plan.shuttle and slots > plan.kv_block:
+                used = _long(layout, config, kind, slots, plan, x, positions)
+            else:
+                step, cache = _block(layout, config, kind, slots, plan, sequences)
+                used = _workspace(step, _buffers(layout), x, *cache, positions)
             # The input of the block before is still waited for while the next one is dispatched.
             largest = max(largest, used + 2 * _nbytes(x))
     return largest
@@ -71,6 +75,28 @@ def _block(
         return shuttled_block_step(layout, config, kind), (_cache(shape, config),)
     shape = (sequences, config.n_kv_heads, slots, config.head_dim)
     return block_step(layout, config, kind, slots), (_cache(shape, config),)
+
+
+def _long(
+    layout: Layout,
+    config: Config,
+    kind: str,
+    slots: int,
+    plan: Plan,
+    x: jax.ShapeDtypeStruct,
+    positions: jax.ShapeDtypeStruct,
+) -> int:
+    """Workspace of a layer whose cache comes in pieces."""
+    buffers = _buffers(layout)
+    begin, attend = begin_step(layout, config, kind), attend_step(config, kind, slots)
+    q, partial, rows = jax.eval_shape(begin, buffers, x, positions)
+    piece = _cache((plan.kv_block, x.shape[0], config.n_kv_heads, config.head_dim), config)
+    waiting = sum(_nbytes(leaf) for leaf in jax.tree.leaves((q, partial, rows)))
+    return max(
+        _workspace(begin, buffers, x, positions),
+        _workspace(attend, q, partial, piece, _array((), jnp.int32), positions) + waiting,
+        _workspace(end_step(layout, config), buffers, x, partial) + waiting,
+    )
 
 
 def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:

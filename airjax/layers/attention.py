@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,23 @@ import numpy as np
 from airjax.layers.rows import decode, encode
 from airjax.types import Array, LayerKV
 
+
+class AttentionForm(NamedTuple):
+    """What an architecture fixes of `attention`; static.
+
+    Attributes:
+      scale, window, softcap: as `attention` has them.
+      dtype: of the products.
+    """
+
+    scale: float
+    window: int
+    softcap: float
+    dtype: np.dtype
+
+
 # Finite, so that a padding row (which sees no key at all) stays free of NaN.
-_MASKED = -1e30
+MASKED = -1e30
 # Scores of one tile of new tokens; more new tokens than that go one tile after another.
 SCORES_BYTES = 64 << 20
 
@@ -123,21 +139,23 @@ def attention(
 
     if new == 1:
         return _attend_one(grouped[:, 0], keys, values, visible[:, 0], scale, softcap).reshape(q.shape)
-    tile = _tile_rows(batch * heads * keys.shape[2] * 4, new)
+    tile = tile_rows(batch * heads * keys.shape[2] * 4, new)
     if tile == new:
         out = attend(grouped, visible)
     else:
-        out = jax.lax.map(lambda tiled: attend(*tiled), (_split(grouped, tile), _split(visible, tile)))
+        out = jax.lax.map(
+            lambda tiled: attend(*tiled), (split_rows(grouped, tile), split_rows(visible, tile))
+        )
         out = out.swapaxes(0, 1)  # [B, T / tile, tile, K, G, H]
     return out.reshape(batch, new, heads, width)
 
 
 def _attend(q: Array, keys: Array, values: Array, visible: Array, scale: float, softcap: float) -> Array:
     einsum = functools.partial(
-        jnp.einsum, preferred_element_type=jnp.float32, precision=_precision(keys.dtype)
+        jnp.einsum, preferred_element_type=jnp.float32, precision=product_precision(keys.dtype)
     )
     scores = einsum("btkgh,bksh->bkgts", q, keys)
-    weights = jax.nn.softmax(_masked(scores, visible[:, None, None], scale, softcap), axis=-1)
+    weights = jax.nn.softmax(masked_scores(scores, visible[:, None, None], scale, softcap), axis=-1)
     return einsum("bkgts,bksh->btkgh", weights.astype(values.dtype), values)
 
 
@@ -149,7 +167,7 @@ def _attend_one(q: Array, keys: Array, values: Array, visible: Array, scale: flo
     """
     batch, kv_heads, group, width = q.shape
     dot = functools.partial(
-        jax.lax.dot_general, preferred_element_type=jnp.float32, precision=_precision(keys.dtype)
+        jax.lax.dot_general, preferred_element_type=jnp.float32, precision=product_precision(keys.dtype)
     )
 
     def merged(
@@ -158,7 +176,7 @@ def _attend_one(q: Array, keys: Array, values: Array, visible: Array, scale: flo
         return x.reshape(batch * kv_heads, *x.shape[2:])
 
     scores = dot(merged(q), merged(keys), (((2,), (2,)), ((0,), (0,))))  # [B * K, G, S]
-    scores = _masked(scores, jnp.repeat(visible, kv_heads, axis=0)[:, None], scale, softcap)
+    scores = masked_scores(scores, jnp.repeat(visible, kv_heads, axis=0)[:, None], scale, softcap)
     weights = jnp.exp(scores - _largest(scores)).astype(values.dtype)
     out = dot(weights, merged(values), (((2,), (1,)), ((0,), (0,))))
     # XLA would split a plain sum by the shape of the whole array.
@@ -181,25 +199,25 @@ def _largest(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(largest, jnp.float32)
 
 
-def _masked(scores: Array, visible: Array, scale: float, softcap: float) -> Array:
+def masked_scores(scores: Array, visible: Array, scale: float, softcap: float) -> Array:
     scores = scores * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    return jnp.where(visible, scores, _MASKED)
+    return jnp.where(visible, scores, MASKED)
 
 
-def _precision(dtype: np.dtype) -> jax.lax.Precision | None:
+def product_precision(dtype: np.dtype) -> jax.lax.Precision | None:
     """A GPU would round float32 factors to 10 bits (tf32); a float32 cache wants float32 products."""
     return jax.lax.Precision.HIGHEST if dtype == np.float32 else None
 
 
-def _tile_rows(row_bytes: int, rows: int) -> int:
+def tile_rows(row_bytes: int, rows: int) -> int:
     """The largest halving of `rows` whose scores stay under the limit."""
     while rows % 2 == 0 and rows * row_bytes > SCORES_BYTES:
         rows //= 2
     return rows
 
 
-def _split(x: Array, tile: int) -> Array:
+def split_rows(x: Array, tile: int) -> Array:
     """`[B, T, ...]` to `[T / tile, B, tile, ...]`."""
     return x.reshape(x.shape[0], -1, tile, *x.shape[2:]).swapaxes(0, 1)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from airjax import quants
+from airjax import layers, quants
 from airjax.gguf import GGUF, GGUFError, Layout
 from airjax.types import Array, KVCache
 
@@ -64,6 +64,18 @@ class Architecture(Protocol):
         ...
 
     def embed(self, weights: Weights, ids: Array, config: Any) -> Array: ...
+
+    def attention_form(self, config: Any, kind: str) -> layers.AttentionForm: ...
+
+    def attend_inputs(
+        self, weights: Weights, x: Array, positions: Array, config: Any, kind: str
+    ) -> tuple[Array, Array, Array]:
+        """What comes before attention in `block`: queries, keys and values."""
+        ...
+
+    def attend_output(self, weights: Weights, x: Array, attended: Array, config: Any) -> Array:
+        """What follows attention in `block`."""
+        ...
 
     def block(
         self,

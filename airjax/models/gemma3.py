@@ -120,6 +120,50 @@ def embed(weights: Weights, ids: Array, config: Gemma3Config) -> Array:
     return quants.take_rows(weights["token_embd.weight"], ids) * config.d_model**0.5
 
 
+def attention_form(config: Gemma3Config, kind: str) -> layers.AttentionForm:
+    """Of a kind of layer."""
+    return layers.AttentionForm(
+        scale=config.attention_scale,
+        window=window(config, kind),
+        softcap=0.0,
+        dtype=np.dtype(config.compute_dtype),
+    )
+
+
+def attend_inputs(
+    weights: Weights, x: Array, positions: Array, config: Gemma3Config, kind: str
+) -> tuple[Array, Array, Array]:
+    """The first part of `block`: queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, after rope."""
+    batch, new, _ = x.shape
+    if kind == "local":
+        frequencies = layers.rope_frequencies(config.head_dim, config.rope_base_local)
+    else:
+        frequencies = layers.rope_frequencies(config.head_dim, config.rope_base, config.rope_linear_factor)
+    h = _norm(x, weights, "attn_norm", config)
+    q, k, v = (
+        y.reshape(batch, new, -1, config.head_dim)
+        for y in project_many(h, weights, ("attn_q", "attn_k", "attn_v"), config)
+    )
+    q = layers.rope(_norm(q, weights, "attn_q_norm", config), positions, frequencies, interleaved=False)
+    k = layers.rope(_norm(k, weights, "attn_k_norm", config), positions, frequencies, interleaved=False)
+    return q, k, v
+
+
+def attend_output(weights: Weights, x: Array, attended: Array, config: Gemma3Config) -> Array:
+    """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states."""
+    attended = project(attended.reshape(*x.shape[:2], -1), weights, "attn_output", config)
+    x = x + _norm(attended, weights, "post_attention_norm", config)
+
+    h = _norm(x, weights, "ffn_norm", config)
+    gate, up = project_many(h, weights, ("ffn_gate", "ffn_up"), config)
+    down = project(layers.gated(gate, up, "gelu"), weights, "ffn_down", config)
+    return x + _norm(down, weights, "post_ffw_norm", config)
+
+
+def _norm(x: Array, weights: Weights, name: str, config: Gemma3Config) -> Array:
+    return layers.rms_norm(x, vector(weights, f"{name}.weight"), config.norm_eps)
+
+
 def block(
     weights: Weights,
     x: Array,
@@ -143,38 +187,11 @@ def block(
     Returns:
       The new hidden states `[B, T, D]`, and the cache with the new rows.
     """
-    batch, new, _ = x.shape
-    if kind == "local":
-        frequencies = layers.rope_frequencies(config.head_dim, config.rope_base_local)
-    else:
-        frequencies = layers.rope_frequencies(config.head_dim, config.rope_base, config.rope_linear_factor)
-
-    def norm(x: Array, name: str) -> Array:
-        return layers.rms_norm(x, vector(weights, f"{name}.weight"), config.norm_eps)
-
-    h = norm(x, "attn_norm")
-    q, k, v = (
-        y.reshape(batch, new, -1, config.head_dim)
-        for y in project_many(h, weights, ("attn_q", "attn_k", "attn_v"), config)
-    )
-    q = layers.rope(norm(q, "attn_q_norm"), positions, frequencies, interleaved=False)
-    k = layers.rope(norm(k, "attn_k_norm"), positions, frequencies, interleaved=False)
+    q, k, v = attend_inputs(weights, x, positions, config, kind)
     kv = layers.write_rows(kv, k, v, positions)
-    attended = layers.attention(
-        q,
-        kv,
-        positions,
-        scale=config.attention_scale,
-        window=window(config, kind),
-        length=length,
-        dtype=np.dtype(config.compute_dtype),
-    )
-    attended = project(attended.reshape(batch, new, -1), weights, "attn_output", config)
-    x = x + norm(attended, "post_attention_norm")
-
-    h = norm(x, "ffn_norm")
-    gate, up = project_many(h, weights, ("ffn_gate", "ffn_up"), config)
-    return x + norm(project(layers.gated(gate, up, "gelu"), weights, "ffn_down", config), "post_ffw_norm"), kv
+    form = attention_form(config, kind)
+    attended = layers.attention(q, kv, positions, **form._asdict(), length=length)
+    return attend_output(weights, x, attended, config), kv
 
 
 def unembed(weights: Weights, x: Array, config: Gemma3Config) -> Array:

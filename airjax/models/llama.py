@@ -129,6 +129,42 @@ def embed(weights: Weights, ids: Array, config: LlamaConfig) -> Array:
     return quants.take_rows(weights["token_embd.weight"], ids)
 
 
+def attention_form(config: LlamaConfig, kind: str) -> layers.AttentionForm:
+    """Of all layers the same."""
+    del kind
+    return layers.AttentionForm(
+        scale=config.head_dim**-0.5, window=0, softcap=0.0, dtype=np.dtype(config.compute_dtype)
+    )
+
+
+def attend_inputs(
+    weights: Weights, x: Array, positions: Array, config: LlamaConfig, kind: str
+) -> tuple[Array, Array, Array]:
+    """The first part of `block`: queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, after rope."""
+    del kind
+    batch, new, _ = x.shape
+    frequencies = layers.rope_frequencies(
+        config.rope_width, config.rope_base, config.rope_linear_factor, config.rope_factors
+    )
+    h = layers.rms_norm(x, vector(weights, "attn_norm.weight"), config.norm_eps)
+    q, k, v = (
+        y.reshape(batch, new, -1, config.head_dim)
+        for y in project_many(h, weights, ("attn_q", "attn_k", "attn_v"), config)
+    )
+    q = layers.rope(q, positions, frequencies, interleaved=True)
+    k = layers.rope(k, positions, frequencies, interleaved=True)
+    return q, k, v
+
+
+def attend_output(weights: Weights, x: Array, attended: Array, config: LlamaConfig) -> Array:
+    """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states."""
+    x = x + project(attended.reshape(*x.shape[:2], -1), weights, "attn_output", config)
+
+    h = layers.rms_norm(x, vector(weights, "ffn_norm.weight"), config.norm_eps)
+    gate, up = project_many(h, weights, ("ffn_gate", "ffn_up"), config)
+    return x + project(layers.gated(gate, up, "silu"), weights, "ffn_down", config)
+
+
 def block(
     weights: Weights,
     x: Array,
@@ -152,32 +188,11 @@ def block(
     Returns:
       The new hidden states `[B, T, D]`, and the cache with the new rows.
     """
-    del kind
-    batch, new, _ = x.shape
-    frequencies = layers.rope_frequencies(
-        config.rope_width, config.rope_base, config.rope_linear_factor, config.rope_factors
-    )
-    h = layers.rms_norm(x, vector(weights, "attn_norm.weight"), config.norm_eps)
-    q, k, v = (
-        y.reshape(batch, new, -1, config.head_dim)
-        for y in project_many(h, weights, ("attn_q", "attn_k", "attn_v"), config)
-    )
-    q = layers.rope(q, positions, frequencies, interleaved=True)
-    k = layers.rope(k, positions, frequencies, interleaved=True)
+    q, k, v = attend_inputs(weights, x, positions, config, kind)
     kv = layers.write_rows(kv, k, v, positions)
-    attended = layers.attention(
-        q,
-        kv,
-        positions,
-        scale=config.head_dim**-0.5,
-        length=length,
-        dtype=np.dtype(config.compute_dtype),
-    )
-    x = x + project(attended.reshape(batch, new, -1), weights, "attn_output", config)
-
-    h = layers.rms_norm(x, vector(weights, "ffn_norm.weight"), config.norm_eps)
-    gate, up = project_many(h, weights, ("ffn_gate", "ffn_up"), config)
-    return x + project(layers.gated(gate, up, "silu"), weights, "ffn_down", config), kv
+    form = attention_form(config, kind)
+    attended = layers.attention(q, kv, positions, **form._asdict(), length=length)
+    return attend_output(weights, x, attended, config), kv
 
 
 def unembed(weights: Weights, x: Array, config: LlamaConfig) -> Array:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
-import functools
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,20 +16,45 @@ from airjax.streaming.timeline import Timeline
 from airjax.streaming.transfer import put_snapshot
 from airjax.types import LayerKV
 
+_ALIGNMENT = 64
+
+
+class Piece(NamedTuple):
+    """A part of a layer's cache on the device, perhaps still on the link.
+
+    Attributes:
+      first: its first slot.
+      kv: `[S', B, K, H]` each.
+    """
+
+    first: int
+    kv: LayerKV
+
+
+class _Range(NamedTuple):
+    layer: int
+    first: int
+    length: int
+
 
 class Shuttle:
     """Keys and values of every layer on the host, `[S, B, K, H]` each, so that the used part is contiguous.
+
+    A layer goes up in pieces of at most `block` positions. Host memory is taken a block at a time, when its
+    positions are first used.
 
     Args:
       sizes: S of each layer.
       row: shapes and dtypes `[B, K, H]` of the keys (or the values) of one position.
       device: where the blocks run.
-      depth: how many layers' KV may be alive on the device at once.
+      pieces: how many pieces may be alive on the device at once, at least 2.
+      block: positions of a piece.
       pin: register the host memory with the driver (for a GPU).
-      timeline: records the way down, if given.
+      timeline: records both ways, if given.
 
     Attributes:
       bytes_up, bytes_down: what was moved.
+      wait_s: time in which the device had finished all earlier work and waited for a piece.
     """
 
     def __init__(
@@ -36,44 +62,68 @@ class Shuttle:
         sizes: Sequence[int],
         row: Any,
         device: jax.Device,
-        depth: int,
+        pieces: int,
+        block: int,
         *,
         pin: bool,
         timeline: Timeline | None = None,
     ) -> None:
         self.bytes_up = 0
         self.bytes_down = 0
+        self.wait_s = 0.0
+        self.block = block
+        self._sizes = tuple(sizes)
+        self._row = row
         self._device = device
-        self._depth = depth
+        self._pieces = max(pieces, 2)
+        self._pin = pin
         self._timeline = timeline
         self._memory: list[PinnedMemory] = []
-        self._host: list[LayerKV] = []  # of numpy arrays
-
-        def allocate(size: int, part: Any) -> np.ndarray:
-            shape = (size, *part.shape)
-            memory = PinnedMemory.allocate(int(np.prod(shape)) * part.dtype.itemsize, pin=pin)
-            self._memory.append(memory)
-            return memory.array.view(part.dtype).reshape(shape)
-
-        for size in sizes:
-            self._host.append(jax.tree.map(functools.partial(allocate, size), LayerKV(row, row)))
+        self._host: dict[tuple[int, int], LayerKV] = {}  # of numpy arrays, by layer and block
+        # New rows come down by the copy engine, not through a staging buffer of the driver.
+        self._landing_place = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
         self._landing: dict[int, tuple[LayerKV, np.ndarray]] = {}
-        self._ahead: collections.deque[tuple[int, LayerKV]] = collections.deque()
-        self._lengths: Sequence[int] = ()
-        self._last: LayerKV | None = None
+        self._to_put: collections.deque[_Range] = collections.deque()
+        self._ahead: collections.deque[tuple[int, Piece]] = collections.deque()
+        self._busy: collections.deque[tuple[LayerKV, Any]] = collections.deque()
 
     def begin_sweep(self, lengths: Sequence[int]) -> None:
-        """Says how many slots of each layer this sweep looks at, and starts the first uploads."""
-        self._ahead.clear()
-        self._lengths = lengths
-        self._fill(0)
+        """Says how many slots of each layer this sweep takes, and starts the first uploads."""
+        self._drop()
+        self._to_put.extend(
+            _Range(layer, first, min(self.block, length - first))
+            for layer, length in enumerate(lengths)
+            for first in range(0, length, self.block)
+        )
+        self._fill()
 
-    def take(self, layer: int) -> LayerKV:
-        """The layer's cache on the device, `[S', B, K, H]` each, perhaps still on the link."""
-        self._fill(layer)
-        item, kv = self._ahead.popleft()
-        assert item == layer, (item, layer)
-        return kv
+    def pieces(self, layer: int) -> Iterator[Piece]:
+        """The pieces of a layer in order; `release` must follow each. Layers come in the order of a sweep."""
+        while True:
+            self._fill()
+            if not self._ahead or self._ahead[0][0] != layer:
+                return
+            _, piece = self._ahead.popleft()
+            self._busy.append((piece.kv, None))
+            yield piece
+
+    def release(self, done: Any) -> None:
+        """Says that the work which reads the newest piece is dispatched, so its memory is free once `done` is ready.
+
+        Args:
+          done: an output of that work, not donated to anything.
+        """
+        kv, _ = self._busy.pop()
+        self._busy.append((kv, done))
+        # The work is dispatched already, so waiting for what comes before it leaves no gap on the device.
+        while len(self._busy) > 1:
+            earlier, last_use = self._busy.popleft()
+            jax.block_until_ready(last_use)
+            earlier.delete()
+        self._fill()
+        start = time.perf_counter()
+        jax.block_until_ready(kv)
+        self.wait_s += time.perf_counter() - start
 
     def keep(self, layer: int, rows: LayerKV, positions: np.ndarray) -> None:
         """Starts the way down of a layer's new rows.
@@ -84,57 +134,83 @@ class Shuttle:
           positions: `[B, T]`, negative for padding rows.
         """
         self.bytes_down += rows.nbytes
-        for part in jax.tree.leaves(rows):
-            part.copy_to_host_async()
+        landing = jax.device_put(rows, self._landing_place)
         if self._timeline is not None:
-            self._timeline.watch("device to host", f"kv {layer}", rows, rows.nbytes)
-        if self._last is not None:
-            # The throttle: no upload runs further ahead than the blocks do.
-            jax.block_until_ready(self._last)
-        self._last = rows
-        self._landing[layer] = (rows, positions)
-        self._fill(layer + 1)
-
-    def land(self) -> None:
-        """Waits until every new row is in the host cache."""
-        for layer in list(self._landing):
-            self._land(layer)
+            self._timeline.watch("device to host", f"kv {layer}", landing, rows.nbytes)
+        self._landing[layer] = (landing, positions)
 
     def close(self) -> None:
         """Waits for what is on the way and frees the host memory."""
-        self._ahead.clear()
+        self._drop()
         self._landing.clear()
         self._host.clear()
         for memory in self._memory:
             memory.close()
         self._memory.clear()
 
+    def _drop(self) -> None:
+        """Forgets what was on its way up; the memory that it is read from is free then."""
+        waiting = [(kv, done) for kv, done in self._busy] + [(piece.kv, None) for _, piece in self._ahead]
+        for kv, done in waiting:
+            # Work that failed has reported it already; here only its end matters.
+            with contextlib.suppress(RuntimeError):
+                jax.block_until_ready((kv, done))
+            kv.delete()
+        self._busy.clear()
+        self._ahead.clear()
+        self._to_put.clear()
+
+    def _fill(self) -> None:
+        while self._to_put and len(self._ahead) + len(self._busy) < self._pieces:
+            layer, first, length = self._to_put.popleft()
+            # Rows of the last sweep must be in the host cache before it goes up again.
+            self._land(layer)
+            host = self._block(layer, first // self.block)
+            kv = LayerKV(*(self._put(part, length) for part in (host.k, host.v)))
+            self.bytes_up += kv.nbytes
+            if self._timeline is not None:
+                self._timeline.watch("host to device", f"kv {layer}", kv, kv.nbytes)
+            self._ahead.append((layer, Piece(first, kv)))
+
+    def _put(self, part: Any, length: int) -> Any:
+        return jax.tree.map(lambda leaf: put_snapshot(leaf[:length], self._device), part)
+
     def _land(self, layer: int) -> None:
+        """Waits until the newest rows of a layer are in the host cache."""
         landing = self._landing.pop(layer, None)
         if landing is None:
             return
         rows, positions = landing
-        for host, new in zip(jax.tree.leaves(self._host[layer]), jax.tree.leaves(rows), strict=True):
-            values = np.asarray(new)  # [B, K, T, H]
-            for sequence, row_positions in enumerate(positions):
-                used = np.flatnonzero(row_positions >= 0)
-                slots = row_positions[used] % host.shape[0]
-                host[slots, sequence] = values[sequence][:, used].swapaxes(0, 1)
+        values = [np.asarray(leaf) for leaf in jax.tree.leaves(rows)]  # [B, K, T, H] each
+        for sequence, row_positions in enumerate(positions):
+            used = np.flatnonzero(row_positions >= 0)
+            slots = row_positions[used] % self._sizes[layer]
+            for block in np.unique(slots // self.block):
+                inside = slots // self.block == block
+                host = jax.tree.leaves(self._block(layer, int(block)))
+                for target, new in zip(host, values, strict=True):
+                    target[slots[inside] % self.block, sequence] = new[sequence][:, used[inside]].swapaxes(
+                        0, 1
+                    )
 
-    def _fill(self, layer: int) -> None:
-        ahead = layer + len(self._ahead)
-        while ahead < len(self._host) and len(self._ahead) < self._depth:
-            # Rows of the last sweep must be in the host cache before it goes up again.
-            self._land(ahead)
-            host = self._host[ahead]
-            length = self._lengths[ahead]
-            kv = jax.tree.map(lambda part: put_snapshot(part[:length], self._device), host)  # noqa: B023
-            nbytes = kv.nbytes
-            self.bytes_up += nbytes
-            if self._timeline is not None:
-                self._timeline.watch("host to device", f"kv {ahead}", kv, nbytes)
-            self._ahead.append((ahead, kv))
-            ahead += 1
+    def _block(self, layer: int, block: int) -> LayerKV:
+        """Host memory of a block of a layer."""
+        if (layer, block) not in self._host:
+            size = min(self.block, self._sizes[layer] - block * self.block)
+            parts, tree = jax.tree.flatten(LayerKV(self._row, self._row))
+            shapes = [(size, *part.shape) for part in parts]
+            sizes = [
+                int(np.prod(shape)) * part.dtype.itemsize for shape, part in zip(shapes, parts, strict=True)
+            ]
+            starts = np.cumsum([0, *(nbytes + -nbytes % _ALIGNMENT for nbytes in sizes)])
+            memory = PinnedMemory.allocate(int(starts[-1]), pin=self._pin)
+            self._memory.append(memory)
+            arrays = [
+                memory.array[start : start + nbytes].view(part.dtype).reshape(shape)
+                for start, nbytes, part, shape in zip(starts, sizes, parts, shapes, strict=False)
+            ]
+            self._host[layer, block] = jax.tree.unflatten(tree, arrays)
+        return self._host[layer, block]
 
 
 def to_cache(kv: LayerKV) -> LayerKV:

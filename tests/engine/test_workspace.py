@@ -33,4 +33,9 @@ def test_it_grows_with_the_chunk_and_with_the_batch(model):
 
 def test_a_shuttled_cache_arrives_in_another_order_and_is_copied(model):
     kv_bytes = model.plan.kv_bytes // model.config.n_layers
-    assert workspace(model, shuttle=True) > kv_bytes
+    assert workspace(model, shuttle=True, kv_block=256) > kv_bytes
+
+
+def test_a_cache_in_pieces_needs_the_copy_of_one_piece(model):
+    whole = workspace(model, shuttle=True, kv_block=256, prefill_chunk=1)
+    assert workspace(model, shuttle=True, kv_block=64, prefill_chunk=1) < whole

@@ -1,0 +1,102 @@
+"""A layer whose cache is longer than one piece of the shuttle: attention goes piece by piece as they come."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from airjax import layers, models
+from airjax.engine.model import Model
+from airjax.gguf import Layout
+from airjax.layers import Partial
+from airjax.models import Buffers, Config
+from airjax.streaming import Shuttle, to_cache
+from airjax.types import Array, LayerKV
+
+
+def long_layer(
+    model: Model, shuttle: Shuttle, layer: int, weights: Buffers, x: Array, positions: Array
+) -> tuple[Array, LayerKV]:
+    """Runs one layer.
+
+    Args:
+      model: the open model.
+      shuttle: holds the cache of all earlier positions.
+      layer: which.
+      weights: its buffers.
+      x: `[B, T, D]`.
+      positions: `[B, T]` on the device; those of a sequence rise one by one.
+
+    Returns:
+      The new hidden states, and the new rows `[B, K, T, H]` each as the cache stores them.
+    """
+    layout, kind = model.manifest.layers[layer].layout, model.kinds[layer]
+    q, partial, rows = begin_step(layout, model.config, kind)(weights, x, positions)
+    attend = attend_step(model.config, kind, model.plan.kv_slots[layer])
+    for piece in shuttle.pieces(layer):
+        partial = attend(q, partial, piece.kv, np.int32(piece.first), positions)
+        shuttle.release(partial.total)
+    return end_step(layout, model.config)(weights, x, partial), rows
+
+
+@functools.cache
+def begin_step(layout: Layout, config: Config, kind: str) -> Callable[..., tuple[Array, Partial, LayerKV]]:
+    """What comes before the cache.
+
+    Returns:
+      jitted `(buffers, x [B, T, D], positions [B, T]) -> (q [B, T, N, H], attention over the new rows alone,
+      rows [B, K, T, H])`.
+    """
+    architecture = models.get(config.architecture)
+    form = architecture.attention_form(config, kind)
+
+    @jax.jit
+    def begin(buffers: Buffers, x: Array, positions: Array) -> tuple[Array, Partial, LayerKV]:
+        weights = models.unpack(buffers, layout)
+        q, k, v = architecture.attend_inputs(weights, x, positions, config, kind)
+        # As they will be read later, so that where a row comes from makes no difference.
+        like: Any = layers.rows_struct((1, config.head_dim), config.kv_dtype)
+        rows = LayerKV(*(layers.encode(part.swapaxes(1, 2), like) for part in (k, v)))
+        return q, layers.attend_part(q, rows, positions, positions, form), rows
+
+    return begin
+
+
+@functools.cache
+def attend_step(config: Config, kind: str, size: int) -> Callable[..., Partial]:
+    """Attention over one more piece of a cache of `size` slots, which holds the positions before the new ones.
+
+    Returns:
+      jitted `(q [B, T, N, H], partial, kv [S', B, K, H], first slot, positions [B, T]) -> partial`.
+    """
+    form = models.get(config.architecture).attention_form(config, kind)
+
+    @jax.jit
+    def attend(q: Array, partial: Partial, kv: LayerKV, first: Array, positions: Array) -> Partial:
+        cache = to_cache(kv)
+        slot = first + jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None]
+        valid = positions >= 0
+        newest = jnp.min(jnp.where(valid, positions, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True) - 1
+        newest = jnp.where(jnp.any(valid, axis=1, keepdims=True), newest, -1)  # [B, 1]
+        # Where each slot's content comes from: the newest earlier position that maps to it, negative if none.
+        key_positions = newest - (newest - slot) % size
+        return layers.merge(partial, layers.attend_part(q, cache, key_positions, positions, form))
+
+    return attend
+
+
+@functools.cache
+def end_step(layout: Layout, config: Config) -> Callable[..., Array]:
+    """What follows attention: jitted `(buffers, x [B, T, D], partial) -> x`."""
+    architecture = models.get(config.architecture)
+
+    @jax.jit
+    def end(buffers: Buffers, x: Array, partial: Partial) -> Array:
+        return architecture.attend_output(models.unpack(buffers, layout), x, layers.finish(partial), config)
+
+    return end
