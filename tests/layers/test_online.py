@@ -12,7 +12,6 @@ from airjax import layers
 from airjax.layers import AttentionForm, attend_part, finish, merge
 from airjax.types import LayerKV
 
-# Compiled, since operation by operation XLA's CPU backend has no products of bfloat16.
 _attend_part = jax.jit(attend_part, static_argnames="form")
 _B, _T, _K, _G, _H, _S = 2, 6, 2, 3, 8, 40
 
@@ -71,7 +70,7 @@ def test_parts_equal_float64(block, window, softcap):
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_parts_equal_attention_in_one(dtype):
     q, kv, positions = _inputs(jnp.dtype(dtype))
     form = _form(dtype=jnp.dtype(dtype))
@@ -82,7 +81,7 @@ def test_parts_equal_attention_in_one(dtype):
         one = _cut(one, slice(0, int(positions[b, -1]) + 1))
         attention = jax.jit(functools.partial(layers.attention, **form._asdict()))
         whole.append(attention(q[b : b + 1], one, positions[b : b + 1]))
-    tolerance = 2e-6 if dtype == "float32" else 0.02
+    tolerance = 2e-6 if dtype == "float32" else 5e-3
     np.testing.assert_allclose(
         _parts(q, kv, positions, form, 8), np.concatenate(whole), atol=tolerance, rtol=tolerance
     )
