@@ -119,19 +119,24 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
     """One layer whose cache was uploaded for this sweep; only the new rows come back.
 
     Returns:
-      jitted `(buffers, x [B, T, D], kv [S, B, K, H], positions [B, T]) -> (x, rows [B, K, T, H])`.
+      jitted `(buffers, x [B, T, D], piece uint8 [S, row bytes], positions [B, T]) -> (x, rows [B, K, T, H])`.
     """
     architecture = models.get(config.architecture)
 
     @_jit
-    def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> tuple[Array, LayerKV]:
+    def block(buffers: Buffers, x: Array, piece: Array, positions: Array) -> tuple[Array, LayerKV]:
         weights = models.unpack(buffers, layout)
-        cache = to_cache(kv)
+        cache = to_cache(piece, shuttled_row(config, len(x)))
         x, written = architecture.block(weights, x, cache, positions, config, kind, cache.k.shape[2])
         assert isinstance(written, LayerKV)
         return x, layers.read_rows(written, positions)
 
     return block
+
+
+def shuttled_row(config: Config, batch: int) -> Any:
+    """Shapes and dtypes `[B, K, H]` of the keys of one position, as the shuttle takes them."""
+    return layers.rows_struct((batch, config.n_kv_heads, config.head_dim), config.kv_dtype)
 
 
 @functools.cache
