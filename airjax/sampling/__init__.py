@@ -1,6 +1,7 @@
 """Composable, pure samplers: transforms of logits, `chain`, and the draw of a token."""
 
 from airjax.sampling.bias import banned_tokens, forced_tokens, logit_bias, min_new_tokens
+from airjax.sampling.culprit import DrawError, explain
 from airjax.sampling.draw import draw, log_prob
 from airjax.sampling.dry import dry
 from airjax.sampling.mask import mask_tokens
@@ -15,6 +16,7 @@ from airjax.sampling.xtc import xtc
 
 __all__ = [
     "Apply",
+    "DrawError",
     "State",
     "Transform",
     "banned_tokens",
@@ -24,6 +26,7 @@ __all__ = [
     "dynamic_temperature",
     "epsilon_cutoff",
     "eta_cutoff",
+    "explain",
     "forced_tokens",
     "greedy",
     "log_prob",
