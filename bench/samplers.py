@@ -2,8 +2,9 @@
 
     python bench/samplers.py --model=SMOLLM2.gguf
 
-Prints a table: each sampler's time alone in a jitted step with its draw, less that of the draw from bare logits, and its
-share of the model's decode step; then the time of a mask on the host, and of a decode step with and without a grammar.
+Prints a table: each sampler's time alone in a jitted step with its draw, less that of the draw from bare logits, and
+its share of the model's decode step; then the time of a mask on the host, and of a decode step with and without a
+grammar.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from airjax.sampling.transform import Apply, State, Transform, chain
 from airjax.sampling.truncation import min_p, top_k, top_p
 from airjax.sampling.typical import epsilon_cutoff, eta_cutoff, top_n_sigma, typical_p
 from airjax.sampling.watermark import Detection, detect_watermark, watermark
+from airjax.sampling.within import within_top_k
 from airjax.sampling.xtc import xtc
 
 __all__ = [
@@ -57,5 +58,6 @@ __all__ = [
     "top_p",
     "typical_p",
     "watermark",
+    "within_top_k",
     "xtc",
 ]

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from airjax.sampling.transform import Chained, State
+from airjax.sampling.within import Within
 
 
 class DrawError(ValueError):
@@ -48,6 +49,9 @@ def _problem(logits: jax.Array) -> str:
 
 def _steps(apply: Any, state: State) -> list[tuple[Any, State]]:
     """The transforms of a chain with their states, chains within it taken apart."""
+    if isinstance(apply, Within):
+        k, own = state
+        return [(apply.cut, k), *_steps(apply.inner, own)]
     if not isinstance(apply, Chained):
         return [(apply, state)]
     return [step for part, own in zip(apply.applies, state, strict=True) for step in _steps(part, own)]
