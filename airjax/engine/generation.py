@@ -5,23 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
+from airjax.engine.request import Constraint
 from airjax.engine.stats import peak_device_bytes
 from airjax.engine.step import advance, draw_step, unembed_step
 from airjax.engine.sweep import State, sweep
 from airjax.plan import LOGIT_ROWS_BYTES
-from airjax.sampling import Transform
+from airjax.sampling import DrawError, Transform, explain, mask_tokens
 from airjax.types import Array
 
 # From this many rows on, XLA's CPU backend sums a product in the same order whatever the number of rows, so a
 # prompt gives the same bits however it is cut into chunks (a test holds it).
 _SMALLEST_CHUNK = 64
+
+# Masks are made beside the thread that feeds the device.
+_MASKS = ThreadPoolExecutor(1, thread_name_prefix="airjax-mask")
 
 
 class Draw(NamedTuple):
@@ -63,8 +68,9 @@ def generate(
     key: Array,
     max_tokens: int,
     stop_ids: AbstractSet[int],
+    constraint: Constraint | None = None,
 ) -> Iterator[Draw]:
-    """Draws tokens after `prompt` until a stop token, `max_tokens`, or the end of the context.
+    """Draws tokens after `prompt` until a stop token, `max_tokens`, the end of the context or of the constraint.
 
     A sequence's draws depend on its key, its prompt and the sampler alone.
 
@@ -76,13 +82,18 @@ def generate(
       key: a typed key, consumed; the n-th draw uses it folded with n.
       max_tokens: how many draws at most.
       stop_ids: tokens that end the generation.
+      constraint: which tokens may come next; None for any.
 
     Yields:
       The draws, with the stop token as the last. `model.stats` counts along, and says at the end why it ended.
+
+    Raises:
+      DrawError: no token can be drawn; names the transform that left none.
     """
     stats = model.stats
     stats.prompt_tokens = len(prompt)
     clock = _Clock()
+    mask: Future | None = None if constraint is None else _MASKS.submit(constraint.mask)
     for x, rows in prefill(model, state, prompt):
         last = x, rows - 1
     x, row = last
@@ -102,8 +113,10 @@ def generate(
     # Where nothing waits for the link, the device is given the next sweep before the host looks at the token.
     ahead = not model.plan.streamed and state.shuttle is None
     for count in range(max_tokens):
+        allowed = None if mask is None else mask.result()[None]
+        before = x, last_row, sampler_state, token
         token, logprob, sampler_state, x = draw(
-            model.globals, x, last_row, sampler_state, token, keys, np.int32(count)
+            model.globals, x, last_row, sampler_state, token, keys, np.int32(count), allowed
         )
         last_row, model.pending = only_row, logprob
         position = len(prompt) + count
@@ -112,6 +125,15 @@ def generate(
             x, where = sweep(model, x, state, np.full((1, 1), position, np.int32), where), advance(where)
         ids, logprobs = jax.device_get((token, logprob))
         drawn = Draw(int(ids[0]), float(logprobs[0]))
+        if drawn.id < 0:
+            if allowed is not None and not allowed.any():
+                stats.finish_reason = "grammar"
+                return
+            raise DrawError(why_undrawn(model, sampler.apply, *before, allowed))
+        if constraint is not None:
+            constraint.advance(drawn.id)
+            if not constraint.finished:
+                mask = _MASKS.submit(constraint.mask)
         if count == 0:
             stats.prefill_s = clock.lap()
             stats.first_token_s = stats.prefill_s
@@ -119,7 +141,7 @@ def generate(
             stats.decode_s += clock.lap()
         stats.peak_device_bytes = peak_device_bytes(model.device)
         stats.generated_tokens += 1
-        if drawn.id in stop_ids:
+        if drawn.id in stop_ids or (constraint is not None and constraint.finished):
             stats.finish_reason = "stop"
         elif count + 1 == max_tokens:
             stats.finish_reason = "length"
@@ -133,6 +155,20 @@ def generate(
             clock.lap()  # the consumer's time is not the engine's, but where the device works on in it
             x = embed(model, np.full((1, 1), drawn.id, np.int32)) if x is None else x
             x, where = sweep(model, x, state, np.full((1, 1), position, np.int32), where), advance(where)
+
+
+def why_undrawn(
+    model: Model, apply: Any, x: Array, row: Array, state: Any, token: Any, allowed: np.ndarray | None
+) -> str:
+    """A sentence on why no token could be drawn from row `[1]` of the hidden states x `[1, T, D]` of a sweep.
+
+    The other arguments are those of the draw, of one sequence.
+    """
+    last = jax.numpy.take_along_axis(x, row[:, None, None], axis=1)[:, 0]
+    logits = unembed_step(model.layouts, model.config)(model.globals, last)
+    if allowed is not None:
+        logits = mask_tokens(logits, jax.numpy.asarray(allowed))
+    return f"no token can be drawn: {explain(apply, logits, state, token)}"
 
 
 def score(model: Model, state: State, ids: Sequence[int]) -> Iterator[Array]:

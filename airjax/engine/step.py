@@ -183,21 +183,30 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
     """From the hidden states of a sweep to the next token of each sequence, and its embedding.
 
     Returns:
-      jitted `(globals, x [B, T, D], row [B], sampler_state, token [B], keys [B], count) ->
+      jitted `(globals, x [B, T, D], row [B], sampler_state, token [B], keys [B], count, allowed) ->
       (token [B], logprob [B], sampler_state, x [B, 1, D])`. The count-th draw of a sequence uses its key folded
-      with `count`. The log-probability is the model's own, before the sampler. The last x is None where the
-      embedding stays on the host.
+      with `count`. `allowed` is None or packed bits `[B, W]`. The log-probability is the model's own, before mask
+      and sampler. A token is -1 where nothing can be drawn. The last x is None where the embedding stays on the
+      host.
     """
     architecture = models.get(config.architecture)
 
     @_jit
     def draw(
-        buffers: Globals, x: Array, row: Array, state: Any, token: Array, keys: Array, count: Array
+        buffers: Globals,
+        x: Array,
+        row: Array,
+        state: Any,
+        token: Array,
+        keys: Array,
+        count: Array,
+        allowed: Array | None,
     ) -> Any:
         weights = _unpack_globals(buffers, layouts)
         last = jnp.take_along_axis(x, row[:, None, None], axis=1)[:, 0]  # [B, D]
         logits = architecture.unembed(weights, last, config)  # [B, V]
-        filtered, state = apply(logits, state, token)
+        masked = logits if allowed is None else sampling.mask_tokens(logits, allowed)
+        filtered, state = apply(masked, state, token)
         drawn = sampling.draw(filtered, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, count))
         return (
             drawn,
@@ -248,9 +257,10 @@ def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int)
         drawn = sampling.draw(filtered, jax.vmap(jax.random.fold_in)(keys[slot], count))
         top_logprobs, top_ids = jax.lax.top_k(own, top)
         logprob = jnp.take_along_axis(own, jnp.maximum(drawn, 0)[:, None], axis=1)[:, 0]
-        state = jax.tree.map(lambda leaf, new: leaf.at[slot].set(new), state, rows)
-        possible = ~jnp.any(jnp.isnan(filtered), axis=1) & jnp.any(filtered > -jnp.inf, axis=1)
-        return (jnp.where(possible, drawn, -1), logprob, top_ids, top_logprobs), state
+        # A row without a draw keeps its state as it was, so that the draw can be replayed for the error message.
+        to = jnp.where(drawn < 0, len(keys), slot)
+        state = jax.tree.map(lambda leaf, new: leaf.at[to].set(new, mode="drop"), state, rows)
+        return (drawn, logprob, top_ids, top_logprobs), state
 
     return draw
 

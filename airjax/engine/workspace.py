@@ -124,7 +124,7 @@ def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
         used = _workspace(step, buffers, x, tokens, tokens, state, tokens, keys, tokens, None)
     else:
         step = draw_step(layouts, config, sampler.apply)
-        used = _workspace(step, buffers, x, tokens, state, tokens, keys, _array((), jnp.int32))
+        used = _workspace(step, buffers, x, tokens, state, tokens, keys, _array((), jnp.int32), None)
     return max(embed, used + _nbytes(x))
 
 
