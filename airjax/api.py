@@ -104,6 +104,7 @@ class Engine:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        steering: Mapping[int, np.ndarray] | None = None,
     ) -> Iterator[Token]:
         """Generates after a prompt of token ids.
 
@@ -114,6 +115,7 @@ class Engine:
           max_tokens: how many at most; None for as many as the context holds.
           stop: strings that end the generation; they are not part of the text.
           ignore_eos: go on after an end-of-generation token.
+          steering: vectors `[D]` to add to the hidden states, by depth; see `capture`.
 
         Yields:
           Tokens as they are drawn; the end-of-generation token only if text that was held back must follow.
@@ -123,10 +125,7 @@ class Engine:
           RequestError: the request cannot be run; raised here, before the first token is asked for.
         """
         ids = self._check_ids(ids, room=1)
-        if max_tokens is not None and max_tokens < 1:
-            raise RequestError(f"max_tokens must be at least 1, got {max_tokens}")
-        if isinstance(stop, str) or any(not isinstance(text, str) or not text for text in stop):
-            raise RequestError(f"stop must be a list of strings that are not empty, got {stop!r}")
+        _check_ends(max_tokens, stop)
         draws = engine.generate(
             self.model,
             self._begin(),
@@ -135,8 +134,97 @@ class Engine:
             key=jax.random.key(0) if key is None else key,
             max_tokens=self.plan.context if max_tokens is None else max_tokens,
             stop_ids=frozenset() if ignore_eos else self.tokenizer.eog_ids,
+            hook=engine.steering(self.model, steering) if steering else None,
         )
         return self._texts(draws, tuple(stop))
+
+    def capture(
+        self,
+        ids: Sequence[int],
+        *,
+        hidden: Sequence[int] = (),
+        attention: Sequence[int] = (),
+        steering: Mapping[int, np.ndarray] | None = None,
+    ) -> engine.Captured:
+        """Hidden states and attention of a text; see `airjax.engine.capture`.
+
+        Args:
+          ids: the text.
+          hidden: depths: 0 is the embedding's output, n what comes out of the n-th layer.
+          attention: layers, from 0.
+          steering: vectors `[D]` to add to the hidden states, by depth.
+
+        Raises:
+          ValueError: something does not fit the model.
+        """
+        return engine.capture(
+            self.model, self._check_ids(ids, room=0), hidden=hidden, attention=attention, steer=steering
+        )
+
+    def logit_lens(
+        self,
+        ids: Sequence[int],
+        depths: Sequence[int] | None = None,
+        *,
+        top: int = 5,
+        steering: Mapping[int, np.ndarray] | None = None,
+    ) -> engine.Lens:
+        """What the model would say after each of `depths`, None for all; see `airjax.engine.logit_lens`."""
+        depths = range(self.model.config.n_layers + 1) if depths is None else depths
+        return engine.logit_lens(
+            self.model, self._check_ids(ids, room=0), tuple(depths), top=top, steer=steering
+        )
+
+    def token_stats(self, ids: Sequence[int], *, top: int = 0) -> engine.TokenStats:
+        """Entropy, varentropy, surprisal and alternatives along a text; see `airjax.engine.token_stats`."""
+        return engine.token_stats(self.model, self._check_ids(ids, room=0), top=top)
+
+    def session(self, ids: Sequence[int], key: jax.Array | None = None) -> engine.Session:
+        """A sequence as a value, which `resume`, `fork`, `rollback`, `save` and `restore` take. Close it in the end.
+
+        Args:
+          ids: what it begins with.
+          key: the randomness of all its draws; None is key 0.
+        """
+        return engine.new_session(
+            self.model, self._check_ids(ids, room=1), jax.random.key(0) if key is None else key
+        )
+
+    def resume(
+        self,
+        session: engine.Session,
+        *,
+        sampler: sampling.Transform | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Iterator[Token]:
+        """Goes on with a session, which grows by each drawn token; arguments and results are those of `generate`."""
+        _check_ends(max_tokens, stop)
+        draws = engine.resume(
+            self.model,
+            session,
+            sampler=sampling.greedy() if sampler is None else sampler,
+            max_tokens=self.plan.context if max_tokens is None else max_tokens,
+            stop_ids=frozenset() if ignore_eos else self.tokenizer.eog_ids,
+        )
+        return self._texts(draws, tuple(stop))
+
+    def fork(self, session: engine.Session) -> engine.Session:
+        """A copy of a session that goes its own way; see `airjax.engine.fork`."""
+        return engine.fork(self.model, session)
+
+    def rollback(self, session: engine.Session, count: int) -> None:
+        """Forgets the last `count` tokens of a session; see `airjax.engine.rollback`."""
+        engine.rollback(self.model, session, count)
+
+    def save(self, session: engine.Session, path: str | os.PathLike[str]) -> None:
+        """Writes a session to a file; see `airjax.engine.save`."""
+        engine.save(self.model, session, path)
+
+    def restore(self, path: str | os.PathLike[str]) -> engine.Session:
+        """Reads a session from a file; refused if it was made with another model. See `airjax.engine.restore`."""
+        return engine.restore(self.model, path)
 
     def generate_batch(
         self,
@@ -397,6 +485,13 @@ def free_host_bytes() -> int:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return 8 * GIB
+
+
+def _check_ends(max_tokens: int | None, stop: Sequence[str]) -> None:
+    if max_tokens is not None and max_tokens < 1:
+        raise RequestError(f"max_tokens must be at least 1, got {max_tokens}")
+    if isinstance(stop, str) or any(not isinstance(text, str) or not text for text in stop):
+        raise RequestError(f"stop must be a list of strings that are not empty, got {stop!r}")
 
 
 def _budget(name: str, gib: float | None, free: int) -> int:

@@ -139,6 +139,22 @@ class Shuttle:
             self._timeline.watch("device to host", f"kv {layer}", landing, rows.nbytes)
         self._landing[layer] = (landing, positions)
 
+    def read(self, layer: int, slots: np.ndarray) -> list[np.ndarray]:
+        """The rows of some slots of a layer, by the leaves of the cache: `[n, B, K, ...]` each."""
+        self._land(layer)
+        rows = [np.empty((len(slots), *part.shape), part.dtype) for part in self._leaves()]
+        for block, inside in self._by_block(slots):
+            for target, host in zip(rows, jax.tree.leaves(self._block(layer, block)), strict=True):
+                target[inside] = host[slots[inside] % self.block]
+        return rows
+
+    def write(self, layer: int, slots: np.ndarray, rows: Sequence[np.ndarray]) -> None:
+        """Puts what `read` gave into some slots of a layer."""
+        self._land(layer)
+        for block, inside in self._by_block(slots):
+            for host, new in zip(jax.tree.leaves(self._block(layer, block)), rows, strict=True):
+                host[slots[inside] % self.block] = new[inside]
+
     def close(self) -> None:
         """Waits for what is on the way and frees the host memory."""
         self._drop()
@@ -185,13 +201,20 @@ class Shuttle:
         for sequence, row_positions in enumerate(positions):
             used = np.flatnonzero(row_positions >= 0)
             slots = row_positions[used] % self._sizes[layer]
-            for block in np.unique(slots // self.block):
-                inside = slots // self.block == block
-                host = jax.tree.leaves(self._block(layer, int(block)))
+            for block, inside in self._by_block(slots):
+                host = jax.tree.leaves(self._block(layer, block))
                 for target, new in zip(host, values, strict=True):
                     target[slots[inside] % self.block, sequence] = new[sequence][:, used[inside]].swapaxes(
                         0, 1
                     )
+
+    def _leaves(self) -> list[Any]:
+        return jax.tree.leaves(LayerKV(self._row, self._row))
+
+    def _by_block(self, slots: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Each block that holds some of the slots, and which of them, as a mask."""
+        for block in np.unique(slots // self.block):
+            yield int(block), slots // self.block == block
 
     def _block(self, layer: int, block: int) -> LayerKV:
         """Host memory of a block of a layer."""

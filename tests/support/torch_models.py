@@ -43,6 +43,19 @@ def torch_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
       path: a GGUF file of architecture llama or gemma3.
       ids: the tokens.
     """
+    model = _model(path)
+    with torch.inference_mode():
+        return model(torch.tensor([list(ids)])).logits[0].numpy()
+
+
+def torch_inside(path: Path, ids: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Hidden states `[T, D]` before each layer and after the last norm, and attention `[N, T, T]` of each layer."""
+    with torch.inference_mode():
+        out = _model(path)(torch.tensor([list(ids)]), output_hidden_states=True, output_attentions=True)
+    return [part[0].numpy() for part in out.hidden_states], [part[0].numpy() for part in out.attentions]
+
+
+def _model(path: Path) -> Any:
     with open_gguf(path) as file:
         architecture = file.metadata["general.architecture"]
         model = _llama(file) if architecture == "llama" else _gemma3(file)
@@ -52,8 +65,7 @@ def torch_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
         if "rope_freqs.weight" in file.tensors:
             model.model.rotary_emb.inv_freq /= _decoded(file, "rope_freqs.weight")
     model.tie_weights()
-    with torch.inference_mode():
-        return model.eval()(torch.tensor([list(ids)])).logits[0].numpy()
+    return model.eval()
 
 
 def _sizes(file: GGUF, architecture: str) -> dict[str, Any]:
