@@ -1,5 +1,7 @@
 """The engine: token ids in, logits and token ids out. It knows no text."""
 
+from airjax.engine.beams import Hypothesis as Hypothesis
+from airjax.engine.beams import beam_search as beam_search
 from airjax.engine.generation import Draw as Draw
 from airjax.engine.generation import generate as generate
 from airjax.engine.generation import score as score
@@ -19,6 +21,11 @@ from airjax.engine.request import Event as Event
 from airjax.engine.request import Request as Request
 from airjax.engine.scheduler import BatchStats as BatchStats
 from airjax.engine.scheduler import Scheduler as Scheduler
+from airjax.engine.search import Path as Path
+from airjax.engine.search import Sample as Sample
+from airjax.engine.search import branch_on_entropy as branch_on_entropy
+from airjax.engine.search import parallel_samples as parallel_samples
+from airjax.engine.search import ranked as ranked
 from airjax.engine.session import Session as Session
 from airjax.engine.session import fork as fork
 from airjax.engine.session import new_session as new_session
