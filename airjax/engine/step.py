@@ -19,6 +19,9 @@ from airjax.types import Array, LayerKV, PagedKV
 Globals = dict[str, Buffers]
 GlobalLayouts = tuple[tuple[str, Layout], ...]
 
+# Decoding on a CPU with 512-bit vectors gains 3 to 10 %; LLVM prefers half of that, and a GPU does not read it.
+_jit = functools.partial(jax.jit, compiler_options={"xla_cpu_prefer_vector_width": 512})
+
 
 @functools.cache
 def block_step(
@@ -31,7 +34,7 @@ def block_step(
     """
     architecture = models.get(config.architecture)
 
-    @functools.partial(jax.jit, donate_argnames="kv")
+    @functools.partial(_jit, donate_argnames="kv")
     def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Any:
         weights = models.unpack(buffers, layout)
         return architecture.block(weights, x, kv, positions, config, kind, length)
@@ -48,7 +51,7 @@ def paged_block_step(layout: Layout, config: Config, kind: str) -> Callable[...,
     """
     architecture = models.get(config.architecture)
 
-    @functools.partial(jax.jit, donate_argnames="pages")
+    @functools.partial(_jit, donate_argnames="pages")
     def block(
         buffers: Buffers, x: Array, pages: LayerKV, table: Array, positions: Array
     ) -> tuple[Array, LayerKV]:
@@ -75,7 +78,7 @@ def run_step(
     """
     architecture = models.get(config.architecture)
 
-    @functools.partial(jax.jit, donate_argnames="kvs")
+    @functools.partial(_jit, donate_argnames="kvs")
     def run(
         buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array
     ) -> tuple[Array, list[LayerKV]]:
@@ -96,7 +99,7 @@ def paged_run_step(
     """`run_step` for a batch: jitted `([buffers], x [B, T, D], [pages], table, positions) -> (x, [pages])`."""
     architecture = models.get(config.architecture)
 
-    @functools.partial(jax.jit, donate_argnames="pages")
+    @functools.partial(_jit, donate_argnames="pages")
     def run(
         buffers: list[Buffers], x: Array, pages: list[LayerKV], table: Array, positions: Array
     ) -> tuple[Array, list[LayerKV]]:
@@ -120,7 +123,7 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
     """
     architecture = models.get(config.architecture)
 
-    @jax.jit
+    @_jit
     def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> tuple[Array, LayerKV]:
         weights = models.unpack(buffers, layout)
         cache = to_cache(kv)
@@ -136,7 +139,7 @@ def embed_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]:
     """jitted `(globals, ids [B, T]) -> x [B, T, D]`."""
     architecture = models.get(config.architecture)
 
-    @jax.jit
+    @_jit
     def embed(buffers: Globals, ids: Array) -> Array:
         return architecture.embed(_unpack_globals(buffers, layouts), ids, config)
 
@@ -148,7 +151,7 @@ def host_embed_step(type: GGMLType, config: Config) -> Callable[..., Array]:
     """jitted `(rows of the embedding as they lie in the file, uint8 [B, T, row bytes]) -> x [B, T, D]`."""
     architecture = models.get(config.architecture)
 
-    @jax.jit
+    @_jit
     def embed(rows: Array) -> Array:
         batch, new, _ = rows.shape
         table = quants.view(rows.reshape(-1), type, (batch * new, config.d_model))
@@ -163,7 +166,7 @@ def unembed_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]
     """jitted `(globals, x [..., D]) -> logits [..., V]`."""
     architecture = models.get(config.architecture)
 
-    @jax.jit
+    @_jit
     def unembed(buffers: Globals, x: Array) -> Array:
         return architecture.unembed(_unpack_globals(buffers, layouts), x, config)
 
@@ -182,7 +185,7 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
     """
     architecture = models.get(config.architecture)
 
-    @jax.jit
+    @_jit
     def draw(
         buffers: Globals, x: Array, row: Array, state: Any, token: Array, keys: Array, count: Array
     ) -> Any:
@@ -219,7 +222,7 @@ def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int)
     """
     architecture = models.get(config.architecture)
 
-    @functools.partial(jax.jit, donate_argnames="state")
+    @functools.partial(_jit, donate_argnames="state")
     def draw(
         buffers: Globals,
         x: Array,

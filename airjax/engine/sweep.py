@@ -208,15 +208,20 @@ def _run(
 
 def _lengths(model: Model, positions: np.ndarray) -> list[int]:
     """How many slots of each layer's cache this sweep looks at: few distinct values, so few programs."""
-    length = _rounded(int(positions.max()) + 1)
+    length = _rounded(int(positions.max()) + 1, quarters=model.device.platform == "cpu")
     return [min(length, slots) for slots in model.plan.kv_slots]
 
 
-def _rounded(needed: int) -> int:
-    length = _SMALLEST_LENGTH
-    while length < needed:  # 256, 384, 512, 768, 1024, 1536, ...
-        length += length // 2 if length & (length - 1) == 0 else length // 3
-    return length
+def _rounded(needed: int, quarters: bool = False) -> int:
+    """256, 384, 512, 768, 1024, 1536, ...; with `quarters` also 320, 448, 640, 896, 1280, ....
+
+    On a CPU attention takes as long as what it looks at, and programs are quickly made; on a GPU it is the reverse.
+    """
+    octave = _SMALLEST_LENGTH
+    while octave * 2 <= needed:
+        octave *= 2
+    step = octave // (4 if quarters else 2)
+    return max(-(-needed // step) * step, _SMALLEST_LENGTH)
 
 
 def _uploads(shuttle: Shuttle, lengths: list[int], positions: np.ndarray) -> list[int]:

@@ -159,10 +159,12 @@ def _open_source(
         try:
             for mapping in gguf.maps:
                 registered.append(PinnedMemory.register_mapping(mapping))
-        except PinningError as error:
+        except BaseException as error:
             for handle in registered:
                 handle.close()
             registered.clear()
+            if not isinstance(error, PinningError):
+                raise
             logging.warning(
                 "airjax: the file's mapping can't be pinned (%s): copies are pageable and slow", error
             )

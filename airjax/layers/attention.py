@@ -206,7 +206,8 @@ def _attend_one(q: Array, keys: Array, values: Array, visible: Array, scale: flo
     """`_attend` of one new token, `[B, K, G, H]`, in products that take the cache as it lies in memory.
 
     In the general form XLA's CPU backend transposes all values first, which takes longer than the products.
-    Nothing here is computed in a way that XLA chooses by the batch, so a sequence's bits don't depend on it.
+    Nothing here is computed in a way that XLA is known to choose by the batch; so the bits of a sequence don't depend
+    on it in the shapes that tests hold, though XLA gives no such promise.
     """
     batch, kv_heads, group, width = q.shape
     dot = functools.partial(

@@ -8,6 +8,7 @@ ring                the file does not fit in RAM: reader threads fill host slots
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import jax
@@ -46,9 +47,10 @@ class MappedSource:
         """Nothing is read ahead."""
 
     def close(self) -> None:
-        """Unregisters the mappings."""
-        for handle in self._registered:
-            handle.close()
+        """Unregisters the mappings, each even if another fails."""
+        with contextlib.ExitStack() as handles:
+            for handle in self._registered:
+                handles.callback(handle.close)
 
 
 class ReadSource:
