@@ -61,6 +61,7 @@ class Event(NamedTuple):
       finish_reason: "" while it goes on.
       error: a sentence, with the reason "error".
       cached_tokens: how many tokens of the prompt came from shared pages.
+      entropy: of the model's distribution, in nats; None where nobody asked for the most probable tokens.
     """
 
     request: int
@@ -70,3 +71,4 @@ class Event(NamedTuple):
     finish_reason: Finish
     error: str = ""
     cached_tokens: int = 0
+    entropy: float | None = None

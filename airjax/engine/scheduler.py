@@ -414,7 +414,7 @@ class Scheduler:
         out, self._samplers = draw(
             self.model.globals, x, last, slots, self._samplers, tokens, self._keys, counts, allowed
         )
-        drawn, logprobs, top_ids, top_logprobs = jax.device_get(out)
+        drawn, logprobs, top_ids, top_logprobs, entropies = jax.device_get(out)
         events = []
         for row, sequence in finished:
             if sequence.number in failed:
@@ -424,7 +424,8 @@ class Scheduler:
             alternatives = tuple(
                 zip(top_ids[row, :count].tolist(), top_logprobs[row, :count].tolist(), strict=True)
             )
-            events.append(self._advance(sequence, int(drawn[row]), float(logprobs[row]), alternatives))
+            event = self._advance(sequence, int(drawn[row]), float(logprobs[row]), alternatives)
+            events.append(event._replace(entropy=float(entropies[row])) if count else event)
         return events
 
     def _allowed(

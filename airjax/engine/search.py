@@ -98,7 +98,7 @@ def parallel_samples(
             slots, last = np.full(rows, count, np.int32), np.full(rows, -1, np.int32)
             slots[: len(alive)] = alive
             last[: len(alive)] = [tokens[n][-1] if drawn else ids[-1] for n in alive]
-            (new, scores, _, _), state = draw(
+            (new, scores, *_), state = draw(
                 model.globals,
                 x,
                 np.zeros(rows, np.int32),
