@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from airjax import engine, sampling
 from airjax.plan import GIB, Plan, Resident, Switch
-from airjax.streaming import Timeline
+from airjax.streaming import PinningError, Timeline, cuda_driver
 from airjax.text import ChatTemplate, Grammar, StopStrings, Tokenizer
 from airjax.text import grammar as grammars
 
@@ -107,6 +108,7 @@ class Engine:
         ignore_eos: bool = False,
         grammar: Grammar | None = None,
         constraint: engine.Constraint | None = None,
+        steering: Mapping[int, np.ndarray] | None = None,
     ) -> Iterator[Token]:
         """Generates after a prompt of token ids.
 
@@ -119,6 +121,7 @@ class Engine:
           ignore_eos: go on after an end-of-generation token.
           grammar: what the text must match, from `grammar`.
           constraint: a rule of one's own over the next token, instead of a grammar.
+          steering: vectors `[D]` to add to the hidden states, by depth; see `capture`.
 
         Yields:
           Tokens as they are drawn; the end-of-generation token only if text that was held back must follow.
@@ -129,10 +132,7 @@ class Engine:
           DrawError: no token can be drawn, and it is not the grammar; names the transform that left none.
         """
         ids = self._check_ids(ids, room=1)
-        if max_tokens is not None and max_tokens < 1:
-            raise RequestError(f"max_tokens must be at least 1, got {max_tokens}")
-        if isinstance(stop, str) or any(not isinstance(text, str) or not text for text in stop):
-            raise RequestError(f"stop must be a list of strings that are not empty, got {stop!r}")
+        _check_ends(max_tokens, stop)
         if grammar is not None and constraint is not None:
             raise RequestError("give a grammar or a constraint, not both")
         draws = engine.generate(
@@ -144,8 +144,97 @@ class Engine:
             max_tokens=self.plan.context if max_tokens is None else max_tokens,
             stop_ids=frozenset() if ignore_eos else self.tokenizer.eog_ids,
             constraint=constraint if grammar is None else grammar.constraint(),
+            hook=engine.steering(self.model, steering) if steering else None,
         )
         return self._texts(draws, tuple(stop))
+
+    def capture(
+        self,
+        ids: Sequence[int],
+        *,
+        hidden: Sequence[int] = (),
+        attention: Sequence[int] = (),
+        steering: Mapping[int, np.ndarray] | None = None,
+    ) -> engine.Captured:
+        """Hidden states and attention of a text; see `airjax.engine.capture`.
+
+        Args:
+          ids: the text.
+          hidden: depths: 0 is the embedding's output, n what comes out of the n-th layer.
+          attention: layers, from 0.
+          steering: vectors `[D]` to add to the hidden states, by depth.
+
+        Raises:
+          ValueError: something does not fit the model.
+        """
+        return engine.capture(
+            self.model, self._check_ids(ids, room=0), hidden=hidden, attention=attention, steer=steering
+        )
+
+    def logit_lens(
+        self,
+        ids: Sequence[int],
+        depths: Sequence[int] | None = None,
+        *,
+        top: int = 5,
+        steering: Mapping[int, np.ndarray] | None = None,
+    ) -> engine.Lens:
+        """What the model would say after each of `depths`, None for all; see `airjax.engine.logit_lens`."""
+        depths = range(self.model.config.n_layers + 1) if depths is None else depths
+        return engine.logit_lens(
+            self.model, self._check_ids(ids, room=0), tuple(depths), top=top, steer=steering
+        )
+
+    def token_stats(self, ids: Sequence[int], *, top: int = 0) -> engine.TokenStats:
+        """Entropy, varentropy, surprisal and alternatives along a text; see `airjax.engine.token_stats`."""
+        return engine.token_stats(self.model, self._check_ids(ids, room=0), top=top)
+
+    def session(self, ids: Sequence[int], key: jax.Array | None = None) -> engine.Session:
+        """A sequence as a value, which `resume`, `fork`, `rollback`, `save` and `restore` take. Close it in the end.
+
+        Args:
+          ids: what it begins with.
+          key: the randomness of all its draws; None is key 0.
+        """
+        return engine.new_session(
+            self.model, self._check_ids(ids, room=1), jax.random.key(0) if key is None else key
+        )
+
+    def resume(
+        self,
+        session: engine.Session,
+        *,
+        sampler: sampling.Transform | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Iterator[Token]:
+        """Goes on with a session, which grows by each drawn token; arguments and results are those of `generate`."""
+        _check_ends(max_tokens, stop)
+        draws = engine.resume(
+            self.model,
+            session,
+            sampler=sampling.greedy() if sampler is None else sampler,
+            max_tokens=self.plan.context if max_tokens is None else max_tokens,
+            stop_ids=frozenset() if ignore_eos else self.tokenizer.eog_ids,
+        )
+        return self._texts(draws, tuple(stop))
+
+    def fork(self, session: engine.Session) -> engine.Session:
+        """A copy of a session that goes its own way; see `airjax.engine.fork`."""
+        return engine.fork(self.model, session)
+
+    def rollback(self, session: engine.Session, count: int) -> None:
+        """Forgets the last `count` tokens of a session; see `airjax.engine.rollback`."""
+        engine.rollback(self.model, session, count)
+
+    def save(self, session: engine.Session, path: str | os.PathLike[str]) -> None:
+        """Writes a session to a file; see `airjax.engine.save`."""
+        engine.save(self.model, session, path)
+
+    def restore(self, path: str | os.PathLike[str]) -> engine.Session:
+        """Reads a session from a file; refused if it was made with another model. See `airjax.engine.restore`."""
+        return engine.restore(self.model, path)
 
     def generate_batch(
         self,
@@ -417,10 +506,15 @@ def load(
 
 def free_device_bytes(device: jax.Device) -> int:
     """Device memory that a run may use: what is free less a twentieth, for what others allocate."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if not stats or "bytes_limit" not in stats:
+    if device.platform == "cpu":
         return free_host_bytes()
-    return int((stats["bytes_limit"] - stats["bytes_in_use"]) * 0.95)
+    stats = device.memory_stats() or {}
+    if stats.get("bytes_limit"):
+        return int((stats["bytes_limit"] - stats["bytes_in_use"]) * 0.95)
+    # CUDA's own allocator knows no limit; the driver knows what is free.
+    with contextlib.suppress(PinningError):
+        return int(cuda_driver(device.local_hardware_id or 0).free_bytes() * 0.95)
+    return free_host_bytes()
 
 
 def free_host_bytes() -> int:
@@ -435,6 +529,13 @@ def free_host_bytes() -> int:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return 8 * GIB
+
+
+def _check_ends(max_tokens: int | None, stop: Sequence[str]) -> None:
+    if max_tokens is not None and max_tokens < 1:
+        raise RequestError(f"max_tokens must be at least 1, got {max_tokens}")
+    if isinstance(stop, str) or any(not isinstance(text, str) or not text for text in stop):
+        raise RequestError(f"stop must be a list of strings that are not empty, got {stop!r}")
 
 
 def _budget(name: str, gib: float | None, free: int) -> int:

@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": "show what would live where under a memory budget",
     "perplexity": "measure how well a model predicts a text",
     "serve": "answer clients of OpenAI's API, all in shared sweeps",
+    "experiment": "compare samplers over prompts and seeds, in shared sweeps",
     "bench": "measure the machine, and what a model reaches on it",
 }
 # CUDA's own allocator: JAX's usual one gives a slot of the ring up to 128 MiB more than it needs (70B shape, three

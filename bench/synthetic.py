@@ -53,6 +53,7 @@ SHAPES = {
     "8b": Shape(32, 4096, 14_336, 32, 8, 128_256, 131_072),
     "32b": Shape(64, 5120, 27_648, 40, 8, 152_064, 131_072),
     "70b": Shape(80, 8192, 28_672, 64, 8, 128_256, 131_072),
+    "120b": Shape(88, 12_288, 28_672, 96, 8, 32_768, 131_072),
 }
 
 
@@ -140,20 +141,20 @@ def _add_metadata(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_bos_token_id(256)
 
 
-def write(path: str, shape: Shape, kind: Type, output_kind: Type | None = None, seed: int = 0) -> int:
-    """Writes the file.
+def write_header(
+    path: str, shape: Shape, kind: Type, output_kind: Type | None = None
+) -> tuple[list[tuple[str, tuple[int, ...], Type]], list[int]]:
+    """Writes metadata and tensor table alone.
 
     Args:
       path: where.
       shape: sizes of the model.
       kind: block type of the layers and the embedding.
       output_kind: of the output matrix; None for Q6_K beside a K-quant, else `kind`.
-      seed: of the weights.
 
     Returns:
-      Bytes written.
+      Name, shape and block type of each tensor, and its bytes.
     """
-    generator = np.random.default_rng(seed)
     if output_kind is None:
         output_kind = Type.Q6_K if kind.name.endswith("_K") else kind
     writer = gguf.GGUFWriter(path, "llama")
@@ -169,6 +170,37 @@ def write(path: str, shape: Shape, kind: Type, output_kind: Type | None = None, 
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
+    return tensors, sizes
+
+
+def write_sparse(path: str, shape: Shape, kind: Type) -> int:
+    """Writes a file that has a shape's header and a hole where its weights would be: enough to plan with.
+
+    Returns:
+      Its length, of which the disk holds the header alone.
+    """
+    _, sizes = write_header(path, shape, kind)
+    begin = os.path.getsize(path)
+    length = begin + -begin % 32 + sum(nbytes + -nbytes % 32 for nbytes in sizes)
+    os.truncate(path, length)
+    return length
+
+
+def write(path: str, shape: Shape, kind: Type, output_kind: Type | None = None, seed: int = 0) -> int:
+    """Writes the file.
+
+    Args:
+      path: where.
+      shape: sizes of the model.
+      kind: block type of the layers and the embedding.
+      output_kind: as `write_header` has it.
+      seed: of the weights.
+
+    Returns:
+      Bytes written.
+    """
+    generator = np.random.default_rng(seed)
+    tensors, sizes = write_header(path, shape, kind, output_kind)
     ones = np.ones(shape.d_model, np.float32).view(np.uint8)
     kinds = sorted({block for _, size, block in tensors if len(size) > 1})
     pools = {block: _pool(block, shape.d_model**-0.5, generator) for block in kinds}

@@ -28,6 +28,7 @@ FLOORS = {
     "api": 5,
     "server": 6,
     "bench": 6,
+    "experiments": 6,
     "commands": 7,
     "main": 8,
 }

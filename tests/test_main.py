@@ -46,6 +46,7 @@ FLAGS = {
         "--max_batch=8",
         "--max_queue=64",
     ],
+    "experiment": [*COMMON, "--out", "--sampler", "--prompt", "--prompt_file", "--seeds=4", "--batch=8"],
     "bench": [*COMMON[:-5], "--batch=1", "--prompt=512", "--decode=32", "--seed=0", "--trace", "--plot"],
 }
 

@@ -188,8 +188,13 @@ def make_sampler(values: Flags) -> Transform:
 
 
 @contextlib.contextmanager
-def open_engine(values: Flags) -> Iterator[Engine]:
-    """An engine as the flags say; afterwards its timeline is written, if one was asked for."""
+def open_engine(values: Flags, max_batch: int | None = None) -> Iterator[Engine]:
+    """An engine as the flags say; afterwards its timeline is written, if one was asked for.
+
+    Args:
+      values: the flags.
+      max_batch: sequences that may share a sweep; None for one alone.
+    """
     from airjax import api
 
     with api.load(
@@ -202,6 +207,7 @@ def open_engine(values: Flags) -> Iterator[Engine]:
         context=values.context,
         compute_dtype=values.compute_dtype,
         kv_dtype=values.kv_dtype,
+        max_batch=max_batch,
         trace=bool(values.trace),
     ) as engine:
         try:

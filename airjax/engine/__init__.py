@@ -1,8 +1,18 @@
 """The engine: token ids in, logits and token ids out. It knows no text."""
 
+from airjax.engine.beams import Hypothesis as Hypothesis
+from airjax.engine.beams import beam_search as beam_search
 from airjax.engine.generation import Draw as Draw
 from airjax.engine.generation import generate as generate
 from airjax.engine.generation import score as score
+from airjax.engine.hooks import Hook as Hook
+from airjax.engine.hooks import steering as steering
+from airjax.engine.inside import Captured as Captured
+from airjax.engine.inside import Lens as Lens
+from airjax.engine.inside import TokenStats as TokenStats
+from airjax.engine.inside import capture as capture
+from airjax.engine.inside import logit_lens as logit_lens
+from airjax.engine.inside import token_stats as token_stats
 from airjax.engine.lookup import embed as embed
 from airjax.engine.model import Model as Model
 from airjax.engine.model import open_model as open_model
@@ -11,6 +21,18 @@ from airjax.engine.request import Event as Event
 from airjax.engine.request import Request as Request
 from airjax.engine.scheduler import BatchStats as BatchStats
 from airjax.engine.scheduler import Scheduler as Scheduler
+from airjax.engine.search import Path as Path
+from airjax.engine.search import Sample as Sample
+from airjax.engine.search import branch_on_entropy as branch_on_entropy
+from airjax.engine.search import parallel_samples as parallel_samples
+from airjax.engine.search import ranked as ranked
+from airjax.engine.session import Session as Session
+from airjax.engine.session import fork as fork
+from airjax.engine.session import new_session as new_session
+from airjax.engine.session import resume as resume
+from airjax.engine.session import rollback as rollback
+from airjax.engine.sessionfile import restore as restore
+from airjax.engine.sessionfile import save as save
 from airjax.engine.stats import Stats as Stats
 from airjax.engine.sweep import State as State
 from airjax.engine.sweep import new_state as new_state

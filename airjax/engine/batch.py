@@ -95,6 +95,13 @@ def write_pages(state: PagedState, pages: Sequence[int], content: Sequence[Layer
         state.layers[layer] = _write(state.layers[layer], index, padded)
 
 
+def copy_pages(state: PagedState, sources: Sequence[int], targets: Sequence[int]) -> None:
+    """Copies the content of some pages to others, in every layer."""
+    index, to = _padded_index(sources), _padded_index(targets)
+    for layer, kv in enumerate(state.layers):
+        state.layers[layer] = _copy(kv, index, to)
+
+
 def shared_sweep(model: Model, groups: Sequence[Group], state: PagedState) -> list[Array]:
     """One pass of all layers for several groups: each layer's weights cross the link once for all of them.
 
@@ -177,6 +184,13 @@ def _read(layer: LayerKV, index: Array) -> LayerKV:
 @functools.partial(jax.jit, donate_argnames="layer")
 def _write(layer: LayerKV, index: Array, content: LayerKV) -> LayerKV:
     return jax.tree.map(lambda pages, new: pages.at[index].set(new, mode="drop"), layer, content)
+
+
+@functools.partial(jax.jit, donate_argnames="layer")
+def _copy(layer: LayerKV, sources: Array, targets: Array) -> LayerKV:
+    return jax.tree.map(
+        lambda pages: pages.at[targets].set(jnp.take(pages, sources, axis=0, mode="clip"), mode="drop"), layer
+    )
 
 
 @functools.partial(jax.jit, static_argnames="missing")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from airjax.engine.hooks import Hook
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.request import Constraint
@@ -36,7 +37,9 @@ class Draw(NamedTuple):
     logprob: float
 
 
-def prefill(model: Model, state: State, ids: Sequence[int], start: int = 0) -> Iterator[tuple[Array, int]]:
+def prefill(
+    model: Model, state: State, ids: Sequence[int], start: int = 0, hook: Hook | None = None
+) -> Iterator[tuple[Array, int]]:
     """Runs tokens through the model in chunks, a sweep each.
 
     Args:
@@ -44,6 +47,7 @@ def prefill(model: Model, state: State, ids: Sequence[int], start: int = 0) -> I
       state: the KV cache; positions below `start` are filled already.
       ids: tokens of the positions from `start` on.
       start: position of the first.
+      hook: sees the layers pass by.
 
     Yields:
       For each chunk its hidden states `[1, T, D]`, padded, and how many rows of them are real.
@@ -56,7 +60,7 @@ def prefill(model: Model, state: State, ids: Sequence[int], start: int = 0) -> I
         padded[0, : len(part)] = part
         positions = np.full((1, rows), -1, np.int32)
         positions[0, : len(part)] = np.arange(start + begin, start + begin + len(part))
-        yield sweep(model, embed(model, padded), state, positions), len(part)
+        yield sweep(model, embed(model, padded), state, positions, hook=hook), len(part)
 
 
 def generate(
@@ -69,6 +73,9 @@ def generate(
     max_tokens: int,
     stop_ids: AbstractSet[int],
     constraint: Constraint | None = None,
+    start: int = 0,
+    earlier_draws: int = 0,
+    hook: Hook | None = None,
 ) -> Iterator[Draw]:
     """Draws tokens after `prompt` until a stop token, `max_tokens`, the end of the context or of the constraint.
 
@@ -76,13 +83,16 @@ def generate(
 
     Args:
       model: the open model.
-      state: an empty KV cache for one sequence.
+      state: the KV cache of one sequence, which holds the first `start` tokens of the prompt.
       prompt: at least one token, fewer than the context.
       sampler: transform of the logits.
       key: a typed key, consumed; the n-th draw uses it folded with n.
       max_tokens: how many draws at most.
       stop_ids: tokens that end the generation.
       constraint: which tokens may come next; None for any.
+      start: how many tokens of the prompt are in the cache, fewer than there are.
+      earlier_draws: how often the key was used before.
+      hook: sees the layers pass by.
 
     Yields:
       The draws, with the stop token as the last. `model.stats` counts along, and says at the end why it ended.
@@ -91,12 +101,17 @@ def generate(
       DrawError: no token can be drawn; names the transform that left none.
     """
     stats = model.stats
-    stats.prompt_tokens = len(prompt)
+    stats.prompt_tokens = len(prompt) - start
     clock = _Clock()
     mask: Future | None = None if constraint is None else _MASKS.submit(constraint.mask)
-    for x, rows in prefill(model, state, prompt):
-        last = x, rows - 1
-    x, row = last
+    if start and start == len(prompt) - 1:
+        # The last token of a sequence that goes on takes the step that it would have taken without the pause.
+        x, row = embed(model, np.array([[prompt[-1]]], np.int32)), 0
+        x = sweep(model, x, state, np.full((1, 1), start, np.int32), hook=hook)
+    else:
+        for x, rows in prefill(model, state, prompt[start:], start, hook):
+            last = x, rows - 1
+        x, row = last
     draw = draw_step(model.layouts, model.config, sampler.apply)
     context = np.asarray(prompt, np.int32)[None]
     sampler_state, token, keys, last_row, where = jax.device_put(
@@ -116,13 +131,14 @@ def generate(
         allowed = None if mask is None else mask.result()[None]
         before = x, last_row, sampler_state, token
         token, logprob, sampler_state, x = draw(
-            model.globals, x, last_row, sampler_state, token, keys, np.int32(count), allowed
+            model.globals, x, last_row, sampler_state, token, keys, np.int32(earlier_draws + count), allowed
         )
         last_row, model.pending = only_row, logprob
         position = len(prompt) + count
         swept = ahead and x is not None and count + 1 < max_tokens and position < model.plan.context
         if swept:
-            x, where = sweep(model, x, state, np.full((1, 1), position, np.int32), where), advance(where)
+            x = sweep(model, x, state, np.full((1, 1), position, np.int32), where, hook)
+            where = advance(where)
         ids, logprobs = jax.device_get((token, logprob))
         drawn = Draw(int(ids[0]), float(logprobs[0]))
         if drawn.id < 0:
@@ -154,7 +170,8 @@ def generate(
         if not swept:
             clock.lap()  # the consumer's time is not the engine's, but where the device works on in it
             x = embed(model, np.full((1, 1), drawn.id, np.int32)) if x is None else x
-            x, where = sweep(model, x, state, np.full((1, 1), position, np.int32), where), advance(where)
+            x = sweep(model, x, state, np.full((1, 1), position, np.int32), where, hook)
+            where = advance(where)
 
 
 def why_undrawn(

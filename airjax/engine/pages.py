@@ -80,6 +80,11 @@ class Pages:
             shared.append(page)
         return shared
 
+    def hold(self, pages: Sequence[int]) -> None:
+        """Holds pages that are held already once more."""
+        for page in pages:
+            self._holders[page] += 1
+
     def publish(self, pages: Sequence[int], ids: Sequence[int]) -> None:
         """Says that `pages` hold the tokens `ids`; only pages that these fill are published."""
         for page, digest in zip(pages, _digests(ids), strict=False):

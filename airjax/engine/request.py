@@ -70,6 +70,7 @@ class Event(NamedTuple):
       finish_reason: "" while it goes on.
       error: a sentence, with the reasons "error" and "grammar".
       cached_tokens: how many tokens of the prompt came from shared pages.
+      entropy: of the model's distribution, in nats; None where nobody asked for the most probable tokens.
     """
 
     request: int
@@ -79,3 +80,4 @@ class Event(NamedTuple):
     finish_reason: Finish
     error: str = ""
     cached_tokens: int = 0
+    entropy: float | None = None

@@ -414,7 +414,7 @@ class Scheduler:
         out, self._samplers = draw(
             self.model.globals, x, last, slots, self._samplers, tokens, self._keys, counts, allowed
         )
-        drawn, logprobs, top_ids, top_logprobs = jax.device_get(out)
+        drawn, logprobs, top_ids, top_logprobs, entropies = jax.device_get(out)
         events = []
         for row, sequence in finished:
             if sequence.number in failed:
@@ -428,7 +428,8 @@ class Scheduler:
                 own = None if allowed is None else allowed[row : row + 1]
                 events.append(self._undrawn(sequence, x[row : row + 1], last[row : row + 1], own))
                 continue
-            events.append(self._advance(sequence, int(drawn[row]), float(logprobs[row]), alternatives))
+            event = self._advance(sequence, int(drawn[row]), float(logprobs[row]), alternatives)
+            events.append(event._replace(entropy=float(entropies[row])) if count else event)
         return events
 
     def _allowed(

@@ -230,9 +230,9 @@ def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int)
 
     Returns:
       jitted `(globals, x [B, T, D], row [B], slot [B], sampler_state, token [B], keys [Slots], count [B], allowed) ->
-      ((token [B], logprob [B], top ids [B, top], their logprobs), sampler_state)`. The state has a row per slot and
-      is donated. `allowed` is None or packed bits `[B, W]`. A token is -1 where nothing can be drawn. The draws of a
-      sequence are those of `draw_step`.
+      ((token [B], logprob [B], top ids [B, top], their logprobs, entropy [B]), sampler_state)`. The state has a row
+      per slot and is donated. `allowed` is None or packed bits `[B, W]`. A token is -1 where nothing can be drawn. The
+      entropy is the model's own, 0 where `top` is 0. The draws of a sequence are those of `draw_step`.
     """
     architecture = models.get(config.architecture)
 
@@ -257,10 +257,13 @@ def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int)
         drawn = sampling.draw(filtered, jax.vmap(jax.random.fold_in)(keys[slot], count))
         top_logprobs, top_ids = jax.lax.top_k(own, top)
         logprob = jnp.take_along_axis(own, jnp.maximum(drawn, 0)[:, None], axis=1)[:, 0]
+        entropy = jnp.zeros(len(own))
+        if top:
+            entropy = -jnp.sum(jnp.where(own > -jnp.inf, jnp.exp(own) * own, 0.0), axis=1)
         # A row without a draw keeps its state as it was, so that the draw can be replayed for the error message.
         to = jnp.where(drawn < 0, len(keys), slot)
         state = jax.tree.map(lambda leaf, new: leaf.at[to].set(new, mode="drop"), state, rows)
-        return (drawn, logprob, top_ids, top_logprobs), state
+        return (drawn, logprob, top_ids, top_logprobs, entropy), state
 
     return draw
 

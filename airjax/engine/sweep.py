@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from airjax import layers
+from airjax.engine.hooks import Hook, attention_step
 from airjax.engine.long import long_layer
 from airjax.engine.model import Model
 from airjax.engine.step import block_step, run_step, shuttled_block_step
+from airjax.models import Buffers
 from airjax.streaming import Shuttle
 from airjax.types import Array, LayerKV
 
@@ -69,7 +71,12 @@ def new_state(model: Model, batch: int = 1) -> State:
 
 
 def sweep(
-    model: Model, x: Array, state: State, positions: np.ndarray, device_positions: Array | None = None
+    model: Model,
+    x: Array,
+    state: State,
+    positions: np.ndarray,
+    device_positions: Array | None = None,
+    hook: Hook | None = None,
 ) -> Array:
     """For each layer, in order: take its weights from the prefetcher, run the block, keep the new KV.
 
@@ -80,17 +87,25 @@ def sweep(
       positions: `[B, T]` int32, negative for padding rows.
       device_positions: the same on the device, if they are there: on their way they would wait behind the layers that
         are fetched ahead.
+      hook: sees the layers pass by; then each is a call of its own.
 
     Returns:
       The hidden states after the last layer, `[B, T, D]`.
 
     Raises:
+      ValueError: a hook wants attention, but the cache is on the host.
       GGUFError: the file changed since it was opened.
       ReadError: a reader thread failed.
     """
     model.gguf.check_unchanged()
     if device_positions is None:
         device_positions = jax.device_put(positions, model.device)
+    if hook is not None:
+        if hook.attention and state.shuttle is not None:
+            raise ValueError(
+                "attention can be seen where the KV cache is on the device: pass kv_shuttle='off'"
+            )
+        x = hook.at(0, x, positions)
     lengths = _lengths(model, positions)
     steps = _steps(model, state, lengths)
     model.weights.begin_sweep()
@@ -98,7 +113,7 @@ def sweep(
         state.shuttle.begin_sweep(_uploads(state.shuttle, lengths, positions))
     layer = 0
     while layer < len(steps):
-        end = run_end(model, state, layer, positions)
+        end = run_end(model, state, layer, positions) if hook is None else layer
         if end > layer:
             x = _run(model, x, state, range(layer, end), lengths, device_positions)
             layer = end
@@ -120,11 +135,33 @@ def sweep(
         model.pending = x
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", x)
+        if hook is not None:
+            if layer in hook.attention:
+                _show_attention(model, state, hook, layer, weights, before, lengths[layer], positions)
+            x = hook.at(layer + 1, x, positions)
         model.weights.release(layer, weights, before, done=x)
         settle(model, positions, x)
         layer += 1
     model.count_sweep(state)
     return x
+
+
+def _show_attention(
+    model: Model,
+    state: State,
+    hook: Hook,
+    layer: int,
+    weights: Buffers,
+    before: Array,
+    length: int,
+    positions: np.ndarray,
+) -> None:
+    step = attention_step(model.manifest.layers[layer].layout, model.config, model.kinds[layer], length)
+    seen = step(weights, before, state.kv[layer], positions)
+    # The layer's weights may be overwritten once they are released.
+    jax.block_until_ready(seen)
+    assert hook.attended is not None
+    hook.attended(layer, seen, positions)
 
 
 def settle(model: Model, positions: np.ndarray, x: Array) -> None:

@@ -2,6 +2,7 @@
 
 from airjax.layers.attention import SCORES_BYTES as SCORES_BYTES
 from airjax.layers.attention import AttentionForm as AttentionForm
+from airjax.layers.attention import attention_weights as attention_weights
 from airjax.layers.attention import read_rows as read_rows
 from airjax.layers.mlp import gated as gated
 from airjax.layers.norms import rms_norm as rms_norm

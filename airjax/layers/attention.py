@@ -118,19 +118,11 @@ def attention(
     Returns:
       `[B, T, N, H]` float32.
     """
-    size = kv.k.shape[2]
     seen_rows = jax.tree.map(lambda part: part[:, :, :length], kv)
     keys, values = decode(seen_rows.k, dtype), decode(seen_rows.v, dtype)
     batch, new, heads, width = q.shape
     kv_heads = keys.shape[1]
-    # Where each slot's content comes from: the newest position that maps to it, negative if none yet.
-    last = jnp.max(positions, axis=1)[:, None]  # [B, 1]
-    slot = jnp.arange(keys.shape[2], dtype=jnp.int32)[None]
-    key_positions = last - (last - slot) % size  # [B, S]
-    query = positions[:, :, None]  # [B, T, 1]
-    visible = (key_positions[:, None] >= 0) & (key_positions[:, None] <= query)  # [B, T, S]
-    if window:
-        visible &= key_positions[:, None] > query - window
+    visible = _visible(positions, keys.shape[2], kv.k.shape[2], window)
 
     grouped = q.reshape(batch, new, kv_heads, heads // kv_heads, width).astype(keys.dtype)
 
@@ -150,13 +142,64 @@ def attention(
     return out.reshape(batch, new, heads, width)
 
 
-def _attend(q: Array, keys: Array, values: Array, visible: Array, scale: float, softcap: float) -> Array:
-    einsum = functools.partial(
-        jnp.einsum, preferred_element_type=jnp.float32, precision=product_precision(keys.dtype)
+def attention_weights(
+    q: Array,
+    kv: LayerKV,
+    positions: Array,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    length: int | None = None,
+    dtype: np.dtype | None = None,
+) -> Array:
+    """How much each new token looks at each slot: the softmax inside `attention`, with its arguments.
+
+    Returns:
+      `[B, N, T, S]` float32, S the slots that are looked at.
+    """
+    keys = decode(jax.tree.map(lambda part: part[:, :, :length], kv.k), dtype)
+    batch, new, heads, width = q.shape
+    grouped = q.reshape(batch, new, keys.shape[1], -1, width).astype(keys.dtype)
+    visible = _visible(positions, keys.shape[2], kv.k.shape[2], window)
+    weights = _weights(grouped, keys, visible, scale, softcap)
+    return weights.reshape(batch, heads, new, keys.shape[2])
+
+
+def _visible(positions: Array, slots: int, size: int, window: int) -> Array:
+    """Which of the first `slots` slots of a cache of `size` the tokens at `positions` `[B, T]` see: `[B, T, S]`."""
+    # Where each slot's content comes from: the newest position that maps to it, negative if none yet.
+    last = jnp.max(positions, axis=1)[:, None]  # [B, 1]
+    slot = jnp.arange(slots, dtype=jnp.int32)[None]
+    key_positions = last - (last - slot) % size  # [B, S]
+    query = positions[:, :, None]  # [B, T, 1]
+    visible = (key_positions[:, None] >= 0) & (key_positions[:, None] <= query)
+    if window:
+        visible &= key_positions[:, None] > query - window
+    return visible
+
+
+def _weights(q: Array, keys: Array, visible: Array, scale: float, softcap: float) -> Array:
+    """`[B, T, K, G, H]` and `[B, K, S, H]` to `[B, K, G, T, S]`."""
+    scores = jnp.einsum(
+        "btkgh,bksh->bkgts",
+        q,
+        keys,
+        preferred_element_type=jnp.float32,
+        precision=product_precision(keys.dtype),
     )
-    scores = einsum("btkgh,bksh->bkgts", q, keys)
-    weights = jax.nn.softmax(masked_scores(scores, visible[:, None, None], scale, softcap), axis=-1)
-    return einsum("bkgts,bksh->btkgh", weights.astype(values.dtype), values)
+    return jax.nn.softmax(masked_scores(scores, visible[:, None, None], scale, softcap), axis=-1)
+
+
+def _attend(q: Array, keys: Array, values: Array, visible: Array, scale: float, softcap: float) -> Array:
+    weights = _weights(q, keys, visible, scale, softcap).astype(values.dtype)
+    return jnp.einsum(
+        "bkgts,bksh->btkgh",
+        weights,
+        values,
+        preferred_element_type=jnp.float32,
+        precision=product_precision(keys.dtype),
+    )
 
 
 def _attend_one(q: Array, keys: Array, values: Array, visible: Array, scale: float, softcap: float) -> Array:

@@ -146,6 +146,24 @@ class Shuttle:
             self._timeline.watch("device to host", f"kv {layer}", landing, rows.nbytes)
         self._landing[layer] = (landing, positions)
 
+    def read(self, layer: int, slots: np.ndarray) -> list[np.ndarray]:
+        """The rows of some slots of a layer, by the leaves of the cache: `[n, B, K, ...]` each."""
+        self._land(layer)
+        rows = [np.empty((len(slots), *field.part.shape), field.part.dtype) for field in self._fields]
+        for block, inside in self._by_block(slots):
+            host = self._block(layer, block)
+            for field, target in zip(self._fields, rows, strict=True):
+                target[inside] = _view(host, field)[slots[inside] % self.block]
+        return rows
+
+    def write(self, layer: int, slots: np.ndarray, rows: Sequence[np.ndarray]) -> None:
+        """Puts what `read` gave into some slots of a layer."""
+        self._land(layer)
+        for block, inside in self._by_block(slots):
+            host = self._block(layer, block)
+            for field, new in zip(self._fields, rows, strict=True):
+                _view(host, field)[slots[inside] % self.block] = new[inside]
+
     def close(self) -> None:
         """Waits for what is on the way and frees the host memory."""
         self._drop()
@@ -188,17 +206,18 @@ class Shuttle:
         for sequence, row_positions in enumerate(positions):
             used = np.flatnonzero(row_positions >= 0)
             slots = row_positions[used] % self._sizes[layer]
-            for block in np.unique(slots // self.block):
-                inside = slots // self.block == block
-                host = self._block(layer, int(block))
+            for block, inside in self._by_block(slots):
+                host = self._block(layer, block)
                 for field, new in zip(self._fields, values, strict=True):
-                    target = host[:, field.start : field.stop].view(field.part.dtype)
-                    target = target.reshape(
-                        len(host), *field.part.shape
-                    )  # a view: a new axis splits the last one
+                    target = _view(host, field)
                     target[slots[inside] % self.block, sequence] = new[sequence][:, used[inside]].swapaxes(
                         0, 1
                     )
+
+    def _by_block(self, slots: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Each block that holds some of the slots, and which of them, as a mask."""
+        for block in np.unique(slots // self.block):
+            yield int(block), slots // self.block == block
 
     def _block(self, layer: int, block: int) -> np.ndarray:
         """Host memory of a block of a layer, uint8 `[S, row bytes]`."""
@@ -232,6 +251,12 @@ def to_cache(kv: Array, row: Any) -> LayerKV:
 def piece_struct(slots: int, row: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a piece of so many slots, for `to_cache`."""
     return jax.ShapeDtypeStruct((slots, _fields(row)[-1].stop), jnp.uint8)
+
+
+def _view(host: np.ndarray, field: _Field) -> np.ndarray:
+    """One part of the bytes of some positions, `[S, B, K, H]`: numpy splits the last axis without a copy."""
+    part = host[:, field.start : field.stop].view(field.part.dtype)
+    return part.reshape(len(host), *field.part.shape)
 
 
 def _fields(row: Any) -> list[_Field]:

@@ -43,6 +43,48 @@ def torch_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
       path: a GGUF file of architecture llama or gemma3.
       ids: the tokens.
     """
+    model = _model(path)
+    with torch.inference_mode():
+        return model(torch.tensor([list(ids)])).logits[0].numpy()
+
+
+def torch_inside(path: Path, ids: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Hidden states `[T, D]` before each layer and after the last norm, and attention `[N, T, T]` of each layer."""
+    with torch.inference_mode():
+        out = _model(path)(torch.tensor([list(ids)]), output_hidden_states=True, output_attentions=True)
+    return [part[0].numpy() for part in out.hidden_states], [part[0].numpy() for part in out.attentions]
+
+
+def torch_beams(
+    path: Path, ids: Sequence[int], beams: int, max_tokens: int, stop_ids: Sequence[int], length_power: float
+) -> tuple[list[tuple[int, ...]], list[float]]:
+    """What transformers' beam search finds: continuations without padding, and their scores, the best first."""
+    model = _model(path)
+    with torch.inference_mode():
+        out = model.generate(
+            torch.tensor([list(ids)]),
+            attention_mask=torch.ones((1, len(ids)), dtype=torch.long),
+            generation_config=transformers.GenerationConfig(
+                num_beams=beams,
+                num_return_sequences=beams,
+                max_new_tokens=max_tokens,
+                length_penalty=length_power,
+                do_sample=False,
+                eos_token_id=list(stop_ids) or None,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                output_scores=True,
+                use_cache=False,
+            ),
+        )
+    found = []
+    for row in out.sequences[:, len(ids) :].tolist():
+        stops = [at for at, token in enumerate(row) if token in stop_ids]
+        found.append(tuple(row[: stops[0] + 1] if stops else row))
+    return found, out.sequences_scores.tolist()
+
+
+def _model(path: Path) -> Any:
     with open_gguf(path) as file:
         architecture = file.metadata["general.architecture"]
         model = _llama(file) if architecture == "llama" else _gemma3(file)
@@ -52,8 +94,7 @@ def torch_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
         if "rope_freqs.weight" in file.tensors:
             model.model.rotary_emb.inv_freq /= _decoded(file, "rope_freqs.weight")
     model.tie_weights()
-    with torch.inference_mode():
-        return model.eval()(torch.tensor([list(ids)])).logits[0].numpy()
+    return model.eval()
 
 
 def _sizes(file: GGUF, architecture: str) -> dict[str, Any]:
