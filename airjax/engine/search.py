@@ -214,9 +214,9 @@ def branch_on_entropy(
 @functools.cache
 def top_step(layouts: GlobalLayouts, config: Config, top: int) -> Callable[..., tuple[Array, Array, Array]]:
     """jitted `(globals, x [B, 1, D]) -> (most probable ids [B, top], their logprobs, entropy [B])`."""
-    unembed = unembed_step(
-        layouts, config
-    ).__wrapped__  # a step with compiler options can't be part of another
+    unembed = inspect.unwrap(
+        unembed_step(layouts, config)
+    )  # a step with compiler options can't be part of another
 
     @jax.jit
     def step(buffers: Any, x: Array) -> tuple[Array, Array, Array]:
