@@ -112,7 +112,8 @@ def main(argv: list[str]) -> None:
         rows = engine.logits(ids)[-16:]
         context = np.asarray([ids], np.int32)
         bare = Sampler(sampling.chain(), rows, context)
-        settings = {"standard(), all off": {}} | {str(one)[1:-1]: one for one in ALONE} | {"full chain": FULL}
+        settings: dict[str, dict[str, Any]] = {"standard(), all off": {}}
+        settings |= {str(one)[1:-1]: one for one in ALONE} | {"full chain": FULL}
         samplers = {
             name: Sampler(sampling.standard(**one, key=key), rows, context) for name, one in settings.items()
         }
@@ -125,8 +126,10 @@ def main(argv: list[str]) -> None:
         plain = Decoding(engine, ids)
         bound = {name: Decoding(engine, ids, grammar=grammar) for name, grammar in grammars.items()}
         for _ in range(_ROUNDS.value):
-            for measured in (plain, *bound.values(), bare, *samplers.values()):
-                measured.turn(_STEPS.value)
+            for decoding in (plain, *bound.values()):
+                decoding.turn(_STEPS.value)
+            for sampler in (bare, *samplers.values()):
+                sampler.turn(_STEPS.value)
         decode, draw = fastest_ms(plain.times), fastest_ms(bare.times)
         print(f"{jax.devices()[0].device_kind}, V = {rows.shape[1]}, a decode step {decode:.2f} ms")
         print(f"{'a draw from bare logits':32s} {draw:7.3f} ms {100 * draw / decode:6.2f} %")
