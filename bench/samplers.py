@@ -78,6 +78,24 @@ class Sampler:
             self.times.append(time.perf_counter() - begin)
 
 
+class Slow:
+    """A constraint that allows everything, and whose mask takes its time without using the processor."""
+
+    finished = False
+
+    def __init__(self, vocab: int, seconds: float) -> None:
+        self._mask = np.full(-(-vocab // 32), 0xFFFFFFFF, np.uint32)
+        self._seconds = seconds
+
+    def mask(self) -> np.ndarray:
+        """All bits, later."""
+        time.sleep(self._seconds)
+        return self._mask
+
+    def advance(self, token: int) -> None:
+        """Nothing to note."""
+
+
 class Decoding:
     """Generations, with the mean time of the tokens of each in seconds."""
 
@@ -85,6 +103,8 @@ class Decoding:
         self._engine, self._ids, self._options = engine, ids, options
         self.times: list[float] = []
         self.turn(2)
+        self.turn(_STEPS.value)
+        self.first = self.times[1:]
         self.times.clear()
 
     def turn(self, steps: int) -> None:
@@ -125,8 +145,10 @@ def main(argv: list[str]) -> None:
         }
         plain = Decoding(engine, ids)
         bound = {name: Decoding(engine, ids, grammar=grammar) for name, grammar in grammars.items()}
+        half = min(plain.first) / 2
+        slow = Decoding(engine, ids, constraint=Slow(rows.shape[1], half))
         for _ in range(_ROUNDS.value):
-            for decoding in (plain, *bound.values()):
+            for decoding in (plain, slow, *bound.values()):
                 decoding.turn(_STEPS.value)
             for sampler in (bare, *samplers.values()):
                 sampler.turn(_STEPS.value)
@@ -136,6 +158,10 @@ def main(argv: list[str]) -> None:
         for name, sampler in samplers.items():
             ms = fastest_ms(sampler.times) - draw
             print(f"{name[:32]:32s} {ms:7.3f} ms {100 * ms / decode:6.2f} %")
+        print(
+            f"a mask that takes {1e3 * half:.2f} ms: a decode step {fastest_ms(slow.times):.2f} ms with it, "
+            f"{decode:.2f} ms without"
+        )
         for name, grammar in grammars.items():
             constraint, times = grammar.constraint(), []
             for token in engine.generate(ids, max_tokens=_STEPS.value, grammar=grammar):
