@@ -14,7 +14,8 @@ import numpy as np
 from airjax import engine, sampling
 from airjax.plan import GIB, Plan, Resident, Switch
 from airjax.streaming import Timeline
-from airjax.text import ChatTemplate, StopStrings, Tokenizer
+from airjax.text import ChatTemplate, Grammar, StopStrings, Tokenizer
+from airjax.text import grammar as grammars
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 KVDtype = Literal["auto", "f32", "f16", "bf16", "q8_0"]
@@ -30,7 +31,7 @@ class Token(NamedTuple):
     """One step of a generation.
 
     Attributes:
-      id: the drawn token.
+      id: the drawn token; -1 where text that was held back follows the last one.
       text: what it adds to the text; empty while a character or a possible stop string is unfinished.
       logprob: its log-probability under the model, in nats, before the sampler.
     """
@@ -105,6 +106,8 @@ class Engine:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         steering: Mapping[int, np.ndarray] | None = None,
+        grammar: Grammar | None = None,
+        constraint: engine.Constraint | None = None,
     ) -> Iterator[Token]:
         """Generates after a prompt of token ids.
 
@@ -116,16 +119,21 @@ class Engine:
           stop: strings that end the generation; they are not part of the text.
           ignore_eos: go on after an end-of-generation token.
           steering: vectors `[D]` to add to the hidden states, by depth; see `capture`.
+          grammar: what the text must match, from `grammar`.
+          constraint: a rule of one's own over the next token, instead of a grammar.
 
         Yields:
           Tokens as they are drawn; the end-of-generation token only if text that was held back must follow.
-          Afterwards `stats.finish_reason` says why it ended.
+          Afterwards `stats.finish_reason` says why it ended: "grammar" where the grammar allowed no token.
 
         Raises:
           RequestError: the request cannot be run; raised here, before the first token is asked for.
+          DrawError: no token can be drawn, and it is not the grammar; names the transform that left none.
         """
         ids = self._check_ids(ids, room=1)
         _check_ends(max_tokens, stop)
+        if grammar is not None and constraint is not None:
+            raise RequestError("give a grammar or a constraint, not both")
         draws = engine.generate(
             self.model,
             self._begin(),
@@ -135,6 +143,7 @@ class Engine:
             max_tokens=self.plan.context if max_tokens is None else max_tokens,
             stop_ids=frozenset() if ignore_eos else self.tokenizer.eog_ids,
             hook=engine.steering(self.model, steering) if steering else None,
+            constraint=constraint if grammar is None else grammar.constraint(),
         )
         return self._texts(draws, tuple(stop))
 
@@ -234,6 +243,7 @@ class Engine:
         keys: Sequence[jax.Array] | None = None,
         max_tokens: int | None = None,
         ignore_eos: bool = False,
+        grammars: Sequence[Grammar | None] | Grammar | None = None,
     ) -> Iterator[tuple[int, Token]]:
         """Generates after several prompts at once: all sequences share each sweep.
 
@@ -243,6 +253,8 @@ class Engine:
           keys: the randomness of each; None is `jax.random.key(n)` for the n-th.
           max_tokens: how many at most for each; None for as many as the context holds.
           ignore_eos: go on after an end-of-generation token.
+          grammars: what the texts must match: one for all, or one each; None for anything. A sequence whose grammar
+            allows no further token just ends.
 
         Yields:
           `(n, token)` as tokens of the n-th prompt are drawn. `stats` is not touched: the scheduler has its own.
@@ -254,6 +266,8 @@ class Engine:
             samplers = [sampling.greedy() if samplers is None else samplers] * len(prompts)
         keys = [jax.random.key(n) for n in range(len(prompts))] if keys is None else keys
         stop_ids = frozenset() if ignore_eos else self.tokenizer.eog_ids
+        if grammars is None or isinstance(grammars, Grammar):
+            grammars = [grammars] * len(prompts)
         requests = [
             engine.Request(
                 ids=tuple(self._check_ids(ids, room=1)),
@@ -261,10 +275,25 @@ class Engine:
                 key=key,
                 max_tokens=self.plan.context if max_tokens is None else max_tokens,
                 stop_ids=stop_ids,
+                constraint=None if grammar is None else grammar.constraint(),
             )
-            for ids, sampler, key in zip(prompts, samplers, keys, strict=True)
+            for ids, sampler, key, grammar in zip(prompts, samplers, keys, grammars, strict=True)
         ]
         return self._batch(requests)
+
+    def grammar(
+        self,
+        *,
+        gbnf: str | None = None,
+        json_schema: str | dict[str, Any] | bool | None = None,
+        regex: str | None = None,
+        lark: str | None = None,
+        where: str = "the grammar",
+    ) -> Grammar:
+        """Compiles a grammar for this model's tokens; see `airjax.text.grammar.compile`."""
+        return grammars.compile(
+            self.tokenizer, gbnf=gbnf, json_schema=json_schema, regex=regex, lark=lark, where=where
+        )
 
     def scheduler(self, sampler: sampling.Transform, *, batch_invariant: bool = False) -> engine.Scheduler:
         """Continuous batching over this model, for requests whose samplers have the structure of `sampler`.
@@ -343,11 +372,15 @@ class Engine:
             while scheduler.busy:
                 for event in scheduler.step():
                     n = numbers[event.request]
-                    if event.token is None:
+                    if event.token is None and event.finish_reason != "grammar":
                         raise RuntimeError(f"sequence {n} ended early: {event.error}")
-                    text = "" if event.finish_reason == "stop" else streams[n].push(event.token)
+                    hidden = event.token is None or (
+                        event.finish_reason == "stop" and event.token in self.tokenizer.eog_ids
+                    )
+                    text = "" if event.token is None or hidden else streams[n].push(event.token)
                     text += streams[n].flush() if event.finish_reason else ""
-                    yield n, Token(event.token, text, event.logprob)
+                    if event.token is not None or text:
+                        yield n, Token(-1 if event.token is None else event.token, text, event.logprob)
         finally:
             scheduler.close()
 
@@ -369,7 +402,8 @@ class Engine:
         stream, stops = self.tokenizer.stream(skip_special=True), StopStrings(stop)
         for draw in draws:
             ended = self.stats.finish_reason != ""
-            by_token = self.stats.finish_reason == "stop"
+            # A grammar may end the text too, with a token that belongs to it.
+            by_token = self.stats.finish_reason == "stop" and draw.id in self.tokenizer.eog_ids
             text = stops.push(("" if by_token else stream.push(draw.id)) + (stream.flush() if ended else ""))
             if ended:  # nothing may be left behind
                 text += stops.flush()
@@ -379,6 +413,10 @@ class Engine:
                 return
             if not by_token or text:
                 yield Token(draw.id, text, draw.logprob)
+        if self.stats.finish_reason == "grammar":
+            text = stops.push(stream.flush()) + stops.flush()
+            if text:
+                yield Token(-1, text, 0.0)
 
 
 def load(

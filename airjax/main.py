@@ -27,6 +27,13 @@ COMMANDS = {
     "experiment": "compare samplers over prompts and seeds, in shared sweeps",
     "bench": "measure the machine, and what a model reaches on it",
 }
+# CUDA's own allocator: JAX's usual one gives a slot of the ring up to 128 MiB more than it needs (70B shape, three
+# slots: a peak of 2.53 instead of 2.90 GiB). Only what the budget allows is taken, and it may be nearly all.
+_MEMORY = {
+    "XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+}
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
 
@@ -169,6 +176,8 @@ def _set_up_jax(cache_dir: str | None) -> None:
     """
     # XLA's notes about the machine's features are for its developers; real errors arrive as exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for name, value in _MEMORY.items():
+        os.environ.setdefault(name, value)
     import jax
 
     if cache_dir is None:

@@ -12,6 +12,7 @@ from airjax.plan import Plan
 
 # Up to this many rows a product reads the quantized blocks once; from there on the matrix is decoded first.
 _FEW_ROWS = 8
+_FEW_ROWS_OF_KERNEL = 64
 
 Bound = Literal["link", "disk", "device memory", "compute", "dispatch"]
 
@@ -25,7 +26,8 @@ class Ceilings:
       link_down_bytes_per_s: device to pinned host memory.
       disk_bytes_per_s: the model's file, read past the page cache.
       memory_bytes_per_s: device memory, bytes read and bytes written together.
-      product_bytes_per_s: quantized weights multiplied with one row of activations, by the engine's own product.
+      product_bytes_per_s: quantized weights multiplied with one row of activations, by XLA's form of the product.
+      kernel_bytes_per_s: the same by the fused kernel of re-laid matrices; None where there is none.
       flops_per_s: a large matrix product in the compute dtype.
       dispatch_s: one call of a jitted function with a layer's arguments.
     """
@@ -35,6 +37,7 @@ class Ceilings:
     disk_bytes_per_s: float | None
     memory_bytes_per_s: float
     product_bytes_per_s: float
+    kernel_bytes_per_s: float | None
     flops_per_s: float
     dispatch_s: float
 
@@ -88,9 +91,9 @@ def predict(plan: Plan, config: Config, ceilings: Ceilings, batch: int, rows: in
     """Predicts tokens per second from the ceilings alone.
 
     A sweep moves the streamed layers and a shuttled cache over the link, reads the streamed layers from disk where
-    the tier is the ring, reads every weight and the cache from device memory (for more than 8 rows each matrix is
-    also written and read once more, decoded), and multiplies each weight with each row. The embedding counts as
-    read, which is a few per cent too much where the output matrix is another one.
+    the tier is the ring, reads every weight and the cache from device memory (for more than 8 rows, or 64 with the
+    kernel, each matrix is also written and read once more, decoded), and multiplies each weight with each row. The
+    embedding counts as read, which is a few per cent too much where the output matrix is another one.
 
     Args:
       plan: what lives where.
@@ -141,8 +144,9 @@ def _sweep(plan: Plan, config: Config, c: Ceilings, batch: int, new: int, length
     layer_bytes = plan.resident_bytes + plan.bytes_per_sweep
     weights = config.n_layers * _layer_weights(config)
     read_bytes = layer_bytes + plan.globals_bytes
-    if rows <= _FEW_ROWS:
-        memory_s = read_bytes / c.product_bytes_per_s + kv_bytes / c.memory_bytes_per_s
+    kernel = c.kernel_bytes_per_s if plan.relaid else None
+    if rows <= (_FEW_ROWS_OF_KERNEL if kernel else _FEW_ROWS):
+        memory_s = read_bytes / (kernel or c.product_bytes_per_s) + kv_bytes / c.memory_bytes_per_s
     else:
         decoded_bytes = _itemsize(config) * weights
         memory_s = (read_bytes + 2 * decoded_bytes + kv_bytes) / c.memory_bytes_per_s

@@ -95,6 +95,26 @@ def test_stop_texts_end_the_generation_and_are_not_printed(run):
     assert "ended by stop" in err
 
 
+def test_a_json_schema_and_a_grammar_file_bind_the_text(run, tmp_path):
+    args = ("--context=256", "--chat", "--prompt=A cat.", "--temperature=0", "--max_tokens=60")
+    ages = {"type": "integer", "minimum": 0, "maximum": 99}
+    schema = json.dumps(
+        {"properties": {"age": ages}, "required": ["age"], "additionalProperties": False, "type": "object"}
+    )
+    (tmp_path / "cat.json").write_text(schema)
+    given = run("generate", *args, f"--json_schema={schema}")
+    assert json.loads(given.out)["age"] <= 99
+    assert "ended by stop" in given.err
+    assert run("generate", *args, f"--json_schema={tmp_path / 'cat.json'}").out == given.out
+    (tmp_path / "yes.gbnf").write_text('root ::= "yes" | "no"\n')
+    assert run("generate", *args, f"--grammar_file={tmp_path / 'yes.gbnf'}").out in ("yes\n", "no\n")
+    (tmp_path / "bad.gbnf").write_text('root ::= "yes" |\n  nay\n')
+    _, err = run("generate", *args, f"--grammar_file={tmp_path / 'bad.gbnf'}", status=1)
+    assert err.endswith("bad.gbnf, line 2, column 3: the rule 'nay' is not defined\n")
+    _, err = run("generate", *args, "--grammar_file=x.txt", status=1)
+    assert err.endswith("--grammar_file must end in .gbnf, .lark or .regex, got x.txt\n")
+
+
 def test_chat_flag_wraps_the_prompt_by_the_template(run):
     question = "--prompt=What is the capital of France?"
     out, err = run("generate", "--context=256", "--chat", question, "--temperature=0", "--resident=none")

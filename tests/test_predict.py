@@ -63,6 +63,7 @@ CEILINGS = Ceilings(
     disk_bytes_per_s=10.0,
     memory_bytes_per_s=1000.0,
     product_bytes_per_s=500.0,
+    kernel_bytes_per_s=800.0,
     flops_per_s=1e5,
     dispatch_s=0.01,
 )
@@ -102,6 +103,17 @@ def test_many_rows_write_and_read_each_matrix_decoded():
     wide = dataclasses.replace(CONFIG, compute_dtype="float32")
     doubled = predict(resident, wide, CEILINGS, batch=1, rows=9).prefill
     assert doubled.memory_s - sweep.memory_s == pytest.approx(2 * 2 * 4 * LAYER_WEIGHTS / 1000)
+
+
+def test_relaid_matrices_go_at_the_rate_of_their_kernel_up_to_64_rows():
+    relaid = dataclasses.replace(PLAN, relaid=True, resident_bytes=2200, bytes_per_sweep=0, streamed=())
+    one, many = (predict(relaid, CONFIG, CEILINGS, batch=1, rows=rows).prefill for rows in (1, 31))
+    assert one.memory_s == pytest.approx(2800 / 800 + 4 * 8 / 1000)
+    assert many.memory_s == pytest.approx(2800 / 800 + 4 * 31 * 8 / 1000)
+    more = dataclasses.replace(relaid, prefill_chunk=65)
+    assert predict(more, CONFIG, CEILINGS, 1, 65).prefill.memory_s > 2 * many.memory_s
+    without = dataclasses.replace(CEILINGS, kernel_bytes_per_s=None)
+    assert predict(relaid, CONFIG, without, 1, 1).decode.memory_s > one.memory_s
 
 
 def test_a_shuttled_cache_goes_over_the_link_too():

@@ -182,7 +182,7 @@ def _from_position(model: Model, state: engine.State, token: int, position: int,
     begin = time.perf_counter()
     for count in range(decode):
         x = engine.sweep(model, x, state, np.full((1, 1), position + count, np.int32))
-        drawn, _, sampler, x = draw(model.globals, x, row, sampler, drawn, keys, np.int32(count))
+        drawn, _, sampler, x = draw(model.globals, x, row, sampler, drawn, keys, np.int32(count), None)
         model.pending = drawn
         int(drawn[0])  # as a generation does, which gives the token out
         x = engine.embed(model, drawn[:, None]) if x is None else x

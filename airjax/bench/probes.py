@@ -25,6 +25,7 @@ _READ_BYTES = 8 << 20
 _READ_THREADS = 4
 _DISK_S = 1.5
 _REPEATS = 5
+_BF16 = np.dtype(jnp.bfloat16)
 
 
 def probe(device: jax.Device, path: str | os.PathLike[str], *, memory_bytes: int = 1 << 30) -> Ceilings:
@@ -47,6 +48,7 @@ def probe(device: jax.Device, path: str | os.PathLike[str], *, memory_bytes: int
             disk_bytes_per_s=probe_disk(path),
             memory_bytes_per_s=probe_memory(min(memory_bytes // 2, (64 if on_cpu else 512) << 20)),
             product_bytes_per_s=probe_product(4096 if on_cpu else 16_384, 4096 if on_cpu else 8192),
+            kernel_bytes_per_s=probe_kernel(device, 16_384, 8192),
             flops_per_s=probe_flops(512 if on_cpu else 8192, jnp.float32 if on_cpu else jnp.bfloat16),
             dispatch_s=probe_dispatch(),
         )
@@ -113,18 +115,33 @@ def probe_memory(nbytes: int) -> float:
 
 
 def probe_product(rows: int, columns: int) -> float:
-    """Bytes per second of Q4_K weights that the engine's own product takes for one row of activations."""
-    width = quants.row_bytes(GGMLType.Q4_K, columns)
-    # Small finite scales, so that no product meets a NaN or a subnormal number.
-    data = np.random.default_rng(0).integers(0x20, 0x30, rows * width, np.uint8)
+    """Bytes per second of Q4_K weights that XLA's form of the product takes for one row of activations."""
     x = jnp.ones((1, columns), jnp.float32)
 
     @jax.jit
     def product(data: Array, x: Array) -> Array:
         return quants.matmul(x, quants.view(data, GGMLType.Q4_K, (rows, columns)), dtype=np.dtype(np.float32))
 
-    weights = jnp.asarray(data)
-    return data.nbytes / _best(lambda: [product(weights, x) for _ in range(8)], calls=8)
+    weights = _q4_k(rows, columns)
+    return weights.nbytes / _best(lambda: [product(weights, x) for _ in range(8)], calls=8)
+
+
+def probe_kernel(device: jax.Device, rows: int, columns: int) -> float | None:
+    """The same by the fused kernel; None where it can't be used. Bytes are those of the re-laid matrix."""
+    capability = quants.usable([GGMLType.Q4_K], device)
+    if not capability:
+        return None
+    matrix = quants.pack(quants.view(_q4_k(rows, columns), GGMLType.Q4_K, (rows, columns)), capability)
+    x = jnp.ones((1, columns), jnp.float32)
+    # One call of many products, since a call takes as long as such a product.
+    several = jax.jit(lambda x, matrix: [quants.matmul(x + i, matrix, dtype=_BF16) for i in range(16)])
+    return matrix.data.nbytes / _best(lambda: several(x, matrix), calls=16)
+
+
+def _q4_k(rows: int, columns: int) -> Array:
+    # Small finite scales, so that no product meets a NaN or a subnormal number.
+    nbytes = rows * quants.row_bytes(GGMLType.Q4_K, columns)
+    return jnp.asarray(np.random.default_rng(0).integers(0x20, 0x30, nbytes, np.uint8))
 
 
 def probe_flops(size: int, dtype: Any) -> float:

@@ -97,6 +97,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"disk {_gb(ceilings['disk_bytes_per_s'])}",
         f"device memory {_gb(ceilings['memory_bytes_per_s'])}",
         f"Q4_K product of one row {_gb(ceilings['product_bytes_per_s'])}",
+        f"by the kernel {_gb(ceilings['kernel_bytes_per_s'])}",
         f"matrix product {ceilings['flops_per_s'] / 1e12:.2f} TFLOP/s",
         f"one call {ceilings['dispatch_s'] * 1e6:.1f} us",
     ]

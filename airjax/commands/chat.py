@@ -16,8 +16,10 @@ from airjax.commands.meter import Meter
 from airjax.commands.options import (
     Flags,
     define_context,
+    define_grammar,
     define_run,
     define_sampler,
+    make_grammar,
     make_sampler,
     open_engine,
 )
@@ -39,6 +41,7 @@ def define_flags(values: Flags) -> None:
     define_run(values)
     define_context(values)
     define_sampler(values, max_tokens=1024)
+    define_grammar(values)
     flags.DEFINE_string("system", None, "The system message.", flag_values=values)
 
 
@@ -59,6 +62,7 @@ def run(values: Flags) -> None:
     messages = list(opening)
     key = jax.random.key(values.seed)
     with open_engine(values) as engine:
+        options["grammar"] = make_grammar(values, engine)
         for turn, line in enumerate(read_lines()):
             if line.strip() == "/clear":
                 messages = list(opening)

@@ -11,8 +11,10 @@ from airjax.commands.meter import Meter
 from airjax.commands.options import (
     Flags,
     define_context,
+    define_grammar,
     define_run,
     define_sampler,
+    make_grammar,
     make_sampler,
     open_engine,
 )
@@ -22,6 +24,7 @@ HELP = """
   airjax generate --model=FILE.gguf --prompt="Once upon a time"
   airjax generate --model=FILE.gguf --chat --prompt="What is a GGUF file?"
   airjax generate --model=FILE.gguf --prompt=- <prompt.txt >text.txt
+  airjax generate --model=FILE.gguf --chat --prompt="A cat, as JSON." --json_schema=cat.json
 
 The text goes to stdout, everything else to stderr.
 """
@@ -32,6 +35,7 @@ def define_flags(values: Flags) -> None:
     define_run(values)
     define_context(values)
     define_sampler(values, max_tokens=256)
+    define_grammar(values)
     flags.DEFINE_string("prompt", None, "What to continue; - reads it from stdin.", flag_values=values)
     flags.DEFINE_bool(
         "chat", False, "Wrap the prompt as a user's message, by the file's template.", flag_values=values
@@ -57,6 +61,7 @@ def run(values: Flags) -> None:
             max_tokens=values.max_tokens,
             stop=values.stop,
             ignore_eos=values.ignore_eos,
+            grammar=make_grammar(values, engine),
         )
         text = ""
         with Meter(lambda: engine.stats, prediction=lambda: predict_run(engine)):

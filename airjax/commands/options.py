@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -12,6 +13,7 @@ from absl import flags
 if TYPE_CHECKING:
     from airjax.api import Engine
     from airjax.sampling import Transform
+    from airjax.text import Grammar
 
 Flags = flags.FlagValues
 
@@ -119,6 +121,48 @@ def define_sampler(values: Flags, max_tokens: int) -> None:
         "stop", [], "A text that ends the generation; may be given several times.", flag_values=values
     )
     flags.DEFINE_bool("ignore_eos", False, "Go on after the model's own end.", flag_values=values)
+
+
+def define_grammar(values: Flags) -> None:
+    """What the text must match."""
+    flags.DEFINE_string(
+        "grammar_file",
+        None,
+        "What the text must match: a .gbnf, .lark or .regex file.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "json_schema",
+        None,
+        "The JSON schema that the text must satisfy: a file, or the schema itself; {} is any JSON.",
+        flag_values=values,
+    )
+
+
+def make_grammar(values: Flags, engine: Engine) -> Grammar | None:
+    """The grammar of the flags, None if there is none.
+
+    Raises:
+      ValueError: two are given, or the file's suffix is unknown.
+      TextError: the grammar is malformed; names line and column.
+    """
+    if values.grammar_file is not None and values.json_schema is not None:
+        raise ValueError("give --grammar_file or --json_schema, not both")
+    if values.json_schema is not None:
+        if values.json_schema.lstrip().startswith("{"):
+            return engine.grammar(json_schema=values.json_schema, where="--json_schema")
+        text = Path(values.json_schema).read_text(encoding="utf-8")
+        return engine.grammar(json_schema=text, where=values.json_schema)
+    if values.grammar_file is None:
+        return None
+    path = Path(values.grammar_file)
+    kind = path.suffix.removeprefix(".")
+    if kind not in ("gbnf", "lark", "regex"):
+        raise ValueError(f"--grammar_file must end in .gbnf, .lark or .regex, got {values.grammar_file}")
+    text = path.read_text(encoding="utf-8")
+    # An editor ends a file with a new line, which a pattern does not mean.
+    text = text.removesuffix("\n") if kind == "regex" else text
+    return engine.grammar(**{kind: text}, where=values.grammar_file)
 
 
 def make_sampler(values: Flags) -> Transform:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,16 +14,20 @@ import numpy as np
 from airjax.engine.hooks import Hook
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
+from airjax.engine.request import Constraint
 from airjax.engine.stats import peak_device_bytes
 from airjax.engine.step import advance, draw_step, unembed_step
 from airjax.engine.sweep import State, sweep
 from airjax.plan import LOGIT_ROWS_BYTES
-from airjax.sampling import Transform
+from airjax.sampling import DrawError, Transform, explain, mask_tokens
 from airjax.types import Array
 
 # From this many rows on, XLA's CPU backend sums a product in the same order whatever the number of rows, so a
 # prompt gives the same bits however it is cut into chunks (a test holds it).
 _SMALLEST_CHUNK = 64
+
+# Masks are made beside the thread that feeds the device.
+_MASKS = ThreadPoolExecutor(1, thread_name_prefix="airjax-mask")
 
 
 class Draw(NamedTuple):
@@ -67,11 +72,12 @@ def generate(
     key: Array,
     max_tokens: int,
     stop_ids: AbstractSet[int],
+    constraint: Constraint | None = None,
     start: int = 0,
     earlier_draws: int = 0,
     hook: Hook | None = None,
 ) -> Iterator[Draw]:
-    """Draws tokens after `prompt` until a stop token, `max_tokens`, or the end of the context.
+    """Draws tokens after `prompt` until a stop token, `max_tokens`, the end of the context or of the constraint.
 
     A sequence's draws depend on its key, its prompt and the sampler alone.
 
@@ -83,16 +89,21 @@ def generate(
       key: a typed key, consumed; the n-th draw uses it folded with n.
       max_tokens: how many draws at most.
       stop_ids: tokens that end the generation.
+      constraint: which tokens may come next; None for any.
       start: how many tokens of the prompt are in the cache, fewer than there are.
       earlier_draws: how often the key was used before.
       hook: sees the layers pass by.
 
     Yields:
       The draws, with the stop token as the last. `model.stats` counts along, and says at the end why it ended.
+
+    Raises:
+      DrawError: no token can be drawn; names the transform that left none.
     """
     stats = model.stats
     stats.prompt_tokens = len(prompt) - start
     clock = _Clock()
+    mask: Future | None = None if constraint is None else _MASKS.submit(constraint.mask)
     if start and start == len(prompt) - 1:
         # The last token of a sequence that goes on takes the step that it would have taken without the pause.
         x, row = embed(model, np.array([[prompt[-1]]], np.int32)), 0
@@ -117,8 +128,10 @@ def generate(
     # Where nothing waits for the link, the device is given the next sweep before the host looks at the token.
     ahead = not model.plan.streamed and state.shuttle is None
     for count in range(max_tokens):
+        allowed = None if mask is None else mask.result()[None]
+        before = x, last_row, sampler_state, token
         token, logprob, sampler_state, x = draw(
-            model.globals, x, last_row, sampler_state, token, keys, np.int32(earlier_draws + count)
+            model.globals, x, last_row, sampler_state, token, keys, np.int32(earlier_draws + count), allowed
         )
         last_row, model.pending = only_row, logprob
         position = len(prompt) + count
@@ -128,6 +141,15 @@ def generate(
             where = advance(where)
         ids, logprobs = jax.device_get((token, logprob))
         drawn = Draw(int(ids[0]), float(logprobs[0]))
+        if drawn.id < 0:
+            if allowed is not None and not allowed.any():
+                stats.finish_reason = "grammar"
+                return
+            raise DrawError(why_undrawn(model, sampler.apply, *before, allowed))
+        if constraint is not None:
+            constraint.advance(drawn.id)
+            if not constraint.finished:
+                mask = _MASKS.submit(constraint.mask)
         if count == 0:
             stats.prefill_s = clock.lap()
             stats.first_token_s = stats.prefill_s
@@ -135,7 +157,7 @@ def generate(
             stats.decode_s += clock.lap()
         stats.peak_device_bytes = peak_device_bytes(model.device)
         stats.generated_tokens += 1
-        if drawn.id in stop_ids:
+        if drawn.id in stop_ids or (constraint is not None and constraint.finished):
             stats.finish_reason = "stop"
         elif count + 1 == max_tokens:
             stats.finish_reason = "length"
@@ -150,6 +172,20 @@ def generate(
             x = embed(model, np.full((1, 1), drawn.id, np.int32)) if x is None else x
             x = sweep(model, x, state, np.full((1, 1), position, np.int32), where, hook)
             where = advance(where)
+
+
+def why_undrawn(
+    model: Model, apply: Any, x: Array, row: Array, state: Any, token: Any, allowed: np.ndarray | None
+) -> str:
+    """A sentence on why no token could be drawn from row `[1]` of the hidden states x `[1, T, D]` of a sweep.
+
+    The other arguments are those of the draw, of one sequence.
+    """
+    last = jax.numpy.take_along_axis(x, row[:, None, None], axis=1)[:, 0]
+    logits = unembed_step(model.layouts, model.config)(model.globals, last)
+    if allowed is not None:
+        logits = mask_tokens(logits, jax.numpy.asarray(allowed))
+    return f"no token can be drawn: {explain(apply, logits, state, token)}"
 
 
 def score(model: Model, state: State, ids: Sequence[int]) -> Iterator[Array]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from airjax import layers, models
 from airjax.engine.model import Model
+from airjax.engine.step import shuttled_row
 from airjax.gguf import Layout
 from airjax.layers import Partial
 from airjax.models import Buffers, Config
@@ -72,13 +73,13 @@ def attend_step(config: Config, kind: str, size: int) -> Callable[..., Partial]:
     """Attention over one more piece of a cache of `size` slots, which holds the positions before the new ones.
 
     Returns:
-      jitted `(q [B, T, N, H], partial, kv [S', B, K, H], first slot, positions [B, T]) -> partial`.
+      jitted `(q [B, T, N, H], partial, piece uint8 [S', row bytes], first slot, positions [B, T]) -> partial`.
     """
     form = models.get(config.architecture).attention_form(config, kind)
 
     @jax.jit
-    def attend(q: Array, partial: Partial, kv: LayerKV, first: Array, positions: Array) -> Partial:
-        cache = to_cache(kv)
+    def attend(q: Array, partial: Partial, piece: Array, first: Array, positions: Array) -> Partial:
+        cache = to_cache(piece, shuttled_row(config, len(q)))
         slot = first + jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None]
         valid = positions >= 0
         newest = jnp.min(jnp.where(valid, positions, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True) - 1

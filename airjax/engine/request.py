@@ -18,8 +18,17 @@ Finish = Literal["", "stop", "length", "context", "grammar", "error"]
 class Constraint(Protocol):
     """Says which tokens may come next, for example those that a grammar allows."""
 
+    @property
+    def finished(self) -> bool:
+        """Whether nothing can follow: the engine then ends with the reason "stop", without another sweep."""
+        ...
+
     def mask(self) -> np.ndarray:
-        """Allowed tokens as uint32 `[ceil(V / 32)]`: token t is bit t % 32 of word t // 32."""
+        """Allowed tokens as uint32 `[ceil(V / 32)]`: token t is bit t % 32 of word t // 32.
+
+        Called on a thread of its own while the device runs the sweep. With no bit set the engine ends with the
+        reason "grammar".
+        """
         ...
 
     def advance(self, token: int) -> None:
@@ -59,7 +68,7 @@ class Event(NamedTuple):
       logprob: of the token under the model itself (before constraint and sampler), in nats.
       top: the most probable tokens under the model and their log-probabilities.
       finish_reason: "" while it goes on.
-      error: a sentence, with the reason "error".
+      error: a sentence, with the reasons "error" and "grammar".
       cached_tokens: how many tokens of the prompt came from shared pages.
       entropy: of the model's distribution, in nats; None where nobody asked for the most probable tokens.
     """

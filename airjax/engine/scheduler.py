@@ -27,7 +27,7 @@ from airjax.engine.batch import (
     table_of,
     write_pages,
 )
-from airjax.engine.generation import padded_rows
+from airjax.engine.generation import padded_rows, why_undrawn
 from airjax.engine.model import Model
 from airjax.engine.pages import Pages
 from airjax.engine.request import MAX_TOP_LOGPROBS, Constraint, Event, Finish, Request
@@ -424,6 +424,10 @@ class Scheduler:
             alternatives = tuple(
                 zip(top_ids[row, :count].tolist(), top_logprobs[row, :count].tolist(), strict=True)
             )
+            if drawn[row] < 0:
+                own = None if allowed is None else allowed[row : row + 1]
+                events.append(self._undrawn(sequence, x[row : row + 1], last[row : row + 1], own))
+                continue
             event = self._advance(sequence, int(drawn[row]), float(logprobs[row]), alternatives)
             events.append(event._replace(entropy=float(entropies[row])) if count else event)
         return events
@@ -449,11 +453,6 @@ class Scheduler:
         self, sequence: _Sequence, token: int, logprob: float, top: tuple[tuple[int, float], ...]
     ) -> Event:
         request = sequence.request
-        if token < 0:
-            if request.constraint is not None:
-                self._leave(sequence)
-                return Event(sequence.number, None, 0.0, (), "grammar")
-            return self._fail(sequence, "the sampler left no token that can be drawn")
         if request.constraint is not None:
             try:
                 request.constraint.advance(token)
@@ -463,7 +462,7 @@ class Scheduler:
         sequence.drawn += 1
         self.stats.generated_tokens += 1
         reason: Finish = ""
-        if token in request.stop_ids:
+        if token in request.stop_ids or (request.constraint is not None and request.constraint.finished):
             reason = "stop"
         elif sequence.drawn == request.max_tokens:
             reason = "length"
@@ -473,6 +472,18 @@ class Scheduler:
         if reason:
             self._leave(sequence)
         return Event(sequence.number, token, logprob, top, reason, cached_tokens=sequence.cached)
+
+    def _undrawn(self, sequence: _Sequence, x: Array, last: Array, allowed: np.ndarray | None) -> Event:
+        """Ends a sequence for which no token could be drawn, and says why."""
+        if allowed is not None and not allowed.any():
+            self._leave(sequence)
+            return Event(sequence.number, None, 0.0, (), "grammar", "the grammar allows no further token")
+        # The draw left the sampler's row as it was before.
+        state = jax.tree.map(lambda leaf: leaf[sequence.slot][None], self._samplers)
+        token = np.array([sequence.ids[-1]], np.int32)
+        return self._fail(
+            sequence, why_undrawn(self.model, self._sampler.apply, x, last, state, token, allowed)
+        )
 
     def _fail(self, sequence: _Sequence, error: str) -> Event:
         self._leave(sequence)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax
 
-FinishReason = Literal["", "stop", "length", "context"]
+FinishReason = Literal["", "stop", "length", "context", "grammar"]
 
 
 @dataclass
@@ -23,7 +23,8 @@ class Stats:
       bytes_streamed: weights and KV that went over the link to the device in these sweeps.
       wait_s: time in which the device had done all earlier work and waited for weights.
       peak_device_bytes: peak of device memory since the process began, from the backend.
-      finish_reason: why the generation ended: "stop", "length", "context", or "" while it runs.
+      finish_reason: why the generation ended: "stop", "length", "context", "grammar" (it allowed no token), or ""
+        while it runs.
     """
 
     prompt_tokens: int = 0

@@ -119,19 +119,24 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
     """One layer whose cache was uploaded for this sweep; only the new rows come back.
 
     Returns:
-      jitted `(buffers, x [B, T, D], kv [S, B, K, H], positions [B, T]) -> (x, rows [B, K, T, H])`.
+      jitted `(buffers, x [B, T, D], piece uint8 [S, row bytes], positions [B, T]) -> (x, rows [B, K, T, H])`.
     """
     architecture = models.get(config.architecture)
 
     @_jit
-    def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> tuple[Array, LayerKV]:
+    def block(buffers: Buffers, x: Array, piece: Array, positions: Array) -> tuple[Array, LayerKV]:
         weights = models.unpack(buffers, layout)
-        cache = to_cache(kv)
+        cache = to_cache(piece, shuttled_row(config, len(x)))
         x, written = architecture.block(weights, x, cache, positions, config, kind, cache.k.shape[2])
         assert isinstance(written, LayerKV)
         return x, layers.read_rows(written, positions)
 
     return block
+
+
+def shuttled_row(config: Config, batch: int) -> Any:
+    """Shapes and dtypes `[B, K, H]` of the keys of one position, as the shuttle takes them."""
+    return layers.rows_struct((batch, config.n_kv_heads, config.head_dim), config.kv_dtype)
 
 
 @functools.cache
@@ -178,21 +183,30 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
     """From the hidden states of a sweep to the next token of each sequence, and its embedding.
 
     Returns:
-      jitted `(globals, x [B, T, D], row [B], sampler_state, token [B], keys [B], count) ->
+      jitted `(globals, x [B, T, D], row [B], sampler_state, token [B], keys [B], count, allowed) ->
       (token [B], logprob [B], sampler_state, x [B, 1, D])`. The count-th draw of a sequence uses its key folded
-      with `count`. The log-probability is the model's own, before the sampler. The last x is None where the
-      embedding stays on the host.
+      with `count`. `allowed` is None or packed bits `[B, W]`. The log-probability is the model's own, before mask
+      and sampler. A token is -1 where nothing can be drawn. The last x is None where the embedding stays on the
+      host.
     """
     architecture = models.get(config.architecture)
 
     @_jit
     def draw(
-        buffers: Globals, x: Array, row: Array, state: Any, token: Array, keys: Array, count: Array
+        buffers: Globals,
+        x: Array,
+        row: Array,
+        state: Any,
+        token: Array,
+        keys: Array,
+        count: Array,
+        allowed: Array | None,
     ) -> Any:
         weights = _unpack_globals(buffers, layouts)
         last = jnp.take_along_axis(x, row[:, None, None], axis=1)[:, 0]  # [B, D]
         logits = architecture.unembed(weights, last, config)  # [B, V]
-        filtered, state = apply(logits, state, token)
+        masked = logits if allowed is None else sampling.mask_tokens(logits, allowed)
+        filtered, state = apply(masked, state, token)
         drawn = sampling.draw(filtered, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, count))
         return (
             drawn,
@@ -246,11 +260,31 @@ def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int)
         entropy = jnp.zeros(len(own))
         if top:
             entropy = -jnp.sum(jnp.where(own > -jnp.inf, jnp.exp(own) * own, 0.0), axis=1)
-        state = jax.tree.map(lambda leaf, new: leaf.at[slot].set(new), state, rows)
-        possible = ~jnp.any(jnp.isnan(filtered), axis=1) & jnp.any(filtered > -jnp.inf, axis=1)
-        return (jnp.where(possible, drawn, -1), logprob, top_ids, top_logprobs, entropy), state
+        # A row without a draw keeps its state as it was, so that the draw can be replayed for the error message.
+        to = jnp.where(drawn < 0, len(keys), slot)
+        state = jax.tree.map(lambda leaf, new: leaf.at[to].set(new, mode="drop"), state, rows)
+        return (drawn, logprob, top_ids, top_logprobs, entropy), state
 
     return draw
+
+
+@functools.cache
+def top_step(layouts: GlobalLayouts, config: Config, top: int) -> Callable[..., tuple[Array, Array, Array]]:
+    """The most probable next tokens.
+
+    Returns:
+      jitted `(globals, x [B, 1, D]) -> (ids [B, top], logprobs [B, top], entropy [B])`.
+    """
+    architecture = models.get(config.architecture)
+
+    @_jit
+    def best(buffers: Globals, x: Array) -> tuple[Array, Array, Array]:
+        own = jax.nn.log_softmax(architecture.unembed(_unpack_globals(buffers, layouts), x[:, 0], config))
+        entropy = -jnp.sum(jnp.where(own > -jnp.inf, jnp.exp(own) * own, 0.0), axis=-1)
+        logprobs, ids = jax.lax.top_k(own, top)
+        return ids, logprobs, entropy
+
+    return best
 
 
 @jax.jit

@@ -18,10 +18,12 @@ from airjax.engine.step import (
     embed_step,
     paged_block_step,
     shuttled_block_step,
+    shuttled_row,
 )
 from airjax.gguf import Layout, Manifest
 from airjax.models import Config
 from airjax.plan import EMBEDDING, KV_PAGE, Plan
+from airjax.streaming import piece_struct
 from airjax.types import LayerKV
 
 
@@ -71,8 +73,8 @@ def _block(
             _array(table.shape, jnp.int32),
         )
     if plan.shuttle:
-        shape = (slots, sequences, config.n_kv_heads, config.head_dim)
-        return shuttled_block_step(layout, config, kind), (_cache(shape, config),)
+        piece = piece_struct(slots, shuttled_row(config, sequences))
+        return shuttled_block_step(layout, config, kind), (piece,)
     shape = (sequences, config.n_kv_heads, slots, config.head_dim)
     return block_step(layout, config, kind, slots), (_cache(shape, config),)
 
@@ -90,7 +92,7 @@ def _long(
     buffers = _buffers(layout)
     begin, attend = begin_step(layout, config, kind), attend_step(config, kind, slots)
     q, partial, rows = jax.eval_shape(begin, buffers, x, positions)
-    piece = _cache((plan.kv_block, x.shape[0], config.n_kv_heads, config.head_dim), config)
+    piece = piece_struct(plan.kv_block, shuttled_row(config, x.shape[0]))
     waiting = sum(_nbytes(leaf) for leaf in jax.tree.leaves((q, partial, rows)))
     return max(
         _workspace(begin, buffers, x, positions),
@@ -122,7 +124,7 @@ def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
         used = _workspace(step, buffers, x, tokens, tokens, state, tokens, keys, tokens, None)
     else:
         step = draw_step(layouts, config, sampler.apply)
-        used = _workspace(step, buffers, x, tokens, state, tokens, keys, _array((), jnp.int32))
+        used = _workspace(step, buffers, x, tokens, state, tokens, keys, _array((), jnp.int32), None)
     return max(embed, used + _nbytes(x))
 
 

@@ -14,12 +14,12 @@ def draw(logits: jax.Array, key: jax.Array) -> jax.Array:
     that won. That needs `V / 256 + 256` random numbers; `V` of them cost a CPU more than all other steps.
 
     Args:
-      logits: float32 `[B, V]`; -inf rules a token out. At least one of a row is finite.
+      logits: float32 `[B, V]`; -inf rules a token out.
       key: a typed key (`jax.random.key`). Keys `[B]` belong to the rows; one key is folded with each row's
         index. Either way a row's draw depends on its own logits and key only.
 
     Returns:
-      int32 `[B]`.
+      int32 `[B]`; -1 where nothing can be drawn: a row holds NaN or inf, or rules every token out.
 
     Raises:
       ValueError: if `key` is not a typed key of shape `[]` or `[B]`.
@@ -43,12 +43,12 @@ def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
 
     Args:
       logits: float32 `[B, V]`.
-      token: int32 `[B]`.
+      token: int32 `[B]`; of -1 the value means nothing.
 
     Returns:
       float32 `[B]`, in nats.
     """
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    chosen = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
@@ -58,10 +58,11 @@ def _draw_row(logits: jax.Array, key: jax.Array) -> jax.Array:
     padded = jnp.pad(logits, (0, -vocab % BLOCK), constant_values=-jnp.inf)
     blocks = padded.reshape(-1, BLOCK)
     block_key, token_key = jax.random.split(key)
-    weights = jnp.sum(jnp.exp(blocks - jnp.max(logits)), axis=-1)
+    top = jnp.max(logits)  # NaN if any is
+    weights = jnp.sum(jnp.exp(blocks - top), axis=-1)
     block = _argmax_with_noise(jnp.log(weights), block_key)
     token = _argmax_with_noise(blocks[block], token_key)
-    return (block * BLOCK + token).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(top), block * BLOCK + token, -1).astype(jnp.int32)
 
 
 def _argmax_with_noise(logits: jax.Array, key: jax.Array) -> jax.Array:

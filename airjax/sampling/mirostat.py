@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from airjax.sampling.active import where_active
 from airjax.sampling.draw import draw, log_prob
 from airjax.sampling.keys import key_rows, next_keys
 from airjax.sampling.parameter import Parameter, check, check_whole, per_sequence
@@ -73,12 +74,7 @@ def _apply_mirostat(logits: jax.Array, state: State, token: jax.Array) -> tuple[
 
     def steer(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         use, later = next_keys(key, active)
-        need = jnp.where(version == 1, _zipf_count(logits, mu), jnp.inf)
-        by_rank = shortest_prefix(logits, jnp.ones_like(logits), need)
-        surprise = -jax.nn.log_softmax(logits) / jnp.log(2.0)
-        top = logits == jnp.max(logits, axis=-1, keepdims=True)
-        by_surprise = (surprise <= mu[:, None]) | top
-        kept = jnp.where(jnp.where((version == 1)[:, None], by_rank, by_surprise), logits, -jnp.inf)
+        kept = keep(logits, version, mu)
         drawn = draw(kept, use)
         error = -log_prob(kept, drawn) / jnp.log(2.0) - tau
         one = jnp.arange(logits.shape[-1]) == drawn[:, None]
@@ -90,6 +86,23 @@ def _apply_mirostat(logits: jax.Array, state: State, token: jax.Array) -> tuple[
 
     logits, mu, key = lax.cond(jnp.any(active), steer, lambda logits: (logits, mu, key), logits)
     return logits, (version, tau, eta, mu, key)
+
+
+def keep(logits: jax.Array, version: jax.Array, mu: jax.Array) -> jax.Array:
+    """The logits `[B, V]` of what versions `[B]` 1 and 2 keep under the bounds `mu` `[B]`; -inf elsewhere."""
+
+    def by_rank(logits: jax.Array) -> jax.Array:
+        need = jnp.where(version == 1, _zipf_count(logits, mu), jnp.inf)
+        return jnp.where(shortest_prefix(logits, jnp.ones_like(logits), need), logits, -jnp.inf)
+
+    def by_surprise(logits: jax.Array) -> jax.Array:
+        # -log2 p <= mu, as a bound on the logits: one pass less.
+        bound = jax.nn.logsumexp(logits, axis=-1) - mu * jnp.log(2.0)
+        bound = jnp.minimum(bound, jnp.max(logits, axis=-1))
+        return jnp.where(logits >= bound[:, None], logits, -jnp.inf)
+
+    logits = where_active(version == 1, by_rank, logits)
+    return where_active(version == 2, by_surprise, logits)
 
 
 def _zipf_count(logits: jax.Array, mu: jax.Array) -> jax.Array:

@@ -30,6 +30,8 @@ def shortest_prefix(values: jax.Array, weights: jax.Array, need: jax.Array) -> j
     Returns:
       bool `[B, V]`.
     """
+    if values.shape[-1] <= CANDIDATES:
+        return _prefix_by_sorting(values, weights, need)
     threshold, room = _among_largest(values, weights, need)
     unsolved = jnp.isnan(threshold) & (need < jnp.inf)  # the prefix is longer than the candidates
     threshold, room = lax.cond(
@@ -58,17 +60,50 @@ def largest(values: jax.Array, weights: jax.Array, count: int) -> tuple[jax.Arra
     Returns:
       values and weights, float32 `[B, count]`.
     """
+    top, ids = largest_ids(values, count)
+    return top, jnp.take_along_axis(weights, ids, axis=1)
+
+
+def largest_ids(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` largest values of each row in falling order, equal ones in that of their index.
+
+    Args:
+      values: float32 `[B, V]`.
+      count: how many; at most `V`.
+
+    Returns:
+      values, float32 `[B, count]`, and their indices, int32 `[B, count]`.
+    """
+    values = _one_zero(values)
     batch, vocab = values.shape
     blocks = -(-vocab // BLOCK)
-    if blocks > count:
-        pad = ((0, 0), (0, blocks * BLOCK - vocab))
-        values = jnp.pad(values, pad, constant_values=-jnp.inf).reshape(batch, blocks, BLOCK)
-        weights = jnp.pad(weights, pad).reshape(batch, blocks, BLOCK)
-        _, chosen = lax.top_k(jnp.max(values, axis=-1), count)  # [B, count]
-        values = jnp.take_along_axis(values, chosen[..., None], axis=1).reshape(batch, -1)
-        weights = jnp.take_along_axis(weights, chosen[..., None], axis=1).reshape(batch, -1)
-    top, where = lax.top_k(values, count)
-    return top, jnp.take_along_axis(weights, where, axis=1)
+    if blocks <= count:
+        top, ids = lax.top_k(values, count)
+        return top, ids
+    pad = ((0, 0), (0, blocks * BLOCK - vocab))
+    padded = jnp.pad(values, pad, constant_values=-jnp.inf).reshape(batch, blocks, BLOCK)
+    _, chosen = lax.top_k(jnp.max(padded, axis=-1), count)  # [B, count]
+    chosen = jnp.sort(chosen, axis=-1)  # so that of equal values the lower index comes first
+    looked_at = jnp.take_along_axis(padded, chosen[..., None], axis=1).reshape(batch, -1)
+    top, place = lax.top_k(looked_at, count)
+    ids = jnp.take_along_axis(chosen, place // BLOCK, axis=1) * BLOCK + place % BLOCK
+    # Where too few are above -inf, one may come from the padding.
+    return top, jnp.minimum(ids, vocab - 1)
+
+
+def _prefix_by_sorting(values: jax.Array, weights: jax.Array, need: jax.Array) -> jax.Array:
+    """`shortest_prefix` of short rows."""
+    batch, count = values.shape
+    _, order = lax.top_k(_one_zero(values), count)  # stable
+    ordered = jnp.take_along_axis(weights, order, axis=1)
+    before = jnp.cumsum(ordered, axis=1) - ordered
+    inside = (before < need[:, None]) | (jnp.arange(count) == 0)
+    return jnp.zeros(values.shape, bool).at[jnp.arange(batch)[:, None], order].set(inside)
+
+
+def _one_zero(values: jax.Array) -> jax.Array:
+    """The values with 0 for -0, which `lax.top_k` would put behind it."""
+    return jnp.where(values == 0, 0, values)
 
 
 def _among_largest(values: jax.Array, weights: jax.Array, need: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,10 +12,10 @@ from airjax.sampling.penalties import output_penalties, penalties
 from airjax.sampling.temperature import dynamic_temperature
 from airjax.sampling.transform import Transform, chain
 from airjax.sampling.truncation import min_p as min_p_transform
-from airjax.sampling.truncation import top_k as top_k_transform
 from airjax.sampling.truncation import top_p as top_p_transform
 from airjax.sampling.typical import top_n_sigma as top_n_sigma_transform
 from airjax.sampling.typical import typical_p as typical_p_transform
+from airjax.sampling.within import within_top_k
 from airjax.sampling.xtc import xtc
 
 
@@ -94,12 +94,16 @@ def standard(
         output_penalties(openai_frequency_penalty, openai_presence_penalty),
         dry(dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n, dry_sequence_breakers),
         top_n_sigma_transform(top_n_sigma),
-        top_k_transform(top_k),
-        typical_p_transform(typical_p),
-        top_p_transform(top_p),
-        min_p_transform(min_p),
-        xtc(xtc_probability, xtc_threshold, key=xtc_key),
-        dynamic_temperature(temperature, dynatemp_range, dynatemp_exponent),
+        within_top_k(
+            top_k,
+            chain(
+                typical_p_transform(typical_p),
+                top_p_transform(top_p),
+                min_p_transform(min_p),
+                xtc(xtc_probability, xtc_threshold, key=xtc_key),
+                dynamic_temperature(temperature, dynatemp_range, dynatemp_exponent),
+            ),
+        ),
         mirostat_transform(mirostat, mirostat_tau, mirostat_eta, key=mirostat_key),
     )
 

@@ -59,7 +59,9 @@ class Choice:
         assert event.token is not None
         self.tokens += 1
         self.cached_tokens = event.cached_tokens
-        by_token, ended = event.finish_reason == "stop", event.finish_reason != ""
+        ended = event.finish_reason != ""
+        # A grammar may end the text too, with a token that belongs to it.
+        by_token = event.finish_reason == "stop" and event.token in self.tokenizer.eog_ids
         text = "" if by_token else self._stream.push(event.token)
         text += self._stream.flush() if ended else ""
         start, self._decoded = self._decoded, self._decoded + len(text)

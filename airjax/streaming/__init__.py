@@ -12,6 +12,7 @@ from airjax.streaming.readers import RingReader as RingReader
 from airjax.streaming.ring import Ring as Ring
 from airjax.streaming.ring import Source as Source
 from airjax.streaming.shuttle import Shuttle as Shuttle
+from airjax.streaming.shuttle import piece_struct as piece_struct
 from airjax.streaming.shuttle import to_cache as to_cache
 from airjax.streaming.sources import MappedSource as MappedSource
 from airjax.streaming.sources import ReadSource as ReadSource

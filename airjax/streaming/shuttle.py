@@ -9,14 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from airjax.streaming.pinned import PinnedMemory
 from airjax.streaming.timeline import Timeline
 from airjax.streaming.transfer import put_snapshot
-from airjax.types import LayerKV
-
-_ALIGNMENT = 64
+from airjax.types import Array, LayerKV
 
 
 class Piece(NamedTuple):
@@ -24,11 +23,19 @@ class Piece(NamedTuple):
 
     Attributes:
       first: its first slot.
-      kv: `[S', B, K, H]` each.
+      kv: its bytes, uint8 `[S', row bytes]`, for `to_cache`.
     """
 
     first: int
-    kv: LayerKV
+    kv: Array
+
+
+class _Field(NamedTuple):
+    """Where a part of a position's keys or values lies in its bytes, and what it is."""
+
+    start: int
+    stop: int
+    part: jax.ShapeDtypeStruct
 
 
 class _Range(NamedTuple):
@@ -38,10 +45,10 @@ class _Range(NamedTuple):
 
 
 class Shuttle:
-    """Keys and values of every layer on the host, `[S, B, K, H]` each, so that the used part is contiguous.
+    """Keys and values of every layer on the host, position by position, so that the used part is contiguous.
 
-    A layer goes up in pieces of at most `block` positions. Host memory is taken a block at a time, when its
-    positions are first used.
+    A layer goes up in pieces of at most `block` positions, each one transfer: half the calls of one for the keys and
+    one for the values. Host memory is taken a block at a time, when its positions are first used.
 
     Args:
       sizes: S of each layer.
@@ -73,19 +80,19 @@ class Shuttle:
         self.wait_s = 0.0
         self.block = block
         self._sizes = tuple(sizes)
-        self._row = row
+        self._fields = _fields(row)
         self._device = device
         self._pieces = max(pieces, 2)
         self._pin = pin
         self._timeline = timeline
         self._memory: list[PinnedMemory] = []
-        self._host: dict[tuple[int, int], LayerKV] = {}  # of numpy arrays, by layer and block
+        self._host: dict[tuple[int, int], np.ndarray] = {}  # uint8 [S, row bytes], by layer and block
         # New rows come down by the copy engine, not through a staging buffer of the driver.
         self._landing_place = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
         self._landing: dict[int, tuple[LayerKV, np.ndarray]] = {}
         self._to_put: collections.deque[_Range] = collections.deque()
         self._ahead: collections.deque[tuple[int, Piece]] = collections.deque()
-        self._busy: collections.deque[tuple[LayerKV, Any]] = collections.deque()
+        self._busy: collections.deque[tuple[Array, Any]] = collections.deque()
 
     def begin_sweep(self, lengths: Sequence[int]) -> None:
         """Says how many slots of each layer this sweep takes, and starts the first uploads."""
@@ -142,9 +149,9 @@ class Shuttle:
     def read(self, layer: int, slots: np.ndarray) -> list[np.ndarray]:
         """The rows of some slots of a layer, by the leaves of the cache: `[n, B, K, ...]` each."""
         self._land(layer)
-        rows = [np.empty((len(slots), *part.shape), part.dtype) for part in self._leaves()]
+        rows = [np.empty((len(slots), *field.part.shape), field.part.dtype) for field in self._fields]
         for block, inside in self._by_block(slots):
-            for target, host in zip(rows, jax.tree.leaves(self._block(layer, block)), strict=True):
+            for target, host in zip(rows, self._views(layer, block), strict=True):
                 target[inside] = host[slots[inside] % self.block]
         return rows
 
@@ -152,7 +159,7 @@ class Shuttle:
         """Puts what `read` gave into some slots of a layer."""
         self._land(layer)
         for block, inside in self._by_block(slots):
-            for host, new in zip(jax.tree.leaves(self._block(layer, block)), rows, strict=True):
+            for host, new in zip(self._views(layer, block), rows, strict=True):
                 host[slots[inside] % self.block] = new[inside]
 
     def close(self) -> None:
@@ -181,15 +188,11 @@ class Shuttle:
             layer, first, length = self._to_put.popleft()
             # Rows of the last sweep must be in the host cache before it goes up again.
             self._land(layer)
-            host = self._block(layer, first // self.block)
-            kv = LayerKV(*(self._put(part, length) for part in (host.k, host.v)))
+            kv = put_snapshot(self._block(layer, first // self.block)[:length], self._device)
             self.bytes_up += kv.nbytes
             if self._timeline is not None:
                 self._timeline.watch("host to device", f"kv {layer}", kv, kv.nbytes)
             self._ahead.append((layer, Piece(first, kv)))
-
-    def _put(self, part: Any, length: int) -> Any:
-        return jax.tree.map(lambda leaf: put_snapshot(leaf[:length], self._device), part)
 
     def _land(self, layer: int) -> None:
         """Waits until the newest rows of a layer are in the host cache."""
@@ -202,40 +205,62 @@ class Shuttle:
             used = np.flatnonzero(row_positions >= 0)
             slots = row_positions[used] % self._sizes[layer]
             for block, inside in self._by_block(slots):
-                host = jax.tree.leaves(self._block(layer, block))
-                for target, new in zip(host, values, strict=True):
+                for target, new in zip(self._views(layer, block), values, strict=True):
                     target[slots[inside] % self.block, sequence] = new[sequence][:, used[inside]].swapaxes(
                         0, 1
                     )
 
-    def _leaves(self) -> list[Any]:
-        return jax.tree.leaves(LayerKV(self._row, self._row))
+    def _views(self, layer: int, block: int) -> list[np.ndarray]:
+        """The leaves of the cache in a block of a layer, `[S, B, K, ...]` each; writing them writes the block."""
+        host = self._block(layer, block)
+        return [  # of a slice of each row: a new axis splits the last one, so that nothing is copied
+            host[:, start:stop].view(part.dtype).reshape(len(host), *part.shape)
+            for start, stop, part in self._fields
+        ]
 
     def _by_block(self, slots: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Each block that holds some of the slots, and which of them, as a mask."""
         for block in np.unique(slots // self.block):
             yield int(block), slots // self.block == block
 
-    def _block(self, layer: int, block: int) -> LayerKV:
-        """Host memory of a block of a layer."""
+    def _block(self, layer: int, block: int) -> np.ndarray:
+        """Host memory of a block of a layer, uint8 `[S, row bytes]`."""
         if (layer, block) not in self._host:
             size = min(self.block, self._sizes[layer] - block * self.block)
-            parts, tree = jax.tree.flatten(LayerKV(self._row, self._row))
-            shapes = [(size, *part.shape) for part in parts]
-            sizes = [
-                int(np.prod(shape)) * part.dtype.itemsize for shape, part in zip(shapes, parts, strict=True)
-            ]
-            starts = np.cumsum([0, *(nbytes + -nbytes % _ALIGNMENT for nbytes in sizes)])
-            memory = PinnedMemory.allocate(int(starts[-1]), pin=self._pin)
+            row_bytes = self._fields[-1].stop
+            memory = PinnedMemory.allocate(size * row_bytes, pin=self._pin)
             self._memory.append(memory)
-            arrays = [
-                memory.array[start : start + nbytes].view(part.dtype).reshape(shape)
-                for start, nbytes, part, shape in zip(starts, sizes, parts, shapes, strict=False)
-            ]
-            self._host[layer, block] = jax.tree.unflatten(tree, arrays)
+            self._host[layer, block] = memory.array[: size * row_bytes].reshape(size, row_bytes)
         return self._host[layer, block]
 
 
-def to_cache(kv: LayerKV) -> LayerKV:
-    """`[S, B, K, H]` as it travels to `[B, K, S, H]` as blocks want it."""
-    return jax.tree.map(lambda part: part.transpose(1, 2, 0, 3), kv)
+def to_cache(kv: Array, row: Any) -> LayerKV:
+    """A piece as blocks want it.
+
+    Args:
+      kv: uint8 `[S, row bytes]`, as it travels.
+      row: shapes and dtypes `[B, K, H]` of the keys (or the values) of one position.
+
+    Returns:
+      The cache, `[B, K, S, H]` each.
+    """
+    parts = []
+    for start, stop, part in _fields(row):
+        itemsize = part.dtype.itemsize
+        data = kv[:, start:stop].reshape(len(kv), *part.shape, *((itemsize,) if itemsize > 1 else ()))
+        parts.append(jax.lax.bitcast_convert_type(data, part.dtype).transpose(1, 2, 0, 3))
+    return jax.tree.unflatten(jax.tree.structure(LayerKV(row, row)), parts)
+
+
+def piece_struct(slots: int, row: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a piece of so many slots, for `to_cache`."""
+    return jax.ShapeDtypeStruct((slots, _fields(row)[-1].stop), jnp.uint8)
+
+
+def _fields(row: Any) -> list[_Field]:
+    """The parts of a position's bytes: the keys, then the values, nothing between."""
+    fields: list[_Field] = []
+    for part in jax.tree.leaves(LayerKV(row, row)):
+        start = fields[-1].stop if fields else 0
+        fields.append(_Field(start, start + int(np.prod(part.shape)) * part.dtype.itemsize, part))
+    return fields

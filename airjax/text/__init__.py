@@ -2,8 +2,9 @@
 
 from airjax.text.chat_template import ChatTemplate
 from airjax.text.errors import TextError
+from airjax.text.grammar import Grammar
 from airjax.text.stops import StopStrings
 from airjax.text.stream import TextStream
 from airjax.text.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "StopStrings", "TextError", "TextStream", "Tokenizer"]
+__all__ = ["ChatTemplate", "Grammar", "StopStrings", "TextError", "TextStream", "Tokenizer"]

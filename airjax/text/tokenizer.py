@@ -32,6 +32,8 @@ class Tokenizer:
       bos_id: the token that begins a text, or None.
       eos_id: the token that ends a text, or None.
       eog_ids: every token that ends a reply.
+      special_ids: tokens that stand for a role rather than for their text: control tokens, the unknown token, and
+        user-defined marks such as `<|channel|>`.
       add_bos: whether the file wants `bos_id` in front of a text.
       add_eos: whether the file wants `eos_id` behind a text.
     """
@@ -61,6 +63,8 @@ class Tokenizer:
         always = np.flatnonzero(vocabulary.kinds == Kind.USER_DEFINED).tolist()
         hidden = np.flatnonzero(np.isin(vocabulary.kinds, (Kind.CONTROL, Kind.UNKNOWN))).tolist()
         self._hidden = frozenset(hidden)
+        marks = [token for token in always if self._tokens[token].startswith("<|")]
+        self.special_ids = frozenset((*hidden, *marks))
         self._user_defined = SpecialTokens({self._tokens[token]: token for token in always})
         self._special = SpecialTokens({self._tokens[token]: token for token in (*always, *hidden)})
 
@@ -168,6 +172,13 @@ class Tokenizer:
                 output.extend(self._merges.encode(f" {fragment}" if self._space_prefix else fragment))
         if add_bos is None and self.add_eos and self.eos_id is not None:
             output.append(self.eos_id)
+        return output
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text that goes on after another one: nothing is put in front, and no control token is read."""
+        output: list[int] = []
+        for fragment in self._user_defined.split(_valid(text)):
+            output += [fragment] if isinstance(fragment, int) else self._merges.encode(fragment)
         return output
 
     def piece(self, token: int) -> bytes:

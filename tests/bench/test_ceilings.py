@@ -11,7 +11,7 @@ from airjax.bench import probes
 from airjax.predict import Ceilings
 
 HERE = {"device": "a", "jax": "1"}
-KEPT = Ceilings(1e9, 2e9, 3e9, 4e9, 5e9, 6e12, 7e-6)
+KEPT = Ceilings(1e9, 2e9, 3e9, 4e9, 5e9, None, 6e12, 7e-6)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from airjax.bench.compilations import compilations
 from airjax.plan import GIB
 from airjax.predict import Ceilings, predict
 
-CEILINGS = Ceilings(40e9, 30e9, 2e9, 1e12, 5e11, 1e14, 1e-5)
+CEILINGS = Ceilings(40e9, 30e9, 2e9, 1e12, 5e11, None, 1e14, 1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -249,6 +249,8 @@ class _Only:
         self.tokens = list(tokens)
         self.vocabulary = vocabulary
 
+    finished = False
+
     def mask(self):
         bits = np.zeros(-(-self.vocabulary // 32), np.uint32)
         if self.tokens:

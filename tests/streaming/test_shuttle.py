@@ -10,11 +10,11 @@ from airjax.streaming import PinnedMemory, Shuttle, to_cache
 from airjax.types import LayerKV
 
 _ROW = (2, 3, 4)  # B, K, H
+_STRUCT = jax.ShapeDtypeStruct(_ROW, jnp.float32)
 
 
 def _shuttle(sizes, pieces=3, block=64):
-    row = jax.ShapeDtypeStruct(_ROW, jnp.float32)
-    return Shuttle(sizes, row, jax.devices()[0], pieces, block, pin=False)
+    return Shuttle(sizes, _STRUCT, jax.devices()[0], pieces, block, pin=False)
 
 
 def _rows(generator, length):
@@ -26,7 +26,7 @@ def _take(shuttle, layer):
     """All pieces of a layer as one cache, `[B, K, S', H]` each."""
     parts = []
     for piece in shuttle.pieces(layer):
-        parts.append(jax.tree.map(np.array, to_cache(piece.kv)))
+        parts.append(jax.tree.map(np.array, to_cache(piece.kv, _STRUCT)))
         shuttle.release(())
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=2), *parts)
 
@@ -81,8 +81,8 @@ def test_no_more_pieces_are_alive_than_were_allowed():
     shuttle = _shuttle([64, 64], pieces=3, block=4)
 
     def alive():
-        shape = (4, *_ROW)
-        return sum(not a.is_deleted() and a.shape == shape for a in jax.live_arrays()) // 2
+        shape = (4, 2 * 4 * int(np.prod(_ROW)))
+        return sum(not a.is_deleted() and a.shape == shape for a in jax.live_arrays())
 
     before = alive()
     shuttle.begin_sweep([64, 64])
