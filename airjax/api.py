@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from airjax import engine, sampling
 from airjax.plan import GIB, Plan, Resident, Switch
-from airjax.streaming import Timeline
+from airjax.streaming import PinningError, Timeline, cuda_driver
 from airjax.text import ChatTemplate, Grammar, StopStrings, Tokenizer
 from airjax.text import grammar as grammars
 
@@ -105,9 +106,9 @@ class Engine:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
-        steering: Mapping[int, np.ndarray] | None = None,
         grammar: Grammar | None = None,
         constraint: engine.Constraint | None = None,
+        steering: Mapping[int, np.ndarray] | None = None,
     ) -> Iterator[Token]:
         """Generates after a prompt of token ids.
 
@@ -118,9 +119,9 @@ class Engine:
           max_tokens: how many at most; None for as many as the context holds.
           stop: strings that end the generation; they are not part of the text.
           ignore_eos: go on after an end-of-generation token.
-          steering: vectors `[D]` to add to the hidden states, by depth; see `capture`.
           grammar: what the text must match, from `grammar`.
           constraint: a rule of one's own over the next token, instead of a grammar.
+          steering: vectors `[D]` to add to the hidden states, by depth; see `capture`.
 
         Yields:
           Tokens as they are drawn; the end-of-generation token only if text that was held back must follow.
@@ -142,8 +143,8 @@ class Engine:
             key=jax.random.key(0) if key is None else key,
             max_tokens=self.plan.context if max_tokens is None else max_tokens,
             stop_ids=frozenset() if ignore_eos else self.tokenizer.eog_ids,
-            hook=engine.steering(self.model, steering) if steering else None,
             constraint=constraint if grammar is None else grammar.constraint(),
+            hook=engine.steering(self.model, steering) if steering else None,
         )
         return self._texts(draws, tuple(stop))
 
@@ -505,10 +506,15 @@ def load(
 
 def free_device_bytes(device: jax.Device) -> int:
     """Device memory that a run may use: what is free less a twentieth, for what others allocate."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if not stats or "bytes_limit" not in stats:
+    if device.platform == "cpu":
         return free_host_bytes()
-    return int((stats["bytes_limit"] - stats["bytes_in_use"]) * 0.95)
+    stats = device.memory_stats() or {}
+    if stats.get("bytes_limit"):
+        return int((stats["bytes_limit"] - stats["bytes_in_use"]) * 0.95)
+    # CUDA's own allocator knows no limit; the driver knows what is free.
+    with contextlib.suppress(PinningError):
+        return int(cuda_driver(device.local_hardware_id or 0).free_bytes() * 0.95)
+    return free_host_bytes()
 
 
 def free_host_bytes() -> int:

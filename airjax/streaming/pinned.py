@@ -36,6 +36,12 @@ class _Driver:
     def register(self, address: int, nbytes: int, flags: int) -> None:
         self._in_context("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(nbytes), flags)
 
+    def free_bytes(self) -> int:
+        """Device memory that nobody has taken."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._in_context("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
+
     def unregister(self, address: int) -> None:
         self._in_context("cuMemHostUnregister", ctypes.c_void_p(address))
 

@@ -151,16 +151,18 @@ class Shuttle:
         self._land(layer)
         rows = [np.empty((len(slots), *field.part.shape), field.part.dtype) for field in self._fields]
         for block, inside in self._by_block(slots):
-            for target, host in zip(rows, self._views(layer, block), strict=True):
-                target[inside] = host[slots[inside] % self.block]
+            host = self._block(layer, block)
+            for field, target in zip(self._fields, rows, strict=True):
+                target[inside] = _view(host, field)[slots[inside] % self.block]
         return rows
 
     def write(self, layer: int, slots: np.ndarray, rows: Sequence[np.ndarray]) -> None:
         """Puts what `read` gave into some slots of a layer."""
         self._land(layer)
         for block, inside in self._by_block(slots):
-            for host, new in zip(self._views(layer, block), rows, strict=True):
-                host[slots[inside] % self.block] = new[inside]
+            host = self._block(layer, block)
+            for field, new in zip(self._fields, rows, strict=True):
+                _view(host, field)[slots[inside] % self.block] = new[inside]
 
     def close(self) -> None:
         """Waits for what is on the way and frees the host memory."""
@@ -205,18 +207,12 @@ class Shuttle:
             used = np.flatnonzero(row_positions >= 0)
             slots = row_positions[used] % self._sizes[layer]
             for block, inside in self._by_block(slots):
-                for target, new in zip(self._views(layer, block), values, strict=True):
+                host = self._block(layer, block)
+                for field, new in zip(self._fields, values, strict=True):
+                    target = _view(host, field)
                     target[slots[inside] % self.block, sequence] = new[sequence][:, used[inside]].swapaxes(
                         0, 1
                     )
-
-    def _views(self, layer: int, block: int) -> list[np.ndarray]:
-        """The leaves of the cache in a block of a layer, `[S, B, K, ...]` each; writing them writes the block."""
-        host = self._block(layer, block)
-        return [  # of a slice of each row: a new axis splits the last one, so that nothing is copied
-            host[:, start:stop].view(part.dtype).reshape(len(host), *part.shape)
-            for start, stop, part in self._fields
-        ]
 
     def _by_block(self, slots: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Each block that holds some of the slots, and which of them, as a mask."""
@@ -255,6 +251,12 @@ def to_cache(kv: Array, row: Any) -> LayerKV:
 def piece_struct(slots: int, row: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a piece of so many slots, for `to_cache`."""
     return jax.ShapeDtypeStruct((slots, _fields(row)[-1].stop), jnp.uint8)
+
+
+def _view(host: np.ndarray, field: _Field) -> np.ndarray:
+    """One part of the bytes of some positions, `[S, B, K, H]`: numpy splits the last axis without a copy."""
+    part = host[:, field.start : field.stop].view(field.part.dtype)
+    return part.reshape(len(host), *field.part.shape)
 
 
 def _fields(row: Any) -> list[_Field]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import llguidance
 import numpy as np
 
 from airjax.text.errors import TextError
 from airjax.text.gbnf import to_lark
 from airjax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import llguidance
 
 # Between the parts of JSON: nothing, a blank, or a new line with indentation. Without a bound a model may go on
 # with blanks for ever.
@@ -135,6 +137,8 @@ def compile(
       TextError: the grammar is malformed or uses what is not supported; names line and column.
       ValueError: none or several grammars are given.
     """
+    import llguidance  # not above: a run without a grammar does not wait for it
+
     given = [value is not None for value in (gbnf, json_schema, regex, lark)]
     if sum(given) != 1:
         raise ValueError(f"give one of gbnf, json_schema, regex and lark, got {sum(given)} of them")
@@ -158,6 +162,8 @@ def compile(
 
 
 def _json_form(schema: str | dict[str, Any] | bool, where: str) -> str:
+    import llguidance
+
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
@@ -218,6 +224,8 @@ def _token_of(tokenizer: Tokenizer) -> Any:
 
 def _library_tokenizer(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
     """The vocabulary as the library wants it; made once for each tokenizer, since it takes a second."""
+    import llguidance
+
     if tokenizer not in _LIBRARY_TOKENIZERS:
         wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
         _LIBRARY_TOKENIZERS[tokenizer] = llguidance.LLTokenizer(wrapper, eos_token=wrapper._gtokenizer.ends)
