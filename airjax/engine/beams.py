@@ -16,7 +16,7 @@ import numpy as np
 
 from airjax.engine.branches import Branch, Branches
 from airjax.engine.model import Model
-from airjax.engine.search import top_step
+from airjax.engine.step import top_step
 
 
 class Hypothesis(NamedTuple):

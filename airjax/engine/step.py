@@ -268,6 +268,25 @@ def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int)
     return draw
 
 
+@functools.cache
+def top_step(layouts: GlobalLayouts, config: Config, top: int) -> Callable[..., tuple[Array, Array, Array]]:
+    """The most probable next tokens.
+
+    Returns:
+      jitted `(globals, x [B, 1, D]) -> (ids [B, top], logprobs [B, top], entropy [B])`.
+    """
+    architecture = models.get(config.architecture)
+
+    @_jit
+    def best(buffers: Globals, x: Array) -> tuple[Array, Array, Array]:
+        own = jax.nn.log_softmax(architecture.unembed(_unpack_globals(buffers, layouts), x[:, 0], config))
+        entropy = -jnp.sum(jnp.where(own > -jnp.inf, jnp.exp(own) * own, 0.0), axis=-1)
+        logprobs, ids = jax.lax.top_k(own, top)
+        return ids, logprobs, entropy
+
+    return best
+
+
 @jax.jit
 def advance(positions: Array) -> Array:
     """The positions after these."""

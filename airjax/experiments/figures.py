@@ -59,6 +59,8 @@ def draw_front(figure: Any, rows: Sequence[Row]) -> None:
     The line is the front: samplers that none beats in both. Without two texts of a prompt there is no self-BLEU,
     and distinct-2 takes its place.
     """
+    from matplotlib.ticker import LogLocator
+
     summaries = summarize(rows)
     by_bleu = all(summary["self_bleu"] is not None for summary in summaries.values())
     points = []
@@ -75,8 +77,9 @@ def draw_front(figure: Any, rows: Sequence[Row]) -> None:
     for (x, y, name), color in zip(points, colors, strict=True):
         axes.scatter(x, y, s=50, color=color, label=name, zorder=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set_xlabel("diversity: 1 - self-BLEU" if by_bleu else "diversity: distinct-2")
     axes.set_ylabel("perplexity under the model")
     axes.margins(0.12)
@@ -106,7 +109,9 @@ def draw_ribbons(figure: Any, rows: Sequence[Row]) -> None:
         places = np.arange(len(row.ids))
         if len(places):
             shades = [str(0.25 + 0.6 * at / max(len(shares) - 1, 1)) for at in range(len(shares))]
-            axes.stackplot(places, shares, colors=shades, step="mid")
+            # The last step needs an end.
+            edges = np.arange(len(places) + 1) - 0.5
+            axes.stackplot(edges, np.pad(shares, ((0, 0), (0, 1)), mode="edge"), colors=shades, step="post")
             axes.plot(places, np.exp(row.logprobs), ".", color="tab:orange", markersize=5)
             axes.set_xlim(-0.5, len(places) - 0.5)
         axes.set_ylim(0, 1)
@@ -132,4 +137,6 @@ def mean_entropy(rows: Sequence[Row]) -> np.ndarray:
 def _colors(count: int) -> list[Any]:
     from matplotlib import colormaps
 
-    return [colormaps["viridis"](at) for at in np.linspace(0, 0.92, max(count, 1))][:count]
+    if count <= 10:
+        return [colormaps["tab10"](at) for at in range(count)]
+    return [colormaps["viridis"](at) for at in np.linspace(0, 0.95, count)]
