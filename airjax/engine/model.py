@@ -67,6 +67,12 @@ class Model:
         """Layouts of the global tensors on the device."""
         return tuple((name, self.manifest.globals[name].layout) for name in self.globals)
 
+    def watch(self, timeline: Timeline | None) -> None:
+        """Records compute and transfers from the next sweep on; None ends that. Not within a sweep."""
+        self.timeline = timeline
+        if self.weights.ring is not None:
+            self.weights.ring.timeline = timeline
+
     def count_sweep(self, state: State | PagedState) -> None:
         """Adds a sweep to the run's counters."""
         self.stats.sweeps += 1
