@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -15,8 +13,7 @@ import numpy as np
 
 from airjax.engine.branches import Branches, padded_batch
 from airjax.engine.model import Model
-from airjax.engine.step import GlobalLayouts, draw_rows_step, unembed_step
-from airjax.models import Config
+from airjax.engine.step import draw_rows_step, top_step
 from airjax.sampling import Transform
 from airjax.types import Array
 
@@ -209,23 +206,6 @@ def branch_on_entropy(
         return paths
     finally:
         branches.close()
-
-
-@functools.cache
-def top_step(layouts: GlobalLayouts, config: Config, top: int) -> Callable[..., tuple[Array, Array, Array]]:
-    """jitted `(globals, x [B, 1, D]) -> (most probable ids [B, top], their logprobs, entropy [B])`."""
-    unembed = inspect.unwrap(
-        unembed_step(layouts, config)
-    )  # a step with compiler options can't be part of another
-
-    @jax.jit
-    def step(buffers: Any, x: Array) -> tuple[Array, Array, Array]:
-        own = jax.nn.log_softmax(unembed(buffers, x[:, 0]))
-        entropy = -jnp.sum(jnp.where(own > -jnp.inf, jnp.exp(own) * own, 0.0), axis=-1)
-        logprobs, ids = jax.lax.top_k(own, top)
-        return ids, logprobs, entropy
-
-    return step
 
 
 def _ended(
