@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from airjax.models.llama import LlamaConfig
+from airjax.models.decoder import DecoderConfig
 from airjax.plan import Plan
 from airjax.predict import Ceilings, SweepTime, predict
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     architecture="llama",
     n_layers=4,
     d_model=10,
@@ -23,10 +23,8 @@ CONFIG = LlamaConfig(
     norm_eps=1e-5,
     compute_dtype="bfloat16",
     kv_dtype="bf16",
-    rope_width=2,
-    rope_base=1e4,
-    rope_linear_factor=1.0,
-    rope_factors=(),
+    rope_frequencies=(1.0,),
+    attention_scale=1.0,
 )
 # q and output 10 x 10 each, k and v 2 x 10 each, three of 20 x 10.
 LAYER_WEIGHTS = 2 * 100 + 2 * 20 + 3 * 200

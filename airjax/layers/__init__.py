@@ -4,6 +4,7 @@ from airjax.layers.attention import SCORES_BYTES as SCORES_BYTES
 from airjax.layers.attention import AttentionForm as AttentionForm
 from airjax.layers.attention import attention_weights as attention_weights
 from airjax.layers.attention import read_rows as read_rows
+from airjax.layers.mlp import Activation as Activation
 from airjax.layers.mlp import gated as gated
 from airjax.layers.norms import rms_norm as rms_norm
 from airjax.layers.online import Partial as Partial
@@ -14,6 +15,7 @@ from airjax.layers.paged import attention as attention
 from airjax.layers.paged import write_rows as write_rows
 from airjax.layers.rope import rope as rope
 from airjax.layers.rope import rope_frequencies as rope_frequencies
+from airjax.layers.rope import yarn_frequencies as yarn_frequencies
 from airjax.layers.rows import KV_DTYPES as KV_DTYPES
 from airjax.layers.rows import empty_cache as empty_cache
 from airjax.layers.rows import encode as encode

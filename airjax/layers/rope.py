@@ -5,6 +5,7 @@ Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -33,7 +34,41 @@ def rope_frequencies(
     return frequencies.astype(np.float32)
 
 
-def rope(x: Array, positions: Array, frequencies: np.ndarray, interleaved: bool) -> Array:
+def yarn_frequencies(
+    width: int,
+    base: float,
+    factor: float,
+    original_context: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> np.ndarray:
+    """Frequencies that keep what turns fast and stretch what turns slowly.
+
+    Peng et al., YaRN: Efficient Context Window Extension of Large Language Models, 2023, section 3.2.
+
+    Args:
+      width: how many leading elements of a head are rotated (even).
+      base: the rope base (theta).
+      factor: by which the context is longer than that of the training.
+      original_context: positions of the training.
+      beta_fast: pairs that turn this often in it stay as they are.
+      beta_slow: pairs that turn this often or less are divided by `factor`.
+
+    Returns:
+      `[width / 2]` float32.
+    """
+    plain = float(base) ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+
+    def pair_of(turns: float) -> float:
+        return width * math.log(original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(pair_of(beta_fast)), 0)
+    high = min(math.ceil(pair_of(beta_slow)), width - 1)
+    stretched = np.clip((np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1)
+    return (plain / factor * stretched + plain * (1 - stretched)).astype(np.float32)
+
+
+def rope(x: Array, positions: Array, frequencies: np.ndarray, interleaved: bool, scale: float = 1.0) -> Array:
     """Rotates each pair of `x` by its position times its frequency, in float32.
 
     Args:
@@ -41,6 +76,7 @@ def rope(x: Array, positions: Array, frequencies: np.ndarray, interleaved: bool)
       positions: `[B, T]` int32.
       frequencies: `[R / 2]` from `rope_frequencies`, R the rotated width.
       interleaved: pairs are neighbours (2i, 2i+1) as in llama files, else halves (i, i + R/2).
+      scale: factor of the rotated elements.
 
     Returns:
       `[B, T, N, H]` float32.
@@ -49,6 +85,8 @@ def rope(x: Array, positions: Array, frequencies: np.ndarray, interleaved: bool)
     angles = positions.astype(jnp.float32)[..., None] * frequencies  # [B, T, R/2]
     cos = jnp.cos(angles)[:, :, None, :]
     sin = jnp.sin(angles)[:, :, None, :]
+    if scale != 1:
+        cos, sin = cos * scale, sin * scale
     x = x.astype(jnp.float32)
     rotated, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
     if interleaved:

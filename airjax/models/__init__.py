@@ -1,15 +1,15 @@
 """Architectures: one file each, found by the name that a GGUF file gives.
 
-To add one: write the file with the functions of `Architecture`, and name it in `_ARCHITECTURES`.
+To add one: write a file with an `ARCHITECTURE`, and import and name it here. A `Decoder` and a function that reads its
+configuration do for most; another kind of block brings the functions of `Architecture`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
 
 from airjax.gguf import GGUF, GGUFError
-from airjax.models import gemma3, llama
+from airjax.models import gemma2, gemma3, glm4, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
 from airjax.models.architecture import Architecture as Architecture
 from airjax.models.architecture import Buffers as Buffers
 from airjax.models.architecture import Config as Config
@@ -18,12 +18,15 @@ from airjax.models.architecture import Weights as Weights
 from airjax.models.architecture import check_tensors as check_tensors
 from airjax.models.architecture import unpack as unpack
 
-_ARCHITECTURES = {"llama": llama, "gemma3": gemma3}
+_MODULES = (gemma2, gemma3, glm4, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3)
+_ARCHITECTURES: dict[str, Architecture] = {
+    module.__name__.rpartition(".")[2]: module.ARCHITECTURE for module in _MODULES
+}
 
 
 def get(architecture: str) -> Architecture:
     """The functions of an architecture that `from_gguf` accepted."""
-    return cast(Architecture, _ARCHITECTURES[architecture])
+    return _ARCHITECTURES[architecture]
 
 
 def from_gguf(gguf: GGUF, compute_dtype: str, kv_dtype: str = "auto") -> tuple[Architecture, Config]:

@@ -1,0 +1,288 @@
+"""The block that most decoders share: attention and a gated feed-forward part, in the variants that files ask for.
+
+An architecture is a function that reads a file's metadata into a `DecoderConfig`; all else is here. Touvron et al.,
+LLaMA, 2023, has the plain form; what departs from it is named at the fields.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from airjax import layers, quants
+from airjax.gguf import GGUF, GGMLType, GGUFError
+from airjax.models.architecture import (
+    Config,
+    TensorSpec,
+    Weights,
+    project,
+    project_many,
+    vector,
+)
+from airjax.types import Array, KVCache
+
+_UNROTATED = " unrotated"
+
+
+@dataclass(frozen=True)
+class DecoderConfig(Config):
+    """What a decoder adds to the sizes; the defaults are the plain form.
+
+    Attributes:
+      rope_frequencies: of the rotated pairs of a head; the rest of a head passes unchanged.
+      rope_frequencies_local: of layers with a sliding window, where they have others (Gemma 3).
+      rope_scale: factor of the rotated elements (YaRN's attention factor).
+      rope_interleaved: pairs are neighbours, else halves.
+      unrotated_every: each so manyth layer has no rope (SmolLM3); 0 for none.
+      sliding_window: of local layers; 0 for none.
+      global_every: each so manyth layer sees the whole context, the others the window; 0 for none of them.
+      qk_norm: queries and keys are normed by the "head" (Qwen 3), or the "whole" of them at once (OLMo 2).
+      pre_norms: norms before attention and feed-forward.
+      post_norms: norms after them, before they are added.
+      fused_qkv: queries, keys and values come from one matrix.
+      fused_gate: gate and up come from one matrix, `ffn_up`.
+      activation: of the gate.
+      attention_scale: of the scores.
+      attention_softcap: of the scores; 0 for none (Gemma 2).
+      logit_softcap: of the logits; 0 for none.
+      embedding_scale: factor of the embedding.
+      residual_scale: factor of what is added to the hidden states (Granite).
+      logit_divisor: of the logits (Granite).
+    """
+
+    rope_frequencies: tuple[float, ...]
+    attention_scale: float
+    rope_frequencies_local: tuple[float, ...] = ()
+    rope_scale: float = 1.0
+    rope_interleaved: bool = False
+    unrotated_every: int = 0
+    sliding_window: int = 0
+    global_every: int = 0
+    qk_norm: Literal["", "head", "whole"] = ""
+    pre_norms: bool = True
+    post_norms: bool = False
+    fused_qkv: bool = False
+    fused_gate: bool = False
+    activation: layers.Activation = "silu"
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """An `Architecture` whose configuration `read` reads."""
+
+    read: Callable[[GGUF, str], DecoderConfig]
+
+    def config_from_gguf(self, gguf: GGUF, compute_dtype: str) -> DecoderConfig:
+        """Reads the configuration from a file's metadata.
+
+        Raises:
+          GGUFError: a key is missing or asks for something this architecture does not have.
+        """
+        return self.read(gguf, compute_dtype)
+
+    def global_specs(self, config: DecoderConfig) -> dict[str, TensorSpec]:
+        """Tensors outside the layers; without `output.weight` the embedding is tied."""
+        return {
+            "token_embd.weight": TensorSpec((config.vocab_size, config.d_model)),
+            "output_norm.weight": TensorSpec((config.d_model,)),
+            "output.weight": TensorSpec((config.vocab_size, config.d_model), optional=True),
+            "rope_freqs.weight": TensorSpec((len(config.rope_frequencies),), optional=True),
+        }
+
+    def block_specs(self, config: DecoderConfig) -> dict[str, TensorSpec]:
+        """Tensors of one layer, by short name."""
+        d, f = config.d_model, config.d_ff
+        q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        matrices = {"attn_qkv": (q + 2 * kv, d)} if config.fused_qkv else {}
+        if not config.fused_qkv:
+            matrices |= {"attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d)}
+        matrices |= {"attn_output": (d, q), "ffn_up": (2 * f if config.fused_gate else f, d)}
+        if not config.fused_gate:
+            matrices["ffn_gate"] = (f, d)
+        matrices["ffn_down"] = (d, f)
+        norms = {"attn_norm": d, "ffn_norm": d} if config.pre_norms else {}
+        if config.post_norms:
+            norms |= {"post_attention_norm": d, "post_ffw_norm": d}
+        if config.qk_norm:
+            whole = config.qk_norm == "whole"
+            norms["attn_q_norm"], norms["attn_k_norm"] = (q, kv) if whole else (config.head_dim,) * 2
+        specs = {f"{name}.weight": TensorSpec((size,)) for name, size in norms.items()}
+        for name, shape in matrices.items():
+            specs[f"{name}.weight"] = TensorSpec(shape)
+            specs[f"{name}.bias"] = TensorSpec(shape[:1], optional=True)
+        return specs
+
+    def layer_kind(self, config: DecoderConfig, layer: int) -> str:
+        """Whether a layer sees the whole context, and whether it turns its queries and keys."""
+        local = config.sliding_window and (not config.global_every or (layer + 1) % config.global_every)
+        unrotated = config.unrotated_every and (layer + 1) % config.unrotated_every == 0
+        return ("local" if local else "global") + (_UNROTATED if unrotated else "")
+
+    def window(self, config: DecoderConfig, kind: str) -> int:
+        """The attention window of a kind of layer, 0 for the whole context."""
+        return config.sliding_window if kind.startswith("local") else 0
+
+    def embed(self, weights: Weights, ids: Array, config: DecoderConfig) -> Array:
+        """Token ids `[B, T]` to hidden states `[B, T, D]` float32."""
+        x = quants.take_rows(weights["token_embd.weight"], ids)
+        return x if config.embedding_scale == 1 else x * config.embedding_scale
+
+    def attention_form(self, config: DecoderConfig, kind: str) -> layers.AttentionForm:
+        """Of a kind of layer."""
+        return layers.AttentionForm(
+            scale=config.attention_scale,
+            window=self.window(config, kind),
+            softcap=config.attention_softcap,
+            dtype=np.dtype(config.compute_dtype),
+        )
+
+    def attend_inputs(
+        self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str
+    ) -> tuple[Array, Array, Array]:
+        """The first part of `block`: queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, after rope."""
+        batch, new, _ = x.shape
+        h = _norm(x, weights, "attn_norm", config) if config.pre_norms else x
+        if config.fused_qkv:
+            width, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+            q, k, v = jnp.split(project(h, weights, "attn_qkv", config), (width, width + kv), axis=-1)
+        else:
+            q, k, v = project_many(h, weights, ("attn_q", "attn_k", "attn_v"), config)
+        if config.qk_norm == "whole":
+            q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
+        q, k, v = (y.reshape(batch, new, -1, config.head_dim) for y in (q, k, v))
+        if config.qk_norm == "head":
+            q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
+        if kind.endswith(_UNROTATED):
+            return q, k, v
+        local = config.rope_frequencies_local if kind == "local" else ()
+        frequencies = np.asarray(local or config.rope_frequencies, np.float32)
+
+        def turned(y: Array) -> Array:
+            return layers.rope(y, positions, frequencies, config.rope_interleaved, config.rope_scale)
+
+        return turned(q), turned(k), v
+
+    def attend_output(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Array:
+        """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states."""
+        attended = project(attended.reshape(*x.shape[:2], -1), weights, "attn_output", config)
+        x = _added(x, attended, weights, "post_attention_norm", config)
+        h = _norm(x, weights, "ffn_norm", config) if config.pre_norms else x
+        if config.fused_gate:
+            gate, up = jnp.split(project(h, weights, "ffn_up", config), 2, axis=-1)
+        else:
+            gate, up = project_many(h, weights, ("ffn_gate", "ffn_up"), config)
+        down = project(layers.gated(gate, up, config.activation), weights, "ffn_down", config)
+        return _added(x, down, weights, "post_ffw_norm", config)
+
+    def block(
+        self,
+        weights: Weights,
+        x: Array,
+        kv: KVCache,
+        positions: Array,
+        config: DecoderConfig,
+        kind: str,
+        length: int | None,
+    ) -> tuple[Array, KVCache]:
+        """One layer: attention and a gated feed-forward part, each normed and added to its input.
+
+        Args:
+          weights: the layer's tensors, by short name.
+          x: hidden states, `[B, T, D]` float32.
+          kv: the layer's cache, `[B, K, S, H]` each.
+          positions: `[B, T]` int32, negative for padding rows.
+          config: sizes and constants (static).
+          kind: from `layer_kind` (static).
+          length: how many slots of the cache attention looks at (static); None with pages.
+
+        Returns:
+          The new hidden states `[B, T, D]`, and the cache with the new rows.
+        """
+        q, k, v = self.attend_inputs(weights, x, positions, config, kind)
+        kv = layers.write_rows(kv, k, v, positions)
+        form = self.attention_form(config, kind)
+        attended = layers.attention(q, kv, positions, **form._asdict(), length=length)
+        return self.attend_output(weights, x, attended, config), kv
+
+    def unembed(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
+        """Hidden states `[..., D]` to logits `[..., V]` float32."""
+        h = _norm(x, weights, "output_norm", config)
+        logits = project(h, weights, "output" if "output.weight" in weights else "token_embd", config)
+        if config.logit_divisor != 1:
+            logits = logits / config.logit_divisor
+        if config.logit_softcap:
+            logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+        return logits
+
+
+def rope_fields(gguf: GGUF, sizes: dict[str, Any], base: float = 10_000.0) -> dict[str, Any]:
+    """`rope_frequencies` and `rope_scale` by the keys that all files share: width, base, scaling, divisors.
+
+    Args:
+      gguf: the open file.
+      sizes: from `common_sizes`.
+      base: where the file gives none.
+
+    Raises:
+      GGUFError: a scaling that can't be run, or a value that makes no rope.
+    """
+    arch, path = sizes["architecture"], gguf.path
+    if f"{arch}.rope.dimension_sections" in gguf.metadata:
+        raise GGUFError(
+            f"{path}: {arch}.rope.dimension_sections (a rope in sections, of images) can't be run"
+        )
+    width = gguf.get(f"{arch}.rope.dimension_count", int, sizes["head_dim"])
+    if not 0 < width <= sizes["head_dim"] or width % 2:
+        raise GGUFError(
+            f"{path}: {arch}.rope.dimension_count must be even and at most the head width "
+            f"{sizes['head_dim']}, got {width}"
+        )
+    base = gguf.get(f"{arch}.rope.freq_base", float, base)
+    scaling = gguf.get(f"{arch}.rope.scaling.type", str, "none")
+    factor = gguf.get(f"{arch}.rope.scaling.factor", float, 1.0)
+    factors = _rope_factors(gguf, width)
+    if scaling == "yarn" and factor > 1:
+        original = gguf.get(f"{arch}.rope.scaling.original_context_length", int)
+        given = gguf.get(f"{arch}.rope.scaling.attn_factor", float, 1.0)
+        return {
+            "rope_frequencies": tuple(layers.yarn_frequencies(width, base, factor, original).tolist()),
+            "rope_scale": given * (1 + 0.1 * math.log(factor)),
+        }
+    if scaling not in ("none", "linear", "yarn"):
+        raise GGUFError(
+            f"{path}: {arch}.rope.scaling.type {scaling!r} can't be run: none, linear and yarn can"
+        )
+    linear = factor if scaling == "linear" else 1.0
+    return {"rope_frequencies": tuple(layers.rope_frequencies(width, base, linear, factors).tolist())}
+
+
+def _rope_factors(gguf: GGUF, width: int) -> tuple[float, ...]:
+    info = gguf.tensors.get("rope_freqs.weight")
+    if info is None:
+        return ()
+    if info.type != GGMLType.F32 or info.shape != (width // 2,):
+        raise GGUFError(
+            f"{gguf.path}: tensor rope_freqs.weight must be F32 of shape ({width // 2},), "
+            f"got {info.type.name} {info.shape}"
+        )
+    return tuple(gguf.raw("rope_freqs.weight").view(np.float32).tolist())
+
+
+def _added(x: Array, update: Array, weights: Weights, norm: str, config: DecoderConfig) -> Array:
+    if config.post_norms:
+        update = _norm(update, weights, norm, config)
+    return x + (update if config.residual_scale == 1 else update * config.residual_scale)
+
+
+def _norm(x: Array, weights: Weights, name: str, config: DecoderConfig) -> Array:
+    return layers.rms_norm(x, vector(weights, f"{name}.weight"), config.norm_eps)
