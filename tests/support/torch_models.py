@@ -23,15 +23,39 @@ _PROJECTIONS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_FUSED = {
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    "glm4": {"ffn_up": "mlp.gate_up_proj"},
+}
+_PLAIN = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_QK = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_SANDWICH = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+# Whose converted files hold the rows of queries and keys in the order for rope on neighbours.
+_NEIGHBOURS = ("llama", "granite", "smollm3")
 _NORMS = {
-    "llama": {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
-    "gemma3": {
-        "attn_norm": "input_layernorm",
+    "llama": _PLAIN,
+    "gemma3": _SANDWICH | _QK,
+    "gemma2": _SANDWICH,
+    "qwen2": _PLAIN,
+    "qwen3": _PLAIN | _QK,
+    "granite": _PLAIN,
+    "smollm3": _PLAIN,
+    "phi3": _PLAIN,
+    "olmo2": {
         "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
-        "attn_q_norm": "self_attn.q_norm",
-        "attn_k_norm": "self_attn.k_norm",
+        **_QK,
+    },
+    "glm4": {
+        "attn_norm": "input_layernorm",
+        "post_attention_norm": "post_self_attn_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "post_ffw_norm": "post_mlp_layernorm",
     },
 }
 
@@ -40,7 +64,7 @@ def torch_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
     """Teacher-forced logits of every position, float32 `[T, V]`.
 
     Args:
-      path: a GGUF file of architecture llama or gemma3.
+      path: a GGUF file of an architecture in `_NORMS`.
       ids: the tokens.
     """
     model = _model(path)
@@ -87,7 +111,7 @@ def torch_beams(
 def _model(path: Path) -> Any:
     with open_gguf(path) as file:
         architecture = file.metadata["general.architecture"]
-        model = _llama(file) if architecture == "llama" else _gemma3(file)
+        model = {"llama": _llama, "gemma3": _gemma3}.get(architecture, _decoder)(file)
         missing, unexpected = model.load_state_dict(_state(file, architecture), strict=False)
         tied = {"lm_head.weight"} if "output.weight" not in file.tensors else set()
         assert not unexpected and set(missing) <= tied, (missing, unexpected)
@@ -124,7 +148,62 @@ def _rope(file: GGUF, architecture: str, base: float) -> dict[str, Any]:
     if file.metadata.get(f"{architecture}.rope.scaling.type") == "linear":
         factor = file.metadata[f"{architecture}.rope.scaling.factor"]
         return {"rope_type": "linear", "factor": factor, "rope_theta": base}
+    if file.metadata.get(f"{architecture}.rope.scaling.type") == "yarn":
+        return {
+            "rope_type": "yarn",
+            "factor": file.metadata[f"{architecture}.rope.scaling.factor"],
+            "original_max_position_embeddings": file.metadata[
+                f"{architecture}.rope.scaling.original_context_length"
+            ],
+            "rope_theta": base,
+        }
     return {"rope_type": "default", "rope_theta": base}
+
+
+def _decoder(file: GGUF) -> Any:
+    architecture = file.metadata["general.architecture"]
+
+    def key(name: str, default: Any = None) -> Any:
+        return file.metadata.get(f"{architecture}.{name}", default)
+
+    rope = _rope(file, architecture, key("rope.freq_base"))
+    width = key("attention.key_length")
+    names: dict[str, tuple[str, dict[str, Any]]] = {
+        "qwen2": ("Qwen2", {}),
+        "qwen3": ("Qwen3", {}),
+        "olmo2": ("Olmo2", {}),
+        "smollm3": ("SmolLM3", {"no_rope_layer_interval": 4}),
+        "phi3": ("Phi3", {"sliding_window": key("attention.sliding_window")}),
+        "granite": (
+            "Granite",
+            {
+                "logits_scaling": key("logit_scale"),
+                "residual_multiplier": key("residual_scale"),
+                "embedding_multiplier": key("embedding_scale"),
+                "attention_multiplier": key("attention.scale"),
+            },
+        ),
+        "gemma2": (
+            "Gemma2",
+            {
+                "query_pre_attn_scalar": width,
+                "sliding_window": key("attention.sliding_window"),
+                "attn_logit_softcapping": key("attn_logit_softcapping"),
+                "final_logit_softcapping": key("final_logit_softcapping"),
+            },
+        ),
+        "glm4": (
+            "Glm4",
+            {"attention_bias": True, "partial_rotary_factor": key("rope.dimension_count", width) / width},
+        ),
+    }
+    name, options = names[architecture]
+    if architecture == "glm4":
+        rope["partial_rotary_factor"] = options["partial_rotary_factor"]
+    config = getattr(transformers, f"{name}Config")(
+        **_sizes(file, architecture), rope_parameters=rope, **options
+    )
+    return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
 def _llama(file: GGUF) -> Any:
@@ -166,7 +245,9 @@ def _scaled_by(sizes: dict[str, Any]) -> int:
 
 
 def _state(file: GGUF, architecture: str) -> dict[str, torch.Tensor]:
-    one = 1.0 if architecture == "gemma3" else 0.0  # transformers adds it to each of Gemma's norm weights
+    one = (
+        1.0 if architecture.startswith("gemma") else 0.0
+    )  # transformers adds it to each of Gemma's norm weights
     state = {
         "model.embed_tokens.weight": _decoded(file, "token_embd.weight"),
         "model.norm.weight": _decoded(file, "output_norm.weight") - one,
@@ -177,14 +258,16 @@ def _state(file: GGUF, architecture: str) -> dict[str, torch.Tensor]:
         for ours, theirs in _NORMS[architecture].items():
             values = _decoded(file, f"blk.{layer}.{ours}.weight")
             state[f"model.layers.{layer}.{theirs}.weight"] = values - one
-        for ours, theirs in _PROJECTIONS.items():
+        for ours, theirs in (_PROJECTIONS | _FUSED.get(architecture, {})).items():
             for part in ("weight", "bias"):
                 name = f"blk.{layer}.{ours}.{part}"
                 if name in file.tensors:
                     values = _decoded(file, name)
-                    if architecture == "llama" and ours in ("attn_q", "attn_k"):
+                    if architecture in _NEIGHBOURS and ours in ("attn_q", "attn_k"):
                         heads = "head_count" if ours == "attn_q" else "head_count_kv"
-                        values = _neighbours_to_halves(values, file.metadata[f"llama.attention.{heads}"])
+                        values = _neighbours_to_halves(
+                            values, file.metadata[f"{architecture}.attention.{heads}"]
+                        )
                     state[f"model.layers.{layer}.{theirs}.{part}"] = values
     return state
 

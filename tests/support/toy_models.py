@@ -153,6 +153,97 @@ def toy_gemma3(
     return toy.write()
 
 
+# Of each architecture: metadata of its own, and which norms and fused matrices its layers have.
+DECODERS: dict[str, dict[str, Any]] = {
+    "qwen2": {"biases": ("attn_q", "attn_k", "attn_v")},
+    "qwen3": {"width": 24, "qk_norm": "head"},
+    "olmo2": {"qk_norm": "whole", "norms": ("post_attention_norm", "post_ffw_norm")},
+    "granite": {
+        "values": {"logit_scale": 4.0, "residual_scale": 0.3, "embedding_scale": 6.0, "attention.scale": 0.2},
+    },
+    "smollm3": {},
+    "phi3": {"fused": True, "values": {"attention.sliding_window": 9}},
+    "gemma2": {
+        "norms": ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"),
+        "values": {
+            "attention.sliding_window": 8,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
+        },
+        "width": 24,
+    },
+    "glm4": {
+        "norms": ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"),
+        "fused_gate": True,
+        "values": {"rope.dimension_count": 8},
+        "biases": ("attn_q", "attn_k", "attn_v"),
+    },
+}
+
+
+def toy_decoder(
+    path: Path,
+    architecture: str,
+    *,
+    block_type: str = "F32",
+    separate_output: bool = False,
+    yarn_factor: float = 0.0,
+    layers: int = 4,
+    seed: int = 0,
+) -> Path:
+    """Writes a model of one of `DECODERS`, with every option that the architecture has turned on.
+
+    Args:
+      path: the file.
+      architecture: its name.
+      block_type: of all matrices.
+      separate_output: an output matrix of its own, else the embedding is used twice.
+      yarn_factor: of rope scaling from a context of 64; 0 for none.
+      layers: how many.
+      seed: of the weights.
+    """
+    options = DECODERS[architecture]
+    wide = block_type in _SCALE_AT
+    d, f, heads, kv_heads = (256, 512, 4, 2) if wide else (64, 128, 4, 2)
+    width = options.get("width", d // heads)
+    toy = _Toy(
+        path, architecture, pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed
+    )
+    toy.sizes(layers, d, f, heads, kv_heads, context=512)
+    toy.value("rope.freq_base", 10_000.0)
+    toy.value("attention.key_length", width)
+    toy.value("attention.value_length", width)
+    for key, value in options.get("values", {}).items():
+        toy.value(key, value)
+    if yarn_factor:
+        toy.value("rope.scaling.type", "yarn")
+        toy.value("rope.scaling.factor", yarn_factor)
+        toy.value("rope.scaling.original_context_length", 64)
+    toy.outside(d, separate_output)
+    q, kv = heads * width, kv_heads * width
+    fused, fused_gate = options.get("fused", False), options.get("fused", options.get("fused_gate", False))
+    matrices = (
+        {"attn_qkv": (q + 2 * kv, d)} if fused else {"attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d)}
+    )
+    matrices |= {"attn_output": (d, q), "ffn_up": (2 * f, d) if fused_gate else (f, d), "ffn_down": (d, f)}
+    if not fused_gate:
+        matrices["ffn_gate"] = (f, d)
+    for layer in range(layers):
+        for name, (rows, columns) in matrices.items():
+            toy.matrix(
+                f"blk.{layer}.{name}.weight", rows, columns, 1.5 if name in ("attn_q", "attn_k") else 1.0
+            )
+            if name in options.get("biases", ()):
+                toy.tensor(f"blk.{layer}.{name}.bias", toy.generator.normal(scale=0.5, size=rows))
+        for name in options.get("norms", ("attn_norm", "ffn_norm")):
+            toy.norm(f"blk.{layer}.{name}.weight", d)
+        if "qk_norm" in options:
+            whole = options["qk_norm"] == "whole"
+            toy.norm(f"blk.{layer}.attn_q_norm.weight", q if whole else width)
+            toy.norm(f"blk.{layer}.attn_k_norm.weight", kv if whole else width)
+    return toy.write()
+
+
 class _Toy:
     """A GGUF file in the making."""
 

@@ -1,0 +1,103 @@
+"""The architectures that share one block, against transformers, on random models with every option turned on."""
+
+import gguf
+import numpy as np
+import pytest
+from divergence import max_kl
+from other_ways import bare_logits, logits_in_pieces, stepwise_logits
+from torch_models import torch_logits
+from toy_models import DECODERS, toy_decoder
+
+import airjax
+from airjax.gguf import GGUFError
+
+_EVERY = pytest.mark.parametrize("architecture", sorted(DECODERS))
+
+
+def _load(path, **options):
+    return airjax.load(path, vram_budget_gib=1, context=128, compute_dtype="float32", **options)
+
+
+def _ids(model, count):
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
+
+
+@_EVERY
+@pytest.mark.parametrize("separate_output", [False, True])
+def test_a_random_model_gives_the_logits_of_transformers(tmp_path, architecture, separate_output):
+    path = toy_decoder(tmp_path / "toy.gguf", architecture, separate_output=separate_output)
+    with _load(path) as loaded:
+        ids = _ids(loaded.model, 100)
+        assert max_kl(torch_logits(path, ids), loaded.logits(ids)) < 1e-6
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_yarn_gives_the_logits_of_transformers(tmp_path, architecture):
+    plain, path = (
+        toy_decoder(tmp_path / f"{factor}.gguf", architecture, yarn_factor=factor) for factor in (0.0, 4.0)
+    )
+    with _load(path) as loaded:
+        ids = _ids(loaded.model, 100)
+        theirs = torch_logits(path, ids)
+        assert max_kl(theirs, loaded.logits(ids)) < 1e-6
+    assert max_kl(torch_logits(plain, ids), theirs) > 1e-3
+
+
+@_EVERY
+def test_token_by_token_and_in_pieces_equals_the_full_forward(tmp_path, architecture):
+    with _load(toy_decoder(tmp_path / "toy.gguf", architecture)) as loaded:
+        ids = _ids(loaded.model, 24)
+        whole = loaded.logits(ids)
+        assert max_kl(whole, stepwise_logits(loaded, ids, prompt=8)) < 1e-5
+        np.testing.assert_allclose(logits_in_pieces(loaded, ids, cuts=(1, 2, 17)), whole, atol=1e-4)
+
+
+@_EVERY
+def test_streamed_with_the_shuttle_equals_resident(tmp_path, architecture):
+    path = toy_decoder(tmp_path / "toy.gguf", architecture, block_type="Q4_0")
+    with _load(path, resident="all") as loaded:
+        ids = _ids(loaded.model, 40)
+        expected = loaded.logits(ids)
+    with _load(path, resident="none", stream_depth=2, kv_shuttle="on") as loaded:
+        np.testing.assert_array_equal(loaded.logits(ids), expected)
+
+
+@_EVERY
+def test_the_bare_functions_give_the_logits_of_the_engine(tmp_path, architecture):
+    path = toy_decoder(tmp_path / "toy.gguf", architecture)
+    with _load(path) as loaded:
+        ids = _ids(loaded.model, 20)
+        np.testing.assert_allclose(bare_logits(path, ids), loaded.logits(ids), atol=1e-4)
+
+
+@_EVERY
+def test_a_file_without_one_of_its_tensors_is_refused_by_name(tmp_path, architecture, monkeypatch):
+    add = gguf.GGUFWriter.add_tensor
+    left_out = "blk.1.attn_output.weight"
+
+    def all_but_one(self, name, *args, **options):
+        if name != left_out:
+            add(self, name, *args, **options)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", all_but_one)
+    path = toy_decoder(tmp_path / "toy.gguf", architecture)
+    with pytest.raises(GGUFError, match=f"tensor {left_out} is missing: a {architecture} model"):
+        _load(path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "message"),
+    [
+        ("qwen2", {"rope.scaling.type": "longrope"}, "rope.scaling.type 'longrope' can't be run"),
+        ("qwen2", {"rope.dimension_sections": [8, 4, 4, 0]}, "a rope in sections"),
+        ("qwen3", {"rope.dimension_count": 7}, "rope.dimension_count must be even"),
+        ("granite", {"logit_scale": 0.0}, "granite.logit_scale divides the logits"),
+        ("gemma2", {"attention.sliding_window": 0}, "sliding_window must be at least 1"),
+        ("olmo2", {"attention.sliding_window": 8}, "OLMo 3"),
+    ],
+)
+def test_what_can_t_be_run_is_refused_by_name(tmp_path, monkeypatch, architecture, values, message):
+    options = DECODERS[architecture]
+    monkeypatch.setitem(DECODERS, architecture, options | {"values": options.get("values", {}) | values})
+    with pytest.raises(GGUFError, match=message):
+        _load(toy_decoder(tmp_path / "toy.gguf", architecture))
