@@ -24,7 +24,8 @@ def within_top_k(k: Parameter, inner: Transform) -> Transform:
     Args:
       k: as `top_k` has it.
       inner: a transform that looks at the values and the order of logits alone, not at tokens: truncations,
-        temperatures, XTC and chains of them.
+        temperatures, XTC, mirostat and chains of them. Mirostat's draws are others than in the chain, of the same
+        distribution.
 
     Returns:
       A transform whose state is `(k, inner's state)`.
