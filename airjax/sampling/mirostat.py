@@ -10,7 +10,7 @@ from airjax.sampling.draw import draw, log_prob
 from airjax.sampling.keys import key_rows, next_keys
 from airjax.sampling.parameter import Parameter, check, check_whole, per_sequence
 from airjax.sampling.prefix import largest, shortest_prefix
-from airjax.sampling.transform import State, Transform
+from airjax.sampling.transform import State, Switched, Transform
 
 FIT = 100
 """How many of the most probable tokens version 1 fits Zipf's law to."""
@@ -38,7 +38,8 @@ def mirostat(
       key: a typed key, consumed, or keys `[B]`; one key is folded with each row's index. Needed unless off.
 
     Returns:
-      A transform whose state is `(version, tau, eta, mu, key)`, int32 `[B]`, float32 `[B]` thrice, uint32 `[B, 2]`.
+      A transform whose state is `(version, tau, eta, mu, V, key)`, int32 `[B]`, float32 `[B]` four times, uint32
+      `[B, 2]`.
 
     Raises:
       ValueError: if a parameter is out of range, or the key is missing.
@@ -62,19 +63,24 @@ def mirostat(
             per_sequence(taus, context, np.float32),
             per_sequence(etas, context, np.float32),
             per_sequence(2 * taus, context, np.float32),
+            per_sequence(np.asarray(vocab_size), context, np.float32),
             key_rows(key, context.shape[0]),
         )
 
-    return Transform(init, _apply_mirostat)
+    return Transform(init, Switched(_apply_mirostat, _mirostat_on))
+
+
+def _mirostat_on(state: State) -> jax.Array:
+    return state[0] > 0
 
 
 def _apply_mirostat(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
-    version, tau, eta, mu, key = state
-    active = version > 0
+    version, tau, eta, mu, vocab, key = state
+    active = _mirostat_on(state)
 
     def steer(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         use, later = next_keys(key, active)
-        kept = keep(logits, version, mu)
+        kept = keep(logits, version, mu, vocab)
         drawn = draw(kept, use)
         error = -log_prob(kept, drawn) / jnp.log(2.0) - tau
         one = jnp.arange(logits.shape[-1]) == drawn[:, None]
@@ -85,14 +91,17 @@ def _apply_mirostat(logits: jax.Array, state: State, token: jax.Array) -> tuple[
         )
 
     logits, mu, key = lax.cond(jnp.any(active), steer, lambda logits: (logits, mu, key), logits)
-    return logits, (version, tau, eta, mu, key)
+    return logits, (version, tau, eta, mu, vocab, key)
 
 
-def keep(logits: jax.Array, version: jax.Array, mu: jax.Array) -> jax.Array:
-    """The logits `[B, V]` of what versions `[B]` 1 and 2 keep under the bounds `mu` `[B]`; -inf elsewhere."""
+def keep(logits: jax.Array, version: jax.Array, mu: jax.Array, vocab: jax.Array) -> jax.Array:
+    """The logits of what versions `[B]` 1 and 2 keep under the bounds `mu` `[B]`; -inf elsewhere.
+
+    `vocab` `[B]` is the size of the whole vocabulary, of which the logits may be a part.
+    """
 
     def by_rank(logits: jax.Array) -> jax.Array:
-        need = jnp.where(version == 1, _zipf_count(logits, mu), jnp.inf)
+        need = jnp.where(version == 1, _zipf_count(logits, mu, vocab), jnp.inf)
         return jnp.where(shortest_prefix(logits, jnp.ones_like(logits), need), logits, -jnp.inf)
 
     def by_surprise(logits: jax.Array) -> jax.Array:
@@ -105,10 +114,9 @@ def keep(logits: jax.Array, version: jax.Array, mu: jax.Array) -> jax.Array:
     return where_active(version == 2, by_surprise, logits)
 
 
-def _zipf_count(logits: jax.Array, mu: jax.Array) -> jax.Array:
+def _zipf_count(logits: jax.Array, mu: jax.Array, vocab: jax.Array) -> jax.Array:
     """How many tokens version 1 keeps: float32 `[B]`, at least 1."""
-    vocab = logits.shape[-1]
-    top, _ = largest(logits, logits, min(FIT, vocab))
+    top, _ = largest(logits, logits, min(FIT, logits.shape[-1]))
     ranks = jnp.arange(top.shape[1] - 1, dtype=jnp.float32)
     t = jnp.log((ranks + 2) / (ranks + 1))
     there = top[:, 1:] > -jnp.inf

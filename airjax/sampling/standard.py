@@ -104,9 +104,9 @@ def standard(
                 min_p_transform(min_p),
                 xtc(xtc_probability, xtc_threshold, key=xtc_key),
                 dynamic_temperature(temperature, dynatemp_range, dynatemp_exponent),
+                mirostat_transform(mirostat, mirostat_tau, mirostat_eta, key=mirostat_key),
             ),
         ),
-        mirostat_transform(mirostat, mirostat_tau, mirostat_eta, key=mirostat_key),
     )
 
 

@@ -24,7 +24,8 @@ def within_top_k(k: Parameter, inner: Transform) -> Transform:
     Args:
       k: as `top_k` has it.
       inner: a transform that looks at the values and the order of logits alone, not at tokens: truncations,
-        temperatures, XTC and chains of them.
+        temperatures, XTC, mirostat and chains of them. Mirostat's draws are others than in the chain, of the same
+        distribution.
 
     Returns:
       A transform whose state is `(k, inner's state)`.
@@ -57,8 +58,7 @@ class Within:
             left = jnp.where(jnp.arange(values.shape[1]) < k[:, None], values, -jnp.inf)
             left, later = self.inner(left, own, token)
             rows = jnp.arange(len(logits))[:, None]
-            # Places past the last token above -inf may name one twice.
-            return jnp.full_like(logits, -jnp.inf).at[rows, ids].max(left), later
+            return jnp.full_like(logits, -jnp.inf).at[rows, ids].set(left), later
 
         def among_all() -> tuple[jax.Array, State]:
             return self.inner(self.cut(logits, k, token)[0], own, token)

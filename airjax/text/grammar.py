@@ -240,16 +240,13 @@ class _Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
         # A token that ends the text does so whatever its kind.
         special = tokenizer.special_ids | tokenizer.eog_ids
-        # A special token has text, but a grammar's text must not produce it: the library's mark is a leading 0xFF.
-        self.tokens = [
-            b"\xff" + piece if token in special else piece
-            for token, piece in ((token, tokenizer.piece(token)) for token in range(tokenizer.vocab_size))
-        ]
+        self.tokens = [tokenizer.piece(token) for token in range(tokenizer.vocab_size)]
         self.ends = sorted(tokenizer.eog_ids)
         if not self.ends:  # the library must have an end: one past the vocabulary, which no mask shows
             self.ends = [len(self.tokens)]
-            self.tokens.append(b"\xff<end>")
+            self.tokens.append(b"<end>")
         self.eos_token_id = self.ends[0]
+        # A special token has text, but a grammar's text must not produce it.
         self._special = special
         self.special_token_ids = sorted(special | set(self.ends))
         # The closure would keep the tokenizer alive, and with it its entry in the cache.

@@ -64,6 +64,18 @@ def test_a_generation_that_cannot_go_on_names_the_transform(toy):
         next(tokens)
 
 
+def test_in_a_batch_the_replay_begins_from_the_state_before_the_draw(toy):
+    sampler = chain(temperature(0.9), broken)
+    scheduler = toy.scheduler(sampler)
+    scheduler.submit(airjax.engine.Request((1, 2), sampler, jax.random.key(0), 9))
+    events = []
+    while scheduler.busy:
+        events += scheduler.step()
+    scheduler.close()
+    assert [event.finish_reason for event in events] == ["", "", "error"]
+    assert "after log_of_negative (step 2 of 2) the logits hold NaN" in events[-1].error
+
+
 def test_in_a_batch_it_ends_that_request_alone(toy):
     sampler = chain(temperature(0.9), banned_tokens([[5]], capacity=512))
     size = toy.model.config.vocab_size

@@ -67,7 +67,8 @@ def test_mirostat_keeps_the_same_as_its_bound_moves(settings, steps):
     tau, eta = settings["mirostat_tau"], settings["mirostat_eta"]
     mu = 2 * tau
     for row, expected in zip(LOGITS, steps, strict=True):
-        kept = keep(row[None], jnp.array([settings["mirostat"]]), jnp.array([mu], jnp.float32))[0]
+        bound, size = jnp.array([mu], jnp.float32), jnp.array([V], jnp.float32)
+        kept = keep(row[None], jnp.array([settings["mirostat"]]), bound, size)[0]
         check(kept, expected)
         surprise = -jax.nn.log_softmax(kept)[expected["selected"]] / np.log(2)
         mu -= eta * (float(surprise) - tau)
