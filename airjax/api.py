@@ -109,6 +109,7 @@ class Engine:
         grammar: Grammar | None = None,
         constraint: engine.Constraint | None = None,
         steering: Mapping[int, np.ndarray] | None = None,
+        beside: engine.Beside | None = None,
     ) -> Iterator[Token]:
         """Generates after a prompt of token ids.
 
@@ -122,6 +123,8 @@ class Engine:
           grammar: what the text must match, from `grammar`.
           constraint: a rule of one's own over the next token, instead of a grammar.
           steering: vectors `[D]` to add to the hidden states, by depth; see `capture`.
+          beside: a second sequence to combine the distribution with, for guidance with a negative prompt or for
+            contrastive decoding.
 
         Yields:
           Tokens as they are drawn; the end-of-generation token only if text that was held back must follow.
@@ -135,17 +138,22 @@ class Engine:
         _check_ends(max_tokens, stop)
         if grammar is not None and constraint is not None:
             raise RequestError("give a grammar or a constraint, not both")
-        draws = engine.generate(
-            self.model,
-            self._begin(),
-            ids,
-            sampler=sampling.greedy() if sampler is None else sampler,
-            key=jax.random.key(0) if key is None else key,
-            max_tokens=self.plan.context if max_tokens is None else max_tokens,
-            stop_ids=frozenset() if ignore_eos else self.tokenizer.eog_ids,
-            constraint=constraint if grammar is None else grammar.constraint(),
-            hook=engine.steering(self.model, steering) if steering else None,
-        )
+        options: dict[str, Any] = {
+            "sampler": sampling.greedy() if sampler is None else sampler,
+            "key": jax.random.key(0) if key is None else key,
+            "max_tokens": self.plan.context if max_tokens is None else max_tokens,
+            "stop_ids": frozenset() if ignore_eos else self.tokenizer.eog_ids,
+            "constraint": constraint if grammar is None else grammar.constraint(),
+        }
+        if beside is not None and steering:
+            raise RequestError("a sequence beside another cannot be steered: give beside or steering")
+        state = self._begin()
+        if beside is None:
+            hook = engine.steering(self.model, steering) if steering else None
+            draws = engine.generate(self.model, state, ids, hook=hook, **options)
+        else:
+            state.close()  # the two sequences have a cache of their own
+            draws = engine.generate_beside(self.model, ids, beside, **options)
         return self._texts(draws, tuple(stop))
 
     def capture(

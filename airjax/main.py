@@ -27,13 +27,9 @@ COMMANDS = {
     "experiment": "compare samplers over prompts and seeds, in shared sweeps",
     "bench": "measure the machine, and what a model reaches on it",
 }
-# CUDA's own allocator: JAX's usual one gives a slot of the ring up to 128 MiB more than it needs (70B shape, three
-# slots: a peak of 2.53 instead of 2.90 GiB). Only what the budget allows is taken, and it may be nearly all.
-_MEMORY = {
-    "XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async",
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
-}
+# CUDA's own allocator, for small budgets: JAX's usual one gives a slot of the ring up to 128 MiB more than it needs
+# (70B shape, three slots: a peak of 2.90 instead of 2.53 GiB). It is slower where layers stay on the device.
+_COMPACT = {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
 
@@ -156,7 +152,7 @@ def _run(args: list[str]) -> None:
         raise UsageError(f"which model? Pass airjax {name} --model=FILE.gguf")
     logging.basicConfig(stream=sys.stderr, format="airjax: %(message)s", level=logging.WARNING)
     if command.USES_JAX:
-        _set_up_jax(values.compilation_cache_dir)
+        _set_up_jax(values.compilation_cache_dir, "resident" in values and values.resident == "none")
     command.run(values)
 
 
@@ -168,15 +164,16 @@ def _flags_of(command: ModuleType) -> flags.FlagValues:
     return values
 
 
-def _set_up_jax(cache_dir: str | None) -> None:
+def _set_up_jax(cache_dir: str | None, compact: bool) -> None:
     """Turns on the persistent compilation cache, so that only the first run of a model compiles.
 
     Args:
       cache_dir: where; None for JAX_COMPILATION_CACHE_DIR or else the user's cache folder, "" for nowhere.
+      compact: take the allocator that wastes no memory.
     """
     # XLA's notes about the machine's features are for its developers; real errors arrive as exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    for name, value in _MEMORY.items():
+    for name, value in _COMPACT.items() if compact else ():
         os.environ.setdefault(name, value)
     import jax
 

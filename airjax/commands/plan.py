@@ -40,6 +40,7 @@ def run(values: Flags) -> None:
     import jax
 
     from airjax import api, models
+    from airjax.engine.stats import has_compact_allocator
     from airjax.gguf import build_manifest, open_gguf
     from airjax.plan import format_plan, make_plan, to_dict
     from airjax.predict import predict
@@ -60,6 +61,7 @@ def run(values: Flags) -> None:
             stream_depth=values.stream_depth,
             resident=values.resident,
             kv_shuttle=values.kv_shuttle,
+            compact=has_compact_allocator(device),
         )
     find = probe_ceilings if values.probe else cached_ceilings
     ceilings = find(device, values.model)

@@ -2,6 +2,8 @@
 
 from airjax.engine.beams import Hypothesis as Hypothesis
 from airjax.engine.beams import beam_search as beam_search
+from airjax.engine.beside import Beside as Beside
+from airjax.engine.beside import generate_beside as generate_beside
 from airjax.engine.generation import Draw as Draw
 from airjax.engine.generation import generate as generate
 from airjax.engine.generation import score as score

@@ -15,7 +15,7 @@ from airjax import layers
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.step import paged_block_step, paged_run_step
-from airjax.engine.sweep import run_end, settle
+from airjax.engine.sweep import run_end, settle, watch_run
 from airjax.plan import KV_PAGE
 from airjax.types import Array, LayerKV
 
@@ -153,6 +153,7 @@ def _run(model: Model, x: Array, state: PagedState, run: range, positions: Array
         buffers, x, pages, table, positions
     )
     model.pending = x
+    watch_run(model, x, run)
     return x
 
 

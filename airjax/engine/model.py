@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from airjax import models, quants
-from airjax.engine.stats import Stats
+from airjax.engine.stats import Stats, has_compact_allocator
 from airjax.engine.step import GlobalLayouts, Globals
 from airjax.engine.weights import LayerWeights, matrix_types, open_weights, put_span
 from airjax.gguf import GGUF, Manifest, build_manifest, open_gguf
@@ -66,6 +66,12 @@ class Model:
     def layouts(self) -> GlobalLayouts:
         """Layouts of the global tensors on the device."""
         return tuple((name, self.manifest.globals[name].layout) for name in self.globals)
+
+    def watch(self, timeline: Timeline | None) -> None:
+        """Records compute and transfers from the next sweep on; None ends that. Not within a sweep."""
+        self.timeline = timeline
+        if self.weights.ring is not None:
+            self.weights.ring.timeline = timeline
 
     def count_sweep(self, state: State | PagedState) -> None:
         """Adds a sweep to the run's counters."""
@@ -144,6 +150,7 @@ def open_model(
             prefill_chunk=prefill_chunk,
             max_batch=max_batch,
             kv_tokens=kv_tokens,
+            compact=has_compact_allocator(device),
         )
         kept = [manifest.layers[layer].layout for layer in plan.resident]
         # The matrix that makes the logits; an embedding that does not is only there for single rows to be taken out.

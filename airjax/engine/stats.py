@@ -68,3 +68,9 @@ def peak_device_bytes(device: jax.Device) -> int | None:
     """Peak device memory of this process, where the backend tells."""
     stats = device.memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
+
+
+def has_compact_allocator(device: jax.Device) -> bool:
+    """Whether buffers take what they need and no more: CUDA's own allocator, which alone tells no limit."""
+    stats = (device.memory_stats() or {}) if device.platform != "cpu" else {}
+    return bool(stats) and not stats.get("bytes_limit")

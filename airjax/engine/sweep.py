@@ -185,7 +185,8 @@ def run_end(
     """
     end = first
     last = model.config.n_layers if most is None else min(first + most, model.config.n_layers)
-    if state.shuttle is None and positions.shape[1] == 1 and model.timeline is None:
+    alone = model.timeline is not None and model.timeline.each_layer
+    if state.shuttle is None and positions.shape[1] == 1 and not alone:
         while end < last and model.weights.relaid(end):
             end += 1
     return end
@@ -203,7 +204,14 @@ def _run(
     x, kvs = step(buffers, x, kvs, device_positions)
     state.kv[run.start : run.stop] = kvs
     model.pending = x
+    watch_run(model, x, run)
     return x
+
+
+def watch_run(model: Model, x: Array, run: range) -> None:
+    """Records the call of a run of layers, if somebody looks."""
+    if model.timeline is not None:
+        model.timeline.watch("compute", f"layers {run.start}-{run.stop - 1}", x)
 
 
 def _lengths(model: Model, positions: np.ndarray) -> list[int]:

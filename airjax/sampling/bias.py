@@ -8,7 +8,7 @@ import numpy as np
 
 from airjax.sampling.active import where_active
 from airjax.sampling.parameter import Parameter, check_whole, per_sequence
-from airjax.sampling.transform import State, Transform
+from airjax.sampling.transform import State, Switched, Transform
 
 CAPACITY = 1024
 """How many tokens of a sequence a state has room for."""
@@ -48,7 +48,7 @@ def logit_bias(
         tokens = spread_ids("logit_bias", ids, context, vocab_size)
         return tokens, jnp.asarray(np.broadcast_to(values, tokens.shape))
 
-    return Transform(init, _apply_logit_bias)
+    return Transform(init, Switched(_apply_logit_bias, _has_bias))
 
 
 def banned_tokens(ids: Sequence[int] | Sequence[Sequence[int]], *, capacity: int = CAPACITY) -> Transform:
@@ -158,13 +158,17 @@ def _columns(ids: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
     return jnp.arange(ids.shape[0])[:, None], jnp.where(ids < 0, vocab_size, ids)
 
 
+def _has_bias(state: State) -> jax.Array:
+    return jnp.any(state[0] >= 0, axis=1)
+
+
 def _apply_logit_bias(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
     ids, biases = state
 
     def add(logits: jax.Array) -> jax.Array:
         return logits.at[_columns(ids, logits.shape[1])].add(biases, mode="drop")
 
-    return where_active(jnp.any(ids >= 0, axis=1), add, logits), state
+    return where_active(_has_bias(state), add, logits), state
 
 
 def _apply_forced(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:

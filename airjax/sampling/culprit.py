@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from airjax.sampling.transform import Chained, State
+from airjax.sampling.transform import Chained, State, Switched
 from airjax.sampling.within import Within
 
 
@@ -58,5 +58,6 @@ def _steps(apply: Any, state: State) -> list[tuple[Any, State]]:
 
 
 def _name(step: Any) -> str:
+    step = step.run if isinstance(step, Switched) else step
     name = getattr(step, "__name__", type(step).__name__)
     return name.removeprefix("_apply_")

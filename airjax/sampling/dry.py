@@ -17,7 +17,7 @@ from airjax.sampling.history import (
     window,
 )
 from airjax.sampling.parameter import Parameter, check, check_whole, per_sequence
-from airjax.sampling.transform import State, Transform
+from airjax.sampling.transform import State, Switched, Transform
 
 MAX_EXPONENT = 88.7228391  # log of the largest float32
 
@@ -72,7 +72,7 @@ def dry(
             newest(context, length),
         )
 
-    return Transform(init, _apply_dry)
+    return Transform(init, Switched(_apply_dry, _dry_on, _push_last))
 
 
 def pack_tokens(name: str, ids: Sequence[int], vocab_size: int) -> np.ndarray:
@@ -90,9 +90,19 @@ def pack_tokens(name: str, ids: Sequence[int], vocab_size: int) -> np.ndarray:
     return bits
 
 
+def _dry_on(state: State) -> jax.Array:
+    multiplier, _, _, last_n, _, _ = state
+    return (multiplier > 0) & (last_n > 0)
+
+
+def _push_last(state: State, token: jax.Array) -> State:
+    *settings, history = state
+    return (*settings, push(history, token))
+
+
 def _apply_dry(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
+    state = _push_last(state, token)
     multiplier, base, allowed_length, last_n, breakers, history = state
-    history = push(history, token)
 
     def penalise(logits: jax.Array) -> jax.Array:
         batch, vocab_size = logits.shape
@@ -109,5 +119,4 @@ def _apply_dry(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.A
         worst = jnp.zeros_like(logits).at[jnp.arange(batch)[:, None], columns].max(penalty, mode="drop")
         return jnp.where(worst > 0, logits - worst, logits)
 
-    logits = where_active((multiplier > 0) & (last_n > 0), penalise, logits)
-    return logits, (multiplier, base, allowed_length, last_n, breakers, history)
+    return where_active(_dry_on(state), penalise, logits), state

@@ -7,7 +7,7 @@ import numpy as np
 from airjax.sampling.active import where_active
 from airjax.sampling.history import HISTORY, check_history, check_window, count_tokens, newest, push, window
 from airjax.sampling.parameter import Parameter, check, per_sequence
-from airjax.sampling.transform import State, Transform
+from airjax.sampling.transform import State, Switched, Transform
 
 
 def repetition_penalty(r: Parameter) -> Transform:
@@ -108,7 +108,7 @@ def penalties(
             newest(context, length),
         )
 
-    return Transform(init, _apply_penalties)
+    return Transform(init, Switched(_apply_penalties, _penalties_on, _push_last))
 
 
 def output_penalties(
@@ -147,12 +147,34 @@ def output_penalties(
             jnp.full((batch, length), -1, jnp.int32),
         )
 
-    return Transform(init, _apply_output_penalties)
+    return Transform(init, Switched(_apply_output_penalties, _output_penalties_on, _push_output))
+
+
+def _penalties_on(state: State) -> jax.Array:
+    repeat, frequency, presence, last_n, _ = state
+    return ((repeat != 1) | (frequency != 0) | (presence != 0)) & (last_n > 0)
+
+
+def _output_penalties_on(state: State) -> jax.Array:
+    frequency, presence, _, _ = state
+    return (frequency != 0) | (presence != 0)
+
+
+def _push_last(state: State, token: jax.Array) -> State:
+    *settings, history = state
+    return (*settings, push(history, token))
+
+
+def _push_output(state: State, token: jax.Array) -> State:
+    frequency, presence, started, history = state
+    # The first token that comes is the last one of the prompt.
+    history = push(history, jnp.where(started, token, -1))
+    return frequency, presence, jnp.ones_like(started), history
 
 
 def _apply_penalties(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
+    state = _push_last(state, token)
     repeat, frequency, presence, last_n, history = state
-    history = push(history, token)
 
     def penalise(logits: jax.Array) -> jax.Array:
         counts = count_tokens(window(history, last_n), logits.shape[-1])
@@ -161,19 +183,16 @@ def _apply_penalties(logits: jax.Array, state: State, token: jax.Array) -> tuple
         lower = scaled - counts * frequency[:, None] - presence[:, None]
         return jnp.where(counts > 0, lower, logits)
 
-    active = ((repeat != 1) | (frequency != 0) | (presence != 0)) & (last_n > 0)
-    return where_active(active, penalise, logits), (repeat, frequency, presence, last_n, history)
+    return where_active(_penalties_on(state), penalise, logits), state
 
 
 def _apply_output_penalties(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
-    frequency, presence, started, history = state
-    # The first token that comes is the last one of the prompt.
-    history = push(history, jnp.where(started, token, -1))
+    state = _push_output(state, token)
+    frequency, presence, _, history = state
 
     def penalise(logits: jax.Array) -> jax.Array:
         counts = count_tokens(history, logits.shape[-1])
         lower = logits - counts * frequency[:, None] - presence[:, None]
         return jnp.where(counts > 0, lower, logits)
 
-    logits = where_active((frequency != 0) | (presence != 0), penalise, logits)
-    return logits, (frequency, presence, jnp.ones_like(started), history)
+    return where_active(_output_penalties_on(state), penalise, logits), state

@@ -89,11 +89,13 @@ def standard(
     """
     xtc_key, mirostat_key = (None, None) if key is None else _split(key)
     return chain(
-        bias({} if logit_bias is None else logit_bias),
-        penalties(repeat_penalty, frequency_penalty, presence_penalty, repeat_last_n),
-        output_penalties(openai_frequency_penalty, openai_presence_penalty),
-        dry(dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n, dry_sequence_breakers),
-        top_n_sigma_transform(top_n_sigma),
+        chain(
+            bias({} if logit_bias is None else logit_bias),
+            penalties(repeat_penalty, frequency_penalty, presence_penalty, repeat_last_n),
+            output_penalties(openai_frequency_penalty, openai_presence_penalty),
+            dry(dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n, dry_sequence_breakers),
+            top_n_sigma_transform(top_n_sigma),
+        ),
         within_top_k(
             top_k,
             chain(

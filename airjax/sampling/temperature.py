@@ -6,7 +6,7 @@ import numpy as np
 
 from airjax.sampling.active import where_active
 from airjax.sampling.parameter import Parameter, check, per_sequence
-from airjax.sampling.transform import State, Transform
+from airjax.sampling.transform import State, Switched, Transform
 from airjax.sampling.typical import entropy
 
 
@@ -43,7 +43,7 @@ def temperature(t: Parameter) -> Transform:
     def init(context: np.ndarray | jax.Array, vocab_size: int) -> State:
         return per_sequence(values, context, np.float32)
 
-    return Transform(init, _apply_temperature)
+    return Transform(init, Switched(_apply_temperature, _temperature_on))
 
 
 def dynamic_temperature(t: Parameter, spread: Parameter = 0, exponent: Parameter = 1) -> Transform:
@@ -77,7 +77,7 @@ def dynamic_temperature(t: Parameter, spread: Parameter = 0, exponent: Parameter
     def init(context: np.ndarray | jax.Array, vocab_size: int) -> State:
         return tuple(per_sequence(values, context, np.float32) for values in settings)
 
-    return Transform(init, _apply_dynamic_temperature)
+    return Transform(init, Switched(_apply_dynamic_temperature, _dynamic_temperature_on))
 
 
 def keep_argmax(logits: jax.Array) -> jax.Array:
@@ -97,8 +97,17 @@ def _apply_greedy(logits: jax.Array, state: State, token: jax.Array) -> tuple[ja
     return jnp.where(keep_argmax(logits), logits, -jnp.inf), state
 
 
+def _temperature_on(state: State) -> jax.Array:
+    return state != 1
+
+
+def _dynamic_temperature_on(state: State) -> jax.Array:
+    t, spread, _ = state
+    return (t != 1) | (spread > 0)
+
+
 def _apply_temperature(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
-    return where_active(state != 1, lambda x: _scale(x, state), logits), state
+    return where_active(_temperature_on(state), lambda x: _scale(x, state), logits), state
 
 
 def _apply_dynamic_temperature(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
@@ -112,7 +121,7 @@ def _apply_dynamic_temperature(logits: jax.Array, state: State, token: jax.Array
         # A single token has no entropy to measure, and no temperature changes its probability.
         return _scale(logits, jnp.where(spread > 0, jnp.where(count > 1, dynamic, 1), t))
 
-    return where_active((t != 1) | (spread > 0), scale, logits), state
+    return where_active(_dynamic_temperature_on(state), scale, logits), state
 
 
 def _scale(logits: jax.Array, t: jax.Array) -> jax.Array:

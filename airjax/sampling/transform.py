@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 State = Any
 """A pytree of arrays. Each leaf's first axis is `B`, so a scheduler can replace one sequence's row."""
@@ -68,6 +70,28 @@ def chain(*transforms: Transform) -> Transform:
     return Transform(init, Chained(tuple(transform.apply for transform in transforms)))
 
 
+def _same(state: State, token: jax.Array) -> State:
+    return state
+
+
+@dataclass(frozen=True)
+class Switched:
+    """An `apply` that tells for which rows it changes logits, so that a chain in which nothing is on costs nothing.
+
+    Attributes:
+      run: the `apply` itself.
+      active: from the state before to bool `[B]`, the rows whose logits change.
+      advance: the state after a step in which no row was active.
+    """
+
+    run: Apply
+    active: Callable[[State], jax.Array]
+    advance: Callable[[State, jax.Array], State] = _same
+
+    def __call__(self, logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
+        return self.run(logits, state, token)
+
+
 @dataclass(frozen=True)
 class Chained:
     """The `apply` of a chain: equal and of equal hash when its parts are."""
@@ -75,6 +99,18 @@ class Chained:
     applies: tuple[Apply, ...]
 
     def __call__(self, logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
+        parts = [part for part in self.applies if isinstance(part, Switched)]
+        if len(parts) < max(len(self.applies), 2):
+            return self._each(logits, state, token)
+        on = [jnp.any(part.active(own)) for part, own in zip(parts, state, strict=True)]
+
+        def none_is_on() -> tuple[jax.Array, State]:
+            return logits, tuple(part.advance(own, token) for part, own in zip(parts, state, strict=True))
+
+        # One question for all of them: a conditional copies the logits, which costs more than to ask.
+        return lax.cond(jnp.any(jnp.stack(on)), lambda: self._each(logits, state, token), none_is_on)
+
+    def _each(self, logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
         states = []
         for apply, part in zip(self.applies, state, strict=True):
             logits, part = apply(logits, part, token)

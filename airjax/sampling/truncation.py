@@ -7,7 +7,7 @@ import numpy as np
 from airjax.sampling.active import where_active
 from airjax.sampling.parameter import Parameter, check, check_whole, per_sequence
 from airjax.sampling.prefix import shortest_prefix
-from airjax.sampling.transform import State, Transform
+from airjax.sampling.transform import State, Switched, Transform
 
 
 def top_k(k: Parameter) -> Transform:
@@ -34,7 +34,7 @@ def top_k(k: Parameter) -> Transform:
     def init(context: np.ndarray | jax.Array, vocab_size: int) -> State:
         return per_sequence(values, context, np.int32)
 
-    return Transform(init, _apply_top_k)
+    return Transform(init, Switched(_apply_top_k, _top_k_on))
 
 
 def top_p(p: Parameter) -> Transform:
@@ -61,7 +61,7 @@ def top_p(p: Parameter) -> Transform:
     def init(context: np.ndarray | jax.Array, vocab_size: int) -> State:
         return per_sequence(values, context, np.float32)
 
-    return Transform(init, _apply_top_p)
+    return Transform(init, Switched(_apply_top_p, _top_p_on))
 
 
 def min_p(p: Parameter) -> Transform:
@@ -88,7 +88,19 @@ def min_p(p: Parameter) -> Transform:
     def init(context: np.ndarray | jax.Array, vocab_size: int) -> State:
         return per_sequence(log_values, context, np.float32)
 
-    return Transform(init, _apply_min_p)
+    return Transform(init, Switched(_apply_min_p, _min_p_on))
+
+
+def _top_k_on(state: State) -> jax.Array:
+    return state > 0
+
+
+def _top_p_on(state: State) -> jax.Array:
+    return state < 1
+
+
+def _min_p_on(state: State) -> jax.Array:
+    return state > -jnp.inf
 
 
 def _apply_top_k(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:

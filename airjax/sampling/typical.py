@@ -7,7 +7,7 @@ import numpy as np
 from airjax.sampling.active import where_active
 from airjax.sampling.parameter import Parameter, check, per_sequence
 from airjax.sampling.prefix import shortest_prefix
-from airjax.sampling.transform import Apply, State, Transform
+from airjax.sampling.transform import Apply, State, Switched, Transform
 
 
 def typical_p(p: Parameter) -> Transform:
@@ -28,7 +28,7 @@ def typical_p(p: Parameter) -> Transform:
     References:
       Meister et al., "Locally Typical Sampling", 2022.
     """
-    return _one_setting(check("typical_p", p, 0, 1), _apply_typical_p)
+    return _one_setting(check("typical_p", p, 0, 1), Switched(_apply_typical_p, _below_one))
 
 
 def top_n_sigma(n: Parameter) -> Transform:
@@ -49,7 +49,7 @@ def top_n_sigma(n: Parameter) -> Transform:
     References:
       Tang et al., "Top-n-sigma: Not All Logits Are You Need", 2024.
     """
-    return _one_setting(check("top_n_sigma", n, -1), _apply_top_n_sigma)
+    return _one_setting(check("top_n_sigma", n, -1), Switched(_apply_top_n_sigma, _above_zero))
 
 
 def epsilon_cutoff(epsilon: Parameter) -> Transform:
@@ -69,7 +69,7 @@ def epsilon_cutoff(epsilon: Parameter) -> Transform:
     References:
       Hewitt, Manning, Liang, "Truncation Sampling as Language Model Desmoothing", 2022.
     """
-    return _one_setting(check("epsilon_cutoff", epsilon, 0, 1), _apply_epsilon)
+    return _one_setting(check("epsilon_cutoff", epsilon, 0, 1), Switched(_apply_epsilon, _above_zero))
 
 
 def eta_cutoff(epsilon: Parameter) -> Transform:
@@ -90,7 +90,7 @@ def eta_cutoff(epsilon: Parameter) -> Transform:
     References:
       Hewitt, Manning, Liang, "Truncation Sampling as Language Model Desmoothing", 2022.
     """
-    return _one_setting(check("eta_cutoff", epsilon, 0, 1), _apply_eta)
+    return _one_setting(check("eta_cutoff", epsilon, 0, 1), Switched(_apply_eta, _above_zero))
 
 
 def entropy(logits: jax.Array) -> jax.Array:
@@ -106,6 +106,14 @@ def _one_setting(values: np.ndarray, apply: Apply) -> Transform:
         return per_sequence(values, context, np.float32)
 
     return Transform(init, apply)
+
+
+def _below_one(state: State) -> jax.Array:
+    return state < 1
+
+
+def _above_zero(state: State) -> jax.Array:
+    return state > 0
 
 
 def _apply_typical_p(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:

@@ -63,6 +63,9 @@ class Within:
         def among_all() -> tuple[jax.Array, State]:
             return self.inner(self.cut(logits, k, token)[0], own, token)
 
+        if len(logits) == 1:
+            out, own = lax.cond(few[0], among_few, among_all)
+            return out, (k, own)
         some = lax.cond(jnp.any(few), among_few, lambda: nothing)
         others = lax.cond(jnp.all(few), lambda: nothing, among_all)
         out, own = jax.tree.map(

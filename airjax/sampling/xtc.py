@@ -7,7 +7,7 @@ import numpy as np
 from airjax.sampling.active import where_active
 from airjax.sampling.keys import key_rows, next_keys
 from airjax.sampling.parameter import Parameter, check, per_sequence
-from airjax.sampling.transform import State, Transform
+from airjax.sampling.transform import State, Switched, Transform
 
 
 def xtc(probability: Parameter, threshold: Parameter = 0.1, *, key: jax.Array | None = None) -> Transform:
@@ -46,12 +46,17 @@ def xtc(probability: Parameter, threshold: Parameter = 0.1, *, key: jax.Array | 
             key_rows(key, context.shape[0]),
         )
 
-    return Transform(init, _apply_xtc)
+    return Transform(init, Switched(_apply_xtc, _xtc_on))
+
+
+def _xtc_on(state: State) -> jax.Array:
+    probability, threshold, _ = state
+    return (probability > 0) & (threshold <= 0.5)
 
 
 def _apply_xtc(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
     probability, threshold, key = state
-    active = (probability > 0) & (threshold <= 0.5)
+    active = _xtc_on(state)
     use, key = next_keys(key, active)
 
     def exclude(logits: jax.Array) -> jax.Array:

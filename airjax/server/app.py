@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from airjax.server import service
+from airjax.server import page, service
 from airjax.server.chat import chat_completions
 from airjax.server.completions import completions
 from airjax.server.embeddings import embeddings
@@ -26,8 +26,8 @@ from airjax.server.errors import ApiError
 from airjax.server.state import State
 
 _LOG = logging.getLogger("airjax.server")
-# What a load balancer asks has no secrets.
-_OPEN = {"/health"}
+# What a load balancer asks, and the page by itself, have no secrets.
+_OPEN = {"/health", *page.PATHS}
 
 
 def make_app(state: State) -> Starlette:
@@ -54,6 +54,8 @@ def make_app(state: State) -> Starlette:
         Route("/health", service.health),
         Route("/metrics", service.metrics),
         Route("/openapi.json", service.openapi),
+        Route("/v1/pipeline", service.pipeline),
+        *(Route(path, page.serve) for path in page.PATHS),
     ]
     middleware = [Middleware(_Watch, state=state, routes={route.path for route in routes})]
     if state.options.cors_origins:

@@ -7,11 +7,14 @@ import contextlib
 import signal
 import socket
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from airjax.server.state import State
 
 _HEADER_TIMEOUT_S = 20.0
 _BACKLOG = 2048
@@ -60,6 +63,7 @@ class Listener(uvicorn.Server):
             timeout_graceful_shutdown=drain_timeout_s,
         )
         super().__init__(config)
+        self._state: State = app.state.airjax
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -71,6 +75,11 @@ class Listener(uvicorn.Server):
         finally:
             for name, handler in before.items():
                 signal.signal(name, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Streams that have no end of their own end now; the others have the time to drain."""
+        self._state.pipeline.close()
+        super().handle_exit(sig, frame)
 
     def end(self) -> None:
         """Ends the server, from any thread."""

@@ -9,10 +9,11 @@ from starlette.responses import Response
 
 from airjax.server.body import read_body
 from airjax.server.chat import encode_rendered, render
-from airjax.server.errors import JsonAnswer
+from airjax.server.errors import ApiError, JsonAnswer
 from airjax.server.openapi import document
 from airjax.server.orders import check_ids
 from airjax.server.requests import DetokenizeRequest, TemplateRequest, TokenizeRequest
+from airjax.server.sse import EventStream
 from airjax.server.state import State, state_of
 
 
@@ -42,6 +43,15 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
     return Response(state_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def pipeline(request: Request) -> Response:
+    """What the engine does, as server-sent events, until the client goes."""
+    state = state_of(request)
+    state.engine  # noqa: B018  refuses while it is being opened
+    if state.pipeline.full:
+        raise ApiError(429, "too many listeners: come again later", headers={"retry-after": "10"})
+    return EventStream(state.pipeline.listen(), lambda: None)
 
 
 async def openapi(request: Request) -> Response:

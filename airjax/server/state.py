@@ -15,6 +15,7 @@ from starlette.requests import Request
 from airjax.api import Engine
 from airjax.server.errors import ApiError
 from airjax.server.metrics import Metrics
+from airjax.server.pipeline import Pipeline
 from airjax.server.worker import NotReadyError, Order, QueueFullError, Run, Worker
 
 _T = TypeVar("_T")
@@ -48,6 +49,7 @@ class State:
 
     Attributes:
       text_thread: tokenizes and renders, so that a long text does not hold up the others' tokens.
+      pipeline: tells who listens what the engine does.
     """
 
     options: Options
@@ -57,6 +59,10 @@ class State:
     text_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="airjax-text")
     )
+    pipeline: Pipeline = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pipeline = Pipeline(self.worker, self.options.model_name)
 
     @property
     def engine(self) -> Engine:

@@ -17,6 +17,7 @@ import jax
 
 from airjax import engine
 from airjax.api import Engine
+from airjax.engine import BatchStats
 from airjax.server.metrics import Metrics
 from airjax.server.sampler import Settings, make_sampler
 
@@ -156,6 +157,16 @@ class Worker:
         if self.state != "ready" or self._engine is None:
             raise NotReadyError(self.stage)
         return self._engine
+
+    @property
+    def batch_stats(self) -> BatchStats:
+        """The scheduler's counters; zeros while there is none."""
+        return self._scheduler.stats if self._scheduler is not None else BatchStats()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Sequences that take part in sweeps, and that wait."""
+        return (self._scheduler.running, self._scheduler.waiting) if self._scheduler is not None else (0, 0)
 
     def start(self) -> None:
         """Starts the thread."""

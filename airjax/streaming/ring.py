@@ -45,6 +45,7 @@ class Ring:
     Attributes:
       bytes_put: bytes whose transfer was started.
       wait_s: time in which the device had finished all earlier work and waited for weights.
+      timeline: records the transfers, if given; may be changed between sweeps.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Ring:
         self._source = source
         self._items = tuple(items)
         self._depth = min(depth, len(self._items))
-        self._timeline = timeline
+        self.timeline = timeline
         self._ahead: collections.deque[tuple[int, Buffers]] = collections.deque()
         self._taken: list[Buffers] = []
         self._busy: collections.deque[_Busy] = collections.deque()
@@ -139,8 +140,8 @@ class Ring:
             self._ahead.append((item, weights))
             nbytes = sum(part.nbytes for part in weights)
             self.bytes_put += nbytes
-            if self._timeline is not None:
-                self._timeline.watch("host to device", f"layer {item}", weights, nbytes)
+            if self.timeline is not None:
+                self.timeline.watch("host to device", f"layer {item}", weights, nbytes)
 
 
 def _delete(weights: Buffers) -> None:

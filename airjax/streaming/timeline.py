@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import queue
 import threading
@@ -29,11 +30,16 @@ class Timeline:
 
     Work on a lane runs in the order in which it was given, so an event starts when it was given or when
     its predecessor ended, whichever is later.
+
+    Args:
+      most: only the newest so many events are kept; None for all.
+      each_layer: whether layers that would share a call get calls of their own, so that each is seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, most: int | None = None, each_layer: bool = True) -> None:
+        self.each_layer = each_layer
         self._begin = time.perf_counter()
-        self._events: list[Event] = []
+        self._events: collections.deque[Event] = collections.deque(maxlen=most)
         self._queues: dict[str, queue.SimpleQueue[Any]] = {}
         self._threads: list[threading.Thread] = []
 
@@ -49,6 +55,15 @@ class Timeline:
             self._threads.append(thread)
             thread.start()
         self._queues[lane].put((name, arrays, time.perf_counter(), nbytes))
+
+    @property
+    def now_s(self) -> float:
+        """The present on the clock of the events."""
+        return time.perf_counter() - self._begin
+
+    def take(self) -> list[Event]:
+        """The events that have ended since the last call, without waiting for others."""
+        return [self._events.popleft() for _ in range(len(self._events))]
 
     def events(self) -> list[Event]:
         """All events, once those being watched have ended."""

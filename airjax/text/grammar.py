@@ -238,7 +238,8 @@ class _Vocabulary:
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        special = tokenizer.special_ids
+        # A token that ends the text does so whatever its kind.
+        special = tokenizer.special_ids | tokenizer.eog_ids
         # A special token has text, but a grammar's text must not produce it: the library's mark is a leading 0xFF.
         self.tokens = [
             b"\xff" + piece if token in special else piece
@@ -249,6 +250,7 @@ class _Vocabulary:
             self.ends = [len(self.tokens)]
             self.tokens.append(b"\xff<end>")
         self.eos_token_id = self.ends[0]
+        self._special = special
         self.special_token_ids = sorted(special | set(self.ends))
         # The closure would keep the tokenizer alive, and with it its entry in the cache.
         self._tokenizer = weakref.ref(tokenizer)
@@ -259,5 +261,6 @@ class _Vocabulary:
             return []
         data = text.encode() if isinstance(text, str) else text
         ids = tokenizer.encode_inside(data.decode("utf-8", "replace"))
-        # A vocabulary may lack a character; ids of another text would mislead the library.
-        return ids if b"".join(map(tokenizer.piece, ids)) == data else []
+        # A vocabulary may lack a character; ids of another text would mislead the library, and so would special ones.
+        whole = b"".join(map(tokenizer.piece, ids)) == data
+        return ids if whole and self._special.isdisjoint(ids) else []

@@ -8,7 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from airjax.sampling import chain, draw, greedy, min_p, repetition_penalty, temperature, top_k, top_p
+from airjax.sampling import (
+    chain,
+    draw,
+    dry,
+    greedy,
+    min_p,
+    output_penalties,
+    penalties,
+    repetition_penalty,
+    temperature,
+    top_k,
+    top_p,
+    typical_p,
+    within_top_k,
+)
 
 V = 300
 CONTEXT = np.array([[3, 4, 5, -1], [7, 7, 8, 9]], np.int32)
@@ -63,6 +77,36 @@ def test_chains_nest():
     flat = chain(top_k(9), top_p(0.8), temperature(0.5))
     nested = chain(chain(top_k(9), top_p(0.8)), temperature(0.5))
     np.testing.assert_array_equal(run(flat, logits), run(nested, logits))
+
+
+def test_a_chain_in_which_nothing_is_on_carries_its_state_as_its_parts_do():
+    parts = [penalties(1), output_penalties(0), dry(0), top_p(1)]
+    state, alone = chain(*parts).init(CONTEXT, V), [part.init(CONTEXT, V) for part in parts]
+    logits = random_logits(2, V)
+    for token in ([20, 21], [22, -1], [20, 21]):
+        token = jnp.array(token, jnp.int32)
+        out, state = chain(*parts).apply(logits, state, token)
+        np.testing.assert_array_equal(out, logits)
+        alone = [part.apply(logits, own, token)[1] for part, own in zip(parts, alone, strict=True)]
+    jax.tree.map(np.testing.assert_array_equal, state, tuple(alone))
+    # One row that is on leaves the other as it was, and its own history is there.
+    on = chain(penalties(2, last_n=[0, 9]), dry(0)).init(CONTEXT, V)
+    on = ((*on[0][:-1], state[0][-1]), on[1])
+    out, _ = chain(*parts[:1], dry(0)).apply(logits, on, jnp.array([-1, -1]))
+    changed = [set(np.nonzero(row)[0].tolist()) for row in np.asarray(out != logits)]
+    assert changed == [set(), {7, 8, 9, 21}]
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 128, 129, 250, 400])
+@pytest.mark.parametrize("ties", [False, True])
+def test_within_top_k_equals_the_chain(k, ties):
+    logits = random_logits(2, V)
+    logits = jnp.round(logits).at[:, ::7].set(-jnp.inf) if ties else logits
+    inner = chain(typical_p(0.9), top_p(0.8), min_p(0.01), temperature([0.7, 0]))
+    by_hand = run(chain(top_k([k, 3]), inner), logits)
+    np.testing.assert_allclose(run(within_top_k([k, 3], inner), logits), by_hand, rtol=1e-6)
+    few = jnp.full((2, V), -jnp.inf).at[:, jnp.array([4, V - 1])].set(1.0)
+    np.testing.assert_array_equal(run(within_top_k([k, 3], chain()), few), run(top_k([k, 3]), few))
 
 
 def test_chain_of_nothing_changes_nothing():

@@ -147,6 +147,12 @@ def test_a_vocabulary_without_an_end_can_be_bound(tmp_path):
     assert constraint.finished
 
 
+def test_a_token_that_ends_the_text_is_no_text_even_if_it_looks_like_it():
+    tokenizer = Tokenizer.from_metadata(pairs_metadata("default", ["ab"]), "toy")
+    assert tokenizer.eog_ids == {1} and tokenizer.piece(1) == b"b"
+    assert 1 not in allowed(grammar.compile(tokenizer, regex="b+").constraint())
+
+
 @pytest.mark.parametrize(
     ("kind", "source", "message"),
     [
