@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
 from absl import flags
 
-from airjax.commands.options import Flags, define_context, define_run, open_engine
+from airjax.commands.options import Flags, define_context, define_run, open_engine, read_grammar
 
 USES_JAX = True
 HELP = """
@@ -42,9 +41,9 @@ def define_flags(values: Flags) -> None:
     flags.DEFINE_integer("max_tokens", 128, "End after this many tokens.", flag_values=values)
     flags.DEFINE_integer("batch", 8, "Generations that share a sweep.", flag_values=values)
     flags.DEFINE_string(
-        "accept_regex",
+        "accept_grammar",
         None,
-        "Count the texts that match this as a whole, Python's syntax.",
+        "Count the texts that match this as a whole: a .gbnf, .lark or .regex file.",
         flag_values=values,
     )
     flags.DEFINE_bool("figures", True, "Draw pictures (needs matplotlib).", flag_values=values)
@@ -58,7 +57,6 @@ def run(values: Flags) -> None:
     prompts = list(values.prompt)
     if values.prompt_file:
         prompts += filter(None, Path(values.prompt_file).read_text(encoding="utf-8").splitlines())
-    pattern = _pattern(values.accept_regex)
     if values.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {values.seeds}")
     from airjax import experiments
@@ -73,25 +71,17 @@ def run(values: Flags) -> None:
         figures.check_can_plot()
     folder = Path(values.out)
     with open_engine(values, max_batch=values.batch) as engine:
-        rows = experiments.run(
-            engine,
-            grid,
-            folder,
-            accept=None if pattern is None else lambda text: pattern.fullmatch(text) is not None,
-            progress=sys.stderr.isatty(),
-        )
+        accept = None
+        if values.accept_grammar is not None:
+            grammar = read_grammar(values.accept_grammar, engine, "--accept_grammar")
+
+            def accept(text: str) -> bool:
+                return grammar.accepts(engine.tokenizer.encode(text, add_bos=False))
+
+        rows = experiments.run(engine, grid, folder, accept=accept, progress=sys.stderr.isatty())
     report = experiments.table(rows)
     pictures = figures.save_figures(rows, folder) if values.figures else []
     shown = "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
     (folder / "report.md").write_text(f"{report}\n{shown}", encoding="utf-8")
     print(report)
     print(f"airjax: {len(rows)} rows in {folder}", file=sys.stderr)
-
-
-def _pattern(text: str | None) -> re.Pattern[str] | None:
-    if text is None:
-        return None
-    try:
-        return re.compile(text, re.DOTALL)
-    except re.error as error:
-        raise ValueError(f"accept_regex is no regular expression: {error}") from None

@@ -153,16 +153,31 @@ def make_grammar(values: Flags, engine: Engine) -> Grammar | None:
             return engine.grammar(json_schema=values.json_schema, where="--json_schema")
         text = Path(values.json_schema).read_text(encoding="utf-8")
         return engine.grammar(json_schema=text, where=values.json_schema)
-    if values.grammar_file is None:
-        return None
-    path = Path(values.grammar_file)
+    return (
+        None if values.grammar_file is None else read_grammar(values.grammar_file, engine, "--grammar_file")
+    )
+
+
+def read_grammar(name: str, engine: Engine, flag: str) -> Grammar:
+    """The grammar of a file.
+
+    Args:
+      name: of the file.
+      engine: whose tokens it is over.
+      flag: that named it.
+
+    Raises:
+      ValueError: the file's suffix is unknown.
+      TextError: the grammar is malformed; names line and column.
+    """
+    path = Path(name)
     kind = path.suffix.removeprefix(".")
     if kind not in ("gbnf", "lark", "regex"):
-        raise ValueError(f"--grammar_file must end in .gbnf, .lark or .regex, got {values.grammar_file}")
+        raise ValueError(f"{flag} must end in .gbnf, .lark or .regex, got {name}")
     text = path.read_text(encoding="utf-8")
     # An editor ends a file with a new line, which a pattern does not mean.
     text = text.removesuffix("\n") if kind == "regex" else text
-    return engine.grammar(**{kind: text}, where=values.grammar_file)
+    return engine.grammar(**{kind: text}, where=name)
 
 
 def make_sampler(values: Flags) -> Transform:
