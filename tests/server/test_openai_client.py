@@ -6,12 +6,15 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 from server_process import ServerProcess
+from shapes import answer_shape, missing
 
+SHAPES = json.loads((Path(__file__).parents[1] / "golden" / "server_shapes.json").read_text())
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY = {"model": "smol", "temperature": 0, "max_tokens": 16}
 
@@ -129,6 +132,26 @@ def test_the_pipeline_tells_what_the_engine_does_while_it_does(server, client):
     assert {lane for lane, *_ in events} <= {"link", "compute"}
     assert all(0 <= first <= last < 30 and start <= end for _, first, last, start, end in events)
     assert httpx.get(server.url + "/v1/pipeline").status_code == 401
+
+
+# llama.cpp's server embeds each token by itself, and lists permissions that OpenAI has given up.
+OTHERWISE = {
+    "embedding": [".data[].embedding[]: ['number'] there, number here"],
+    "models": [".data[].permissions"],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_answers_have_all_that_llama_cpp_s_have(server, name):
+    golden = SHAPES[name]
+    headers = {"authorization": "Bearer opensesame"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
+        ours = answer_shape(client, golden["route"], golden["body"])
+    assert missing(golden["shape"], ours["shape"]) == OTHERWISE.get(name, [])
+    if golden["status"] == 200:
+        assert ours["status"] == 200
+    if name in ("chat", "completion"):
+        assert golden["usage"].items() <= ours["usage"].items()
 
 
 def test_many_clients_get_each_its_own_answer(client):
