@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-PYTEST_FLAGS ?= --numprocesses=auto --dist=loadfile
+PYTEST_FLAGS ?= --numprocesses=auto --dist=loadfile -rs
 BENCH_FLAGS ?=
 DEMO_PROMPT ?= What is the capital of France, and what is it known for?
 
@@ -60,6 +60,8 @@ $(VENV)/.check: $(VENV)/.airjax
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --editable '.[test]'
+	@command -v chromium > /dev/null || $(BIN)/python -m playwright install --with-deps chromium || \
+	    echo "no Chromium could be installed: the tests of the web page will be skipped"
 	@touch $@ $(VENV)/.check
 
 FIND_SMOLLM2 := import importlib.util, pathlib; \

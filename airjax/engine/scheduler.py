@@ -184,14 +184,14 @@ class Scheduler:
           took part in it, and the scheduler stays usable.
         """
         start = time.perf_counter()
-        self._admit()
+        events = self._admit()
         batch = self._choose()
         if not batch:
-            return []
+            return events
         try:
-            events = self._sweep(batch)
+            events += self._sweep(batch)
         except Exception as error:
-            events = [self._fail(sequence, f"the sweep failed: {error}") for sequence in batch]
+            events += [self._fail(sequence, f"the sweep failed: {error}") for sequence in batch]
             self._start_over()
         self.stats.busy_s += time.perf_counter() - start
         return events
@@ -241,8 +241,13 @@ class Scheduler:
         if request.sampler.apply != self._sampler.apply:
             raise ValueError("the sampler must have the structure that this scheduler was made with")
 
-    def _admit(self) -> None:
-        """Takes waiting sequences in, the oldest first, while there is a row and room for their prompt."""
+    def _admit(self) -> list[Event]:
+        """Takes waiting sequences in, the oldest first, while there is a row and room for their prompt.
+
+        Returns:
+          The ends of those whose sampler does not fit the model.
+        """
+        failures: list[Event] = []
         while self._waiting and self._slots:
             sequence = self._waiting[0]
             if sequence.kept is None:
@@ -252,11 +257,15 @@ class Scheduler:
             if self._pages.room < needed and self._running:
                 self._pages.release(sequence.pages)
                 sequence.pages = []
-                return
+                break
             del self._waiting[0]
             sequence.slot = self._slots.pop()
             bisect.insort(self._running, sequence, key=lambda s: s.number)
-            self._bring_in(sequence)
+            try:
+                self._bring_in(sequence)
+            except ValueError as error:
+                failures.append(self._fail(sequence, str(error)))
+        return failures
 
     def _bring_in(self, sequence: _Sequence) -> None:
         """Gives an admitted sequence its row of the sampler's state, and a preempted one its cache again."""

@@ -152,6 +152,10 @@ class Generation:
                 continue
             if index in self._ended:
                 continue
+            if happened.finish_reason == "grammar":
+                raise ApiError(
+                    400, "the grammar allows no token here: it cannot be satisfied", code="grammar"
+                )
             if happened.token is None:
                 raise ApiError(500, happened.error or f"the generation ended: {happened.finish_reason}")
             delta = self.choices[index].push(happened)

@@ -16,10 +16,11 @@ from airjax.server.answer import Whole, respond
 from airjax.server.body import read_body
 from airjax.server.choice import Choice, Delta, chat_logprobs
 from airjax.server.errors import ApiError
+from airjax.server.forms import call_form, compiled, wanted_form
 from airjax.server.orders import make_orders
-from airjax.server.requests import ChatRequest, Message, Tool
+from airjax.server.requests import ChatRequest, Message, NamedTool, Tool
 from airjax.server.state import state_of
-from airjax.server.tools import Call
+from airjax.server.tools import OPEN, Call
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,28 @@ async def chat_completions(request: Request) -> Response:
     engine = state.engine
     state.check_model(body.model)
     tools = body.tools if body.tool_choice != "none" else None
+    form = wanted_form(body)
+    if tools and body.forced and form is not None:
+        raise ApiError(400, f"{form.param} cannot be given with a forced tool_choice", "tool_choice")
     text = await state.in_text_thread(lambda: render(engine, body.messages, tools))
+    if tools and body.forced:
+        # The opening is written for the model, so that JSON follows; without one it is Llama's form.
+        hermes = OPEN in text
+        text += OPEN + "\n" if hermes else ""
+        form = call_form(tools, body.forced, "arguments" if hermes else "parameters")
     ids = await state.in_text_thread(lambda: encode_rendered(engine, text))
+    settings = await state.in_text_thread(lambda: body.settings(engine))
+    grammar = await compiled(state, form)
     orders = make_orders(
         engine,
         [ids],
-        settings=body.settings,
+        settings=settings,
         seed=body.seed,
         count=body.n or 1,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         top_logprobs=body.top_logprobs or 0,
         param="messages",
+        grammar=grammar,
     )
     state.log_prompt(text)
     ends = engine.chat_template.stop_strings if engine.chat_template is not None else ()
@@ -145,12 +157,11 @@ def _turn(message: Message) -> dict[str, Any]:
 def _check_fields(body: ChatRequest) -> None:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs may be given only with logprobs", "top_logprobs")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise ApiError(
-            400, "tool_choice must be none or auto: forcing a call is not supported yet", "tool_choice"
-        )
     if body.tool_choice is not None and not body.tools:
         raise ApiError(400, "tool_choice may be given only with tools", "tool_choice")
+    names = [tool.function.name for tool in body.tools or ()]
+    if isinstance(body.tool_choice, NamedTool) and body.tool_choice.function.name not in names:
+        raise ApiError(400, "tool_choice names a function that is not among the tools", "tool_choice")
 
 
 def _call(call: Call) -> dict[str, Any]:

@@ -73,7 +73,8 @@ class Choice:
         self._given += len(text)
         stopped = self._stops.stopped
         notes = self._take_notes(all_of_them=ended or stopped, cut=stopped)
-        finish: Finish | None = "stop" if by_token or stopped else "length" if ended else None
+        stopped = stopped or event.finish_reason == "stop"
+        finish: Finish | None = "stop" if stopped else "length" if ended else None
         calls: list[Call] = []
         if self._tools is not None:
             text = self._tools.push(text)

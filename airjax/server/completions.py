@@ -12,6 +12,7 @@ from airjax.server.answer import Whole, respond
 from airjax.server.body import read_body
 from airjax.server.choice import Choice, Delta, legacy_logprobs
 from airjax.server.errors import ApiError
+from airjax.server.forms import compiled, wanted_form
 from airjax.server.orders import encode_prompts, make_orders
 from airjax.server.requests import CompletionRequest
 from airjax.server.state import state_of
@@ -57,15 +58,18 @@ async def completions(request: Request) -> Response:
     engine = state.engine
     state.check_model(body.model)
     prompts = await state.in_text_thread(lambda: encode_prompts(engine, body.prompt))
+    settings = await state.in_text_thread(lambda: body.settings(engine))
+    grammar = await compiled(state, wanted_form(body))
     orders = make_orders(
         engine,
         prompts,
-        settings=body.settings,
+        settings=settings,
         seed=body.seed,
         count=count,
         max_tokens=body.max_tokens or _MAX_TOKENS,
         top_logprobs=body.logprobs or 0,
         param="prompt",
+        grammar=grammar,
     )
     state.log_prompt(body.prompt)
     return await respond(

@@ -10,6 +10,7 @@ from airjax.server.errors import ApiError
 from airjax.server.requests import Prompts
 from airjax.server.sampler import Settings
 from airjax.server.worker import Order
+from airjax.text import Grammar
 
 _MOST_CHOICES = 128
 
@@ -24,11 +25,13 @@ def make_orders(
     max_tokens: int | None,
     top_logprobs: int,
     param: str,
+    grammar: Grammar | None = None,
 ) -> list[Order]:
     """`count` orders for each prompt.
 
     Args:
       param: the field that the prompts come from.
+      grammar: that the texts must match.
 
     Raises:
       ApiError: a prompt cannot be run.
@@ -48,6 +51,7 @@ def make_orders(
                 max_tokens=engine.plan.context if max_tokens is None else max_tokens,
                 stop_ids=engine.tokenizer.eog_ids,
                 top_logprobs=top_logprobs,
+                grammar=grammar,
             )
             for choice in range(count)
         ]

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
+from airjax.api import Engine
 from airjax.server.errors import ApiError
-from airjax.server.sampler import Settings
+from airjax.server.sampler import DRY_BREAKERS, Settings, biases, tokens_with
 
 Count = Annotated[StrictInt, Field(ge=1, le=1 << 31)]
 TokenId = Annotated[StrictInt, Field(ge=0, le=1 << 31)]
@@ -23,10 +24,6 @@ Prompts = Prompt | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]]
 
 # Names that clients know from OpenAI or llama.cpp, with the value that asks for nothing.
 _NOT_BUILT: dict[str, Any] = {
-    "logit_bias": {},
-    "grammar": "",
-    "mirostat": 0,
-    "xtc_probability": 0,
     "suffix": "",
     "echo": False,
 }
@@ -42,11 +39,23 @@ class StreamOptions(_Model):
     include_usage: StrictBool = False
 
 
-class ResponseFormat(BaseModel):
-    """Which form the text must have."""
+class JsonSchema(_Model):
+    """The schema that the text must satisfy."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    name: StrictStr | None = None
+    description: StrictStr | None = None
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(_Model):
+    """Which form the text must have; `schema` beside json_object is llama.cpp's own."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
     type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    plain_schema: dict[str, Any] | None = Field(None, alias="schema")
 
 
 class _Generation(_Model):
@@ -59,6 +68,7 @@ class _Generation(_Model):
     top_k: Annotated[StrictInt, Field(ge=0, le=1 << 31)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repeat_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    repeat_last_n: Annotated[StrictInt, Field(ge=-1, le=4096)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: Stop | None = None
@@ -68,19 +78,39 @@ class _Generation(_Model):
     response_format: ResponseFormat | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[StrictStr, Number] | None = None
-    grammar: StrictStr | None = None
+    logit_bias: dict[StrictStr, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     typical_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    mirostat: StrictInt | None = None
-    dry_multiplier: Annotated[Number, Field(ge=0, le=100)] | None = None
-    xtc_probability: Number | None = None
     top_n_sigma: Annotated[Number, Field(ge=-1, le=100)] | None = None
+    dry_multiplier: Annotated[Number, Field(ge=0, le=100)] | None = None
+    dry_base: Annotated[Number, Field(ge=1, le=100)] | None = None
+    dry_allowed_length: Annotated[StrictInt, Field(ge=1, le=4096)] | None = None
+    dry_penalty_last_n: Annotated[StrictInt, Field(ge=-1, le=4096)] | None = None
+    dry_sequence_breakers: Annotated[list[Text], Field(max_length=64)] | None = None
+    xtc_probability: Annotated[Number, Field(ge=0, le=1)] | None = None
+    xtc_threshold: Annotated[Number, Field(ge=0, le=1)] | None = None
+    dynatemp_range: Annotated[Number, Field(ge=0, le=2)] | None = None
+    dynatemp_exponent: Annotated[Number, Field(gt=0, le=100)] | None = None
+    mirostat: Annotated[StrictInt, Field(ge=0, le=2)] | None = None
+    mirostat_tau: Annotated[Number, Field(ge=0, le=100)] | None = None
+    mirostat_eta: Annotated[Number, Field(ge=0, le=1)] | None = None
+    grammar: StrictStr | None = None
 
-    @property
-    def settings(self) -> Settings:
-        """How tokens are drawn."""
-        given = {name: getattr(self, name) for name in Settings.__dataclass_fields__}
-        return Settings(**{name: value for name, value in given.items() if value is not None})
+    def settings(self, engine: Engine) -> Settings:
+        """How tokens are drawn.
+
+        Raises:
+          ApiError: a bias is on what is no token.
+        """
+        special = {"logit_bias", "dry_sequence_breakers"}
+        names = [name for name in Settings.__dataclass_fields__ if name not in special]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.logit_bias:
+            given["logit_bias"] = biases(self.logit_bias, engine.model.config.vocab_size)
+        if self.dry_multiplier:
+            breakers = self.dry_sequence_breakers
+            texts = DRY_BREAKERS if breakers is None else tuple(breakers)
+            given["dry_sequence_breakers"] = tokens_with(engine.tokenizer, texts)
+        return Settings(**given)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -97,11 +127,6 @@ class _Generation(_Model):
             value = getattr(self, name, None)
             if value is not None and value != nothing:
                 raise ApiError(400, f"{name} is not supported by this server yet: leave it out", name)
-        if self.response_format is not None and self.response_format.type != "text":
-            kind = self.response_format.type
-            raise ApiError(
-                400, f"response_format {kind} is not supported by this server yet", "response_format"
-            )
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options may be given only with stream", "stream_options")
 
@@ -155,6 +180,19 @@ class Tool(_Model):
     function: Function
 
 
+class FunctionName(_Model):
+    """Names a function."""
+
+    name: StrictStr
+
+
+class NamedTool(_Model):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatRequest(_Generation):
     """The body of `/v1/chat/completions`."""
 
@@ -163,8 +201,15 @@ class ChatRequest(_Generation):
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
-    tool_choice: StrictStr | dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
+
+    @property
+    def forced(self) -> str:
+        """The function that must be called, "*" for any, "" for none."""
+        if isinstance(self.tool_choice, NamedTool):
+            return self.tool_choice.function.name
+        return "*" if self.tool_choice == "required" else ""
 
 
 class CompletionRequest(_Generation):

@@ -20,11 +20,14 @@ from airjax.api import Engine
 from airjax.engine import BatchStats
 from airjax.server.metrics import Metrics
 from airjax.server.sampler import Settings, make_sampler
+from airjax.text import Grammar
 
 _T = TypeVar("_T")
 _LOG = logging.getLogger("airjax.server")
 # Choices of one request fold their number into a key that no draw folds into: draws count from 0.
 _CHOICES = 0x7FFFFFFF
+# Likewise for what transforms draw themselves.
+_SAMPLER = 0x7FFFFFFE
 
 
 class QueueFullError(Exception):
@@ -46,6 +49,7 @@ class Order:
     max_tokens: int
     stop_ids: frozenset[int]
     top_logprobs: int
+    grammar: Grammar | None = None
 
     def request(self) -> engine.Request:
         """For the scheduler."""
@@ -54,11 +58,12 @@ class Order:
             key = jax.random.fold_in(jax.random.fold_in(key, _CHOICES), self.choice)
         return engine.Request(
             ids=self.ids,
-            sampler=make_sampler(self.settings),
+            sampler=make_sampler(self.settings, jax.random.fold_in(key, _SAMPLER)),
             key=key,
             max_tokens=self.max_tokens,
             stop_ids=self.stop_ids,
             top_logprobs=self.top_logprobs,
+            constraint=None if self.grammar is None else self.grammar.constraint(),
         )
 
 

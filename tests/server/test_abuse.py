@@ -1,5 +1,7 @@
 """What a server must bear: each fault has its answer, and the next request is served."""
 
+import time
+
 import pytest
 from toy_models import toy_llama
 from toy_server import serve_toy
@@ -40,9 +42,21 @@ def _still_answers(client):
         (b'{"prompt": "a", "stop": ["", "a"]}', 400, "stop"),
         (b'{"prompt": "a", "stop": ["a", "b", "c", "d", "e"]}', 400, "stop"),
         (b'{"prompt": "a", "wish": 1}', 400, "wish is not known"),
-        (b'{"prompt": "a", "mirostat": 1}', 400, "mirostat is not supported"),
-        (b'{"prompt": "a", "grammar": "root ::= x"}', 400, "grammar is not supported"),
-        (b'{"prompt": "a", "response_format": {"type": "json_object"}}', 400, "response_format json_object"),
+        (b'{"prompt": "a", "echo": true}', 400, "echo is not supported"),
+        (b'{"prompt": "a", "temperature": -Infinity}', 400, "Infinity"),
+        (b'{"prompt": "a", "top_k": -1}', 400, "top_k"),
+        (b'{"prompt": "a", "mirostat": 7}', 400, "mirostat"),
+        (b'{"prompt": "a", "grammar": "root ::= x"}', 400, "grammar"),
+        (b'{"prompt": "a", "grammar": "root ::= ' + b"(" * 20_000 + b'"}', 400, "grammar"),
+        (b'{"prompt": "a", "response_format": {"type": "xml"}}', 400, "response_format"),
+        (
+            b'{"prompt": "a", "response_format": {"type": "json_object", "schema": '
+            + b'{"not": ' * 800
+            + b"{}"
+            + b"}" * 802,
+            400,
+            "",
+        ),
         (b'{"prompt": ""}', 400, "prompt is empty"),
         (b'{"prompt": [99999999]}', 400, "token ids must be between"),
         (b'{"prompt": [-1]}', 400, "prompt"),
@@ -135,3 +149,17 @@ def test_prompts_are_logged_only_when_asked(client, path, caplog):
     with serve_toy(path, log_prompts=True) as talkative:
         talkative.post("/v1/completions", json={"prompt": "secretword", "max_tokens": 1})
     assert "secretword" in caplog.text
+
+
+def test_a_stream_that_waits_is_kept_alive_by_comments(path, monkeypatch):
+    step = engines.Scheduler.step
+
+    def slow(self):
+        time.sleep(0.3)
+        return step(self)
+
+    monkeypatch.setattr(engines.Scheduler, "step", slow)
+    with serve_toy(path, keep_alive_s=0.05) as client:
+        text = client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 2, "stream": True}).text
+    before = text[: text.index("data: ")]
+    assert before.count(": keep-alive\n\n") >= 2 and text.endswith("data: [DONE]\n\n")

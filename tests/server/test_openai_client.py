@@ -1,88 +1,42 @@
 """The official client against a server process with SmolLM2, and what the process bears."""
 
 import concurrent.futures
-import os
+import json
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import httpx
-import jax
 import openai
 import pytest
+from server_process import ServerProcess
+from shapes import answer_shape, missing
 
-ROOT = Path(__file__).parents[2]
+SHAPES = json.loads((Path(__file__).parents[1] / "golden" / "server_shapes.json").read_text())
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY = {"model": "smol", "temperature": 0, "max_tokens": 16}
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Process:
-    """A server; its key is "opensesame"."""
-
-    def __init__(self, model, folder):
-        keys = folder / "keys.txt"
-        keys.write_text("other\nopensesame\n")
-        self.port = _free_port()
-        self.command = [
-            sys.executable,
-            "-m",
-            "airjax.main",
-            "serve",
-            f"--model={model}",
-            f"--port={self.port}",
-        ]
-        self.command += ["--context=512", "--max_batch=4", "--max_queue=8", "--model_alias=smol"]
-        self.command += [f"--api_key_file={keys}"]
-        self.environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        }
-        self.log = (folder / "log.txt").open("w+")
-        self.child = subprocess.Popen(self.command, env=self.environment, stderr=self.log)
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.first_health = self._wait()
-
-    def _wait(self):
-        """Waits until it answers; returns the first status of /health."""
-        first, deadline = None, time.monotonic() + 90
-        while time.monotonic() < deadline:
-            try:
-                status = httpx.get(self.url + "/health").status_code
-            except httpx.TransportError:
-                assert self.child.poll() is None
-            else:
-                first = first or status
-                if status == 200:
-                    return first
-            time.sleep(0.1)
-        raise AssertionError("the server does not become ready")
-
-    def client(self, key="opensesame"):
-        return openai.OpenAI(base_url=self.url + "/v1", api_key=key, max_retries=0, timeout=60)
+def client_of(server, key="opensesame"):
+    """Of the official package."""
+    return openai.OpenAI(base_url=server.url + "/v1", api_key=key, max_retries=0, timeout=60)
 
 
 @pytest.fixture(scope="module")
 def server(smollm2, tmp_path_factory):
-    process = Process(smollm2, tmp_path_factory.mktemp("server"))
-    yield process
-    process.child.kill()
-    process.child.wait()
-    process.log.close()
+    folder = tmp_path_factory.mktemp("server")
+    keys = folder / "keys.txt"
+    keys.write_text("other\nopensesame\n")
+    flags = ["--context=512", "--max_batch=4", "--max_queue=8", "--model_alias=smol"]
+    with ServerProcess(smollm2, folder, [*flags, f"--api_key_file={keys}"]) as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    with server.client() as client:
+    with client_of(server) as client:
         yield client
 
 
@@ -128,7 +82,7 @@ def test_chat_logprobs_models_and_embeddings(client):
 
 def test_errors_are_of_the_client_s_classes(server, client):
     with pytest.raises(openai.BadRequestError, match="logit_bias"):
-        client.chat.completions.create(messages=MESSAGES, logit_bias={"5": 1}, **GREEDY)
+        client.chat.completions.create(messages=MESSAGES, logit_bias={"99999999": 1}, **GREEDY)
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="smol", prompt="word " * 600)
     assert caught.value.code == "context_length_exceeded" and caught.value.param == "prompt"
@@ -136,8 +90,68 @@ def test_errors_are_of_the_client_s_classes(server, client):
         client.chat.completions.create(messages=MESSAGES, **{**GREEDY, "model": "other"})
     with pytest.raises(openai.RateLimitError):
         client.completions.create(model="smol", prompt="a", n=13)
-    with server.client("wrong") as stranger, pytest.raises(openai.AuthenticationError):
+    with client_of(server, "wrong") as stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
+
+
+def test_json_by_a_schema_logit_bias_and_other_servers_fields(client):
+    schema = {"type": "object", "properties": {"capital": {"enum": ["Rome", "Paris"]}}}
+    schema |= {"required": ["capital"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    fields = {**GREEDY, "max_tokens": 24}
+    chat = client.chat.completions.create(messages=MESSAGES, response_format=wanted, **fields)
+    assert json.loads(chat.choices[0].message.content)["capital"] in ("Rome", "Paris")
+    assert chat.choices[0].finish_reason == "stop"
+    extra = {"grammar": 'root ::= "yes" | "no"', "min_p": 0.1, "mirostat": 2}
+    chat = client.chat.completions.create(messages=MESSAGES, extra_body=extra, seed=1, **fields)
+    assert chat.choices[0].message.content in ("yes", "no")
+
+
+def test_tools_that_the_template_does_not_know_are_refused(client):
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    with pytest.raises(openai.BadRequestError, match="chat template"):
+        client.chat.completions.create(messages=MESSAGES, tools=[tool], **GREEDY)
+
+
+def test_a_raw_stream_has_the_lines_that_clients_expect(server):
+    body = {"prompt": "Once", "max_tokens": 2, "stream": True}
+    headers = {"authorization": "Bearer opensesame"}
+    with httpx.stream("POST", server.url + "/v1/completions", json=body, headers=headers) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
+
+
+def test_the_pipeline_tells_what_the_engine_does_while_it_does(server, client):
+    headers = {"authorization": "Bearer opensesame"}
+    with httpx.stream("GET", server.url + "/v1/pipeline", headers=headers, timeout=30) as answer:
+        values = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: "))
+        plan = next(values)
+        assert plan["layers"] == 30 and plan["model"] == "smol" and len(plan["layer_bytes"]) == 30
+        client.completions.create(prompt="Once", **{**GREEDY, "max_tokens": 4})
+        events = next(value["events"] for value in values if value["events"])
+    assert {lane for lane, *_ in events} <= {"link", "compute"}
+    assert all(0 <= first <= last < 30 and start <= end for _, first, last, start, end in events)
+    assert httpx.get(server.url + "/v1/pipeline").status_code == 401
+
+
+# llama.cpp's server embeds each token by itself, and lists permissions that OpenAI has given up.
+OTHERWISE = {
+    "embedding": [".data[].embedding[]: ['number'] there, number here"],
+    "models": [".data[].permissions"],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_answers_have_all_that_llama_cpp_s_have(server, name):
+    golden = SHAPES[name]
+    headers = {"authorization": "Bearer opensesame"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
+        ours = answer_shape(client, golden["route"], golden["body"])
+    assert missing(golden["shape"], ours["shape"]) == OTHERWISE.get(name, [])
+    if golden["status"] == 200:
+        assert ours["status"] == 200
+    if name in ("chat", "completion"):
+        assert golden["usage"].items() <= ours["usage"].items()
 
 
 def test_many_clients_get_each_its_own_answer(client):
@@ -164,7 +178,7 @@ def test_a_client_that_vanishes_frees_its_place(server, client):
 
 
 def test_connections_that_are_opened_and_dropped_harm_nobody(server, client):
-    for _ in range(1000):
+    for _ in range(2000):
         socket.create_connection(("127.0.0.1", server.port)).close()
     slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(50)]
     for each in slow:

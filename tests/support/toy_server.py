@@ -25,12 +25,17 @@ TEMPLATE = (
 
 
 @contextlib.contextmanager
-def serve_toy(path: Path, *, max_queue: int = 8, **options: Any) -> Iterator[TestClient]:
-    """A client of a server whose engine is open."""
+def serve_toy(
+    path: Path, *, max_queue: int = 8, own_tokenizer: bool = False, **options: Any
+) -> Iterator[TestClient]:
+    """A client of a server whose engine is open; unless `own_tokenizer`, each letter is a token and nothing ends."""
 
     def load() -> airjax.Engine:
         opened = airjax.load(path, vram_budget_gib=1, context=256, max_batch=4, resident="all")
         opened._template = ChatTemplate(TEMPLATE, "toy")
+        if own_tokenizer:
+            assert opened.tokenizer.eog_ids
+            return opened
         opened.tokenizer.encode = lambda text, **_: [1 + ord(letter) % 16 for letter in text]
         opened.tokenizer.eog_ids = frozenset()  # random weights would end where they like
         return opened
