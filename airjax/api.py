@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +12,10 @@ import jax
 import numpy as np
 
 from airjax import engine, sampling
+from airjax.engine.memory import free_device_bytes as free_device_bytes
+from airjax.engine.memory import free_host_bytes as free_host_bytes
 from airjax.plan import GIB, Plan, Resident, Switch
-from airjax.streaming import PinningError, Timeline, cuda_driver
+from airjax.streaming import Timeline
 from airjax.text import ChatTemplate, Grammar, StopStrings, Tokenizer
 from airjax.text import grammar as grammars
 
@@ -510,33 +511,6 @@ def load(
         raise
     logging.debug("airjax: %s", model.plan)
     return Engine(model, tokenizer, template)
-
-
-def free_device_bytes(device: jax.Device) -> int:
-    """Device memory that a run may use: what is free less a twentieth, for what others allocate."""
-    if device.platform == "cpu":
-        return free_host_bytes()
-    stats = device.memory_stats() or {}
-    if stats.get("bytes_limit"):
-        return int((stats["bytes_limit"] - stats["bytes_in_use"]) * 0.95)
-    # CUDA's own allocator knows no limit; the driver knows what is free.
-    with contextlib.suppress(PinningError):
-        return int(cuda_driver(device.local_hardware_id or 0).free_bytes() * 0.95)
-    return free_host_bytes()
-
-
-def free_host_bytes() -> int:
-    """Host memory that a run may use: what is available less a tenth; page cache counts as available."""
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024 * 9 // 10
-    except OSError:
-        pass
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 8 * GIB
 
 
 def _check_ends(max_tokens: int | None, stop: Sequence[str]) -> None:
