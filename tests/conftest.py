@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -14,6 +15,21 @@ def _compilation_cache():
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "airjax-tests" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+# XLA's CPU backend maps some hundred pieces of memory for each program. Linux allows a process 65,530 of them, and past
+# that it crashes.
+_MOST_MAPS = 30_000
+_TESTS = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+    """Programs are forgotten before a test process holds too many of them."""
+    yield
+    maps = Path("/proc/self/maps")
+    if next(_TESTS) % 10 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
