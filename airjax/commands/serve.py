@@ -65,7 +65,7 @@ def run(values: Flags) -> None:
     from airjax.server.listener import Listener, listen
     from airjax.server.metrics import Metrics
     from airjax.server.state import Options, State
-    from airjax.server.worker import Worker
+    from airjax.server.worker import Worker, warm_up
 
     options = Options(
         model_name=values.model_alias or Path(values.model).stem,
@@ -77,7 +77,7 @@ def run(values: Flags) -> None:
     logging.getLogger("airjax.server").setLevel(logging.INFO)
 
     def load() -> api.Engine:
-        return api.load(
+        opened = api.load(
             values.model,
             vram_budget_gib=values.vram_budget_gib,
             ram_budget_gib=values.ram_budget_gib,
@@ -89,6 +89,13 @@ def run(values: Flags) -> None:
             max_batch=values.max_batch,
             kv_tokens=values.kv_tokens,
         )
+        worker.stage = "compiling"
+        try:
+            warm_up(opened)
+        except BaseException:
+            opened.close()
+            raise
+        return opened
 
     with listen(values.host, values.port) as opened:
         metrics = Metrics()
