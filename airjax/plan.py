@@ -373,9 +373,22 @@ def _workspace_bytes(config: Config, manifest: Manifest, context: int, chunk: in
     # Attention keeps its score tile below a limit of its own; two tiles live at once.
     scores = 2 * min(config.n_heads * chunk * context * 4, layers.SCORES_BYTES)
     attention = scores + 4 * chunk * 4 * (d + wide) + decoded * itemsize * _tile(wide, d)
-    feed_forward = 4 * chunk * 4 * (d + f) + decoded * itemsize * max(_tile(f, d), _tile(d, f))
+    if config.experts is None:
+        feed_forward = 4 * chunk * 4 * (d + f) + decoded * itemsize * max(_tile(f, d), _tile(d, f))
+    else:
+        feed_forward = _experts_workspace(config, chunk, decoded * itemsize)
     logits = 2 * itemsize * _tile(config.vocab_size, d) + 3 * max(config.vocab_size * 4, LOGIT_ROWS_BYTES)
     return _FIXED_WORKSPACE_BYTES + int(max(attention, feed_forward, logits))
+
+
+def _experts_workspace(config: Config, chunk: int, decoded_bytes: float) -> float:
+    """Of the feed-forward part: a few experts decoded and their blocks of rows, and what each made of its tokens."""
+    experts, d = config.experts, config.d_model
+    pairs, rows = chunk * experts.routing.used, models.block_rows(chunk)
+    at_once = min(models.decoded_experts(config), layers.most_blocks(pairs, experts.count, rows))
+    blocks = at_once * (experts.d_ff * d * (decoded_bytes + 1) + 4 * rows * (2 * d + 3 * experts.d_ff))
+    shared = decoded_bytes * d * experts.shared_d_ff + 16 * chunk * experts.shared_d_ff
+    return max(blocks, shared, models.GATHERED_BYTES) + 4 * chunk * d * (4 + 3 * experts.routing.used)
 
 
 def _tile(n_out: int, n_in: int) -> int:
