@@ -27,6 +27,9 @@ KV_BLOCK_BYTES = 128 << 20
 LOGIT_ROWS_BYTES = 64 << 20
 # Between the slots of the ring and other buffers, with an allocator that does not round up.
 _GAP_BYTES = 32 << 20
+# And beside half a layer with one that does.
+_ROUNDING_BYTES = 64 << 20
+_BATCH_ROUNDING_BYTES = 320 << 20
 # Threads, compiled programs and the allocator's rounding; measured on an H100 and on CPU, rounded up.
 _FIXED_WORKSPACE_BYTES = 64 << 20
 
@@ -53,7 +56,7 @@ class Plan:
       streamed: the others, in the order of a sweep.
       shuttle: the KV cache lives on the host.
       kv_slots: S of each layer's cache.
-      relaid: what stays on the device is re-laid for the fused kernels; not where layers are streamed.
+      relaid: what stays on the device is re-laid for the fused kernels; where layers are streamed only for batches.
       host_embedding: rows of the embedding are gathered on the host, so that its table needs no device memory.
       globals_bytes: embedding (unless on the host), output and final norm on the device.
       workspace_bytes: activations, logits, decoded weights and the allocator's gaps, at most.
@@ -182,11 +185,11 @@ def make_plan(
         # The gathered pages of one layer with a copy, and the logits of every sequence in a few forms.
         workspace += 2 * min(kv_tokens, max_batch * context) * position_bytes
         workspace += 4 * max_batch * config.vocab_size * 4
-    # Behind the link plain blocks are fast enough, and a table that serves for single rows is better left on the host.
+    # Beside the link plain blocks are fast enough for one row; XLA takes some 6 ms to decode a layer of 70B for more.
     everything = sum(_relaid_bytes(span) for span in _device_globals(manifest)) + workspace + sum(kv_rows)
     everything += sum(_relaid_bytes(span) for span in manifest.layers)
     streams = resident == "none" or (resident == "auto" and everything > vram_budget_bytes)
-    relaid = backend in _KERNEL_BACKENDS and not streams
+    relaid = backend in _KERNEL_BACKENDS and (not streams or (max_batch or 1) > 1)
     kept_bytes = [_relaid_bytes(span) if relaid else span.nbytes for span in manifest.layers]
     globals_bytes = sum(_relaid_bytes(span) if relaid else span.nbytes for span in _device_globals(manifest))
     kv_pieces = max(stream_depth, 2) + 2
@@ -194,14 +197,20 @@ def make_plan(
     least_kv = workspace + sum(kv_rows)
     if kv_shuttle != "off":
         least_kv = min(least_kv, shuttled_workspace + shuttled)
-    # Slots come and go beside other buffers, which leaves gaps: an H100 lost 0.20 GiB with layers of 0.45.
-    gaps = (
-        (_GAP_BYTES if compact else max(layer_bytes) // 2) if backend in _KERNEL_BACKENDS and streams else 0
-    )
+    gaps = 0
+    if backend in _KERNEL_BACKENDS and streams:
+        # Slots come and go beside other buffers: with layers of 0.45 GiB an H100 lost up to 0.28 GiB, 0.56 for batches.
+        rounded = max(layer_bytes) // 2 + (_BATCH_ROUNDING_BYTES if max_batch else _ROUNDING_BYTES)
+        gaps = _GAP_BYTES if compact else rounded
     least = least_kv + gaps + min(_slots_bytes(layer_bytes, stream_depth), sum(layer_bytes))
-    # Its rows would wait behind the layers on the link, so it leaves the device only where it does not fit.
+    # A table that serves for single rows leaves the device where it does not fit, or where a layer fits in its place.
     host_embedding = (
-        streams and "output.weight" in manifest.globals and globals_bytes + least > vram_budget_bytes
+        streams
+        and "output.weight" in manifest.globals
+        and (
+            globals_bytes + least > vram_budget_bytes
+            or (backend in _KERNEL_BACKENDS and manifest.globals[EMBEDDING].nbytes > min(layer_bytes))
+        )
     )
     if host_embedding:
         globals_bytes -= manifest.globals[EMBEDDING].nbytes
@@ -220,7 +229,7 @@ def make_plan(
     elif resident == "none":
         streamed = tuple(range(config.n_layers))
     else:
-        streamed = _choose_streamed(layer_bytes, left, stream_depth) if streams else ()
+        streamed = _choose_streamed(layer_bytes, kept_bytes, left, stream_depth) if streams else ()
     kept = tuple(layer for layer in range(config.n_layers) if layer not in set(streamed))
     depth = min(stream_depth, len(streamed))
     slots = _slots_bytes([layer_bytes[layer] for layer in streamed], depth)
@@ -405,13 +414,15 @@ def _relaid_bytes(span: Span) -> int:
     return max(sum(sizes), span.nbytes)
 
 
-def _choose_streamed(layer_bytes: Sequence[int], left: int, depth: int) -> tuple[int, ...]:
+def _choose_streamed(
+    layer_bytes: Sequence[int], kept_bytes: Sequence[int], left: int, depth: int
+) -> tuple[int, ...]:
     """The fewest layers to stream so that the rest and the ring fit in `left`, spread evenly."""
     layers = len(layer_bytes)
     for count in range(layers + 1):
         # Evenly spread, so that the link always has resident layers' compute to hide behind.
         streamed = tuple(sorted({(2 * i + 1) * layers // (2 * count) for i in range(count)})) if count else ()
-        used = sum(layer_bytes) - sum(layer_bytes[layer] for layer in streamed)
+        used = sum(kept_bytes) - sum(kept_bytes[layer] for layer in streamed)
         if used + _slots_bytes([layer_bytes[layer] for layer in streamed], depth) <= left:
             return streamed
     return tuple(range(layers))

@@ -141,15 +141,24 @@ def _sweep(plan: Plan, config: Config, c: Ceilings, batch: int, new: int, length
     rows = batch * new
     slots = sum(min(length, size) for size in plan.kv_slots)
     kv_bytes = batch * slots * _kv_row_bytes(plan)
-    layer_bytes = plan.resident_bytes + plan.bytes_per_sweep
     weights = config.n_layers * _layer_weights(config)
-    read_bytes = layer_bytes + plan.globals_bytes
     kernel = c.kernel_bytes_per_s if plan.relaid else None
-    if rows <= (_FEW_ROWS_OF_KERNEL if kernel else _FEW_ROWS):
-        memory_s = read_bytes / (kernel or c.product_bytes_per_s) + kv_bytes / c.memory_bytes_per_s
-    else:
-        decoded_bytes = _itemsize(config) * weights
-        memory_s = (read_bytes + 2 * decoded_bytes + kv_bytes) / c.memory_bytes_per_s
+    memory_s = kv_bytes / c.memory_bytes_per_s
+    for read_bytes, layers, few_rate, few_rows in (
+        # What stays, with the kernel where it is re-laid for it, and what passes through.
+        (
+            plan.resident_bytes + plan.globals_bytes,
+            config.n_layers - len(plan.streamed),
+            kernel or c.product_bytes_per_s,
+            _FEW_ROWS_OF_KERNEL if kernel else _FEW_ROWS,
+        ),
+        (plan.bytes_per_sweep, len(plan.streamed), c.product_bytes_per_s, _FEW_ROWS),
+    ):
+        if rows <= few_rows:
+            memory_s += read_bytes / few_rate
+        else:
+            decoded_bytes = _itemsize(config) * layers * _layer_weights(config)
+            memory_s += (read_bytes + 2 * decoded_bytes) / c.memory_bytes_per_s
     # Each new row meets every weight of the layers, the last of a sequence the output matrix, and all the cache.
     products = rows * weights + batch * config.vocab_size * config.d_model
     products += 2 * rows * slots * config.n_heads * config.head_dim

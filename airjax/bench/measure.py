@@ -177,12 +177,13 @@ def _from_position(model: Model, state: engine.State, token: int, position: int,
     keys = jax.device_put(jax.random.key(0)[None], model.device)
     sampler = sampling.greedy().init(np.zeros((1, 0), np.int32), config.vocab_size)
     ids = jax.device_put(np.array([[token]], np.int32), model.device)
+    numbers = jax.device_put((np.int32(0), np.full((1, 1), position, np.int32)), model.device)
     x, drawn = engine.embed(model, ids), ids[:, 0]
     jax.block_until_ready(x)
     begin = time.perf_counter()
     for count in range(decode):
-        x = engine.sweep(model, x, state, np.full((1, 1), position + count, np.int32))
-        drawn, _, sampler, x = draw(model.globals, x, row, sampler, drawn, keys, np.int32(count), None)
+        x = engine.sweep(model, x, state, np.full((1, 1), position + count, np.int32), numbers[1])
+        drawn, _, sampler, x, numbers = draw(model.globals, x, row, sampler, drawn, keys, numbers, None)
         model.pending = drawn
         int(drawn[0])  # as a generation does, which gives the token out
         x = engine.embed(model, drawn[:, None]) if x is None else x

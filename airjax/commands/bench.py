@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from airjax.commands.ceilings import probe_ceilings
-from airjax.commands.options import Flags, define_model, define_plan
+from airjax.commands.options import Flags, define_model, define_plan, load_engine
 from airjax.commands.plan import budget_bytes
 
 if TYPE_CHECKING:
@@ -120,27 +120,14 @@ def parse_batches(text: str) -> list[int]:
 
 
 def _load(values: Flags, batch: int, trace: bool = False) -> Engine:
-    from airjax import api, bench
-    from airjax.plan import PREFILL_CHUNK
+    from airjax import bench
 
     context = (
-        bench.context_for(batch, values.prompt, values.decode, PREFILL_CHUNK)
+        bench.context_for(batch, values.prompt, values.decode, values.prefill_chunk)
         if values.decode_at is None
         else values.decode_at + values.decode
     )
-    return api.load(
-        values.model,
-        vram_budget_gib=values.vram_budget_gib,
-        ram_budget_gib=values.ram_budget_gib,
-        stream_depth=values.stream_depth,
-        resident=values.resident,
-        kv_shuttle=values.kv_shuttle,
-        context=context,
-        max_batch=None if batch == 1 else batch,
-        compute_dtype=values.compute_dtype,
-        kv_dtype=values.kv_dtype,
-        trace=trace,
-    )
+    return load_engine(values, context=context, max_batch=None if batch == 1 else batch, trace=trace)
 
 
 def _measure(values: Flags, engine: Engine, batch: int, decode: int) -> Measurement:

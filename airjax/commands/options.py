@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -65,6 +65,12 @@ def define_plan(values: Flags) -> None:
         "auto",
         ["auto", "f32", "f16", "bf16", "q8_0"],
         "How the KV cache is stored; auto: as compute_dtype.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "prefill_chunk",
+        512,
+        "Tokens of a prompt that share a sweep; fewer need less device memory beside the weights.",
         flag_values=values,
     )
     flags.DEFINE_string(
@@ -202,6 +208,24 @@ def make_sampler(values: Flags) -> Transform:
     return sampling.chain(*steps, temperature)
 
 
+def load_engine(values: Flags, **options: Any) -> Engine:
+    """Loads the model as the flags of `define_plan` say, with further options of `airjax.load`."""
+    from airjax import api
+
+    return api.load(
+        values.model,
+        vram_budget_gib=values.vram_budget_gib,
+        ram_budget_gib=values.ram_budget_gib,
+        stream_depth=values.stream_depth,
+        resident=values.resident,
+        kv_shuttle=values.kv_shuttle,
+        compute_dtype=values.compute_dtype,
+        kv_dtype=values.kv_dtype,
+        prefill_chunk=values.prefill_chunk,
+        **options,
+    )
+
+
 @contextlib.contextmanager
 def open_engine(values: Flags, max_batch: int | None = None) -> Iterator[Engine]:
     """An engine as the flags say; afterwards its timeline is written, if one was asked for.
@@ -210,21 +234,7 @@ def open_engine(values: Flags, max_batch: int | None = None) -> Iterator[Engine]
       values: the flags.
       max_batch: sequences that may share a sweep; None for one alone.
     """
-    from airjax import api
-
-    with api.load(
-        values.model,
-        vram_budget_gib=values.vram_budget_gib,
-        ram_budget_gib=values.ram_budget_gib,
-        stream_depth=values.stream_depth,
-        resident=values.resident,
-        kv_shuttle=values.kv_shuttle,
-        context=values.context,
-        compute_dtype=values.compute_dtype,
-        kv_dtype=values.kv_dtype,
-        max_batch=max_batch,
-        trace=bool(values.trace),
-    ) as engine:
+    with load_engine(values, context=values.context, max_batch=max_batch, trace=bool(values.trace)) as engine:
         try:
             yield engine
         finally:

@@ -61,6 +61,7 @@ def run(values: Flags) -> None:
             stream_depth=values.stream_depth,
             resident=values.resident,
             kv_shuttle=values.kv_shuttle,
+            prefill_chunk=values.prefill_chunk,
             compact=has_compact_allocator(device),
         )
     find = probe_ceilings if values.probe else cached_ceilings

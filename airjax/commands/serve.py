@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from airjax.commands.options import Flags, define_context, define_model, define_plan
+from airjax.commands.options import Flags, define_context, define_model, define_plan, load_engine
 
 USES_JAX = True
 HELP = """
@@ -77,17 +77,8 @@ def run(values: Flags) -> None:
     logging.getLogger("airjax.server").setLevel(logging.INFO)
 
     def load() -> api.Engine:
-        opened = api.load(
-            values.model,
-            vram_budget_gib=values.vram_budget_gib,
-            ram_budget_gib=values.ram_budget_gib,
-            stream_depth=values.stream_depth,
-            resident=values.resident,
-            kv_shuttle=values.kv_shuttle,
-            context=values.context,
-            compute_dtype=values.compute_dtype,
-            max_batch=values.max_batch,
-            kv_tokens=values.kv_tokens,
+        opened = load_engine(
+            values, context=values.context, max_batch=values.max_batch, kv_tokens=values.kv_tokens
         )
         worker.stage = "compiling"
         try:

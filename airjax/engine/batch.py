@@ -134,7 +134,7 @@ def shared_sweep(model: Model, groups: Sequence[Group], state: PagedState) -> li
         for at, (positions, table) in enumerate(placed):
             before = xs[at]
             xs[at], state.layers[layer] = step(weights, before, state.layers[layer], table, positions)
-            settle(model, groups[at].ids, xs[at])
+            settle(model, layer, groups[at].positions, xs[at])
         model.pending = xs[-1]
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", xs[-1])

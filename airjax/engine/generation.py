@@ -16,7 +16,7 @@ from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.request import Constraint
 from airjax.engine.stats import peak_device_bytes
-from airjax.engine.step import advance, draw_step, unembed_step
+from airjax.engine.step import draw_step, unembed_step
 from airjax.engine.sweep import State, sweep
 from airjax.plan import LOGIT_ROWS_BYTES
 from airjax.sampling import DrawError, Transform, explain, mask_tokens
@@ -114,13 +114,13 @@ def generate(
         x, row = last
     draw = draw_step(model.layouts, model.config, sampler.apply)
     context = np.asarray(prompt, np.int32)[None]
-    sampler_state, token, keys, last_row, where = jax.device_put(
+    sampler_state, token, keys, last_row, numbers = jax.device_put(
         (
             sampler.init(context[:, :-1], model.config.vocab_size),
             context[:, -1],
             key[None],
             np.array([row], np.int32),
-            np.full((1, 1), len(prompt), np.int32),
+            (np.int32(earlier_draws), np.full((1, 1), len(prompt) - 1, np.int32)),
         ),
         model.device,
     )
@@ -130,15 +130,14 @@ def generate(
     for count in range(max_tokens):
         allowed = None if mask is None else mask.result()[None]
         before = x, last_row, sampler_state, token
-        token, logprob, sampler_state, x = draw(
-            model.globals, x, last_row, sampler_state, token, keys, np.int32(earlier_draws + count), allowed
+        token, logprob, sampler_state, x, numbers = draw(
+            model.globals, x, last_row, sampler_state, token, keys, numbers, allowed
         )
         last_row, model.pending = only_row, logprob
         position = len(prompt) + count
         swept = ahead and x is not None and count + 1 < max_tokens and position < model.plan.context
         if swept:
-            x = sweep(model, x, state, np.full((1, 1), position, np.int32), where, hook)
-            where = advance(where)
+            x = sweep(model, x, state, np.full((1, 1), position, np.int32), numbers[1], hook)
         ids, logprobs = jax.device_get((token, logprob))
         drawn = Draw(int(ids[0]), float(logprobs[0]))
         if drawn.id < 0:
@@ -170,8 +169,7 @@ def generate(
         if not swept:
             clock.lap()  # the consumer's time is not the engine's, but where the device works on in it
             x = embed(model, np.full((1, 1), drawn.id, np.int32)) if x is None else x
-            x = sweep(model, x, state, np.full((1, 1), position, np.int32), where, hook)
-            where = advance(where)
+            x = sweep(model, x, state, np.full((1, 1), position, np.int32), numbers[1], hook)
 
 
 def why_undrawn(

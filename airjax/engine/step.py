@@ -183,11 +183,12 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
     """From the hidden states of a sweep to the next token of each sequence, and its embedding.
 
     Returns:
-      jitted `(globals, x [B, T, D], row [B], sampler_state, token [B], keys [B], count, allowed) ->
-      (token [B], logprob [B], sampler_state, x [B, 1, D])`. The count-th draw of a sequence uses its key folded
-      with `count`. `allowed` is None or packed bits `[B, W]`. The log-probability is the model's own, before mask
-      and sampler. A token is -1 where nothing can be drawn. The last x is None where the embedding stays on the
-      host.
+      jitted `(globals, x [B, T, D], row [B], sampler_state, token [B], keys [B], (count, positions), allowed) ->
+      (token [B], logprob [B], sampler_state, x [B, 1, D], (count, positions))`. The count-th draw of a sequence uses
+      its key folded with `count`. The numbers come back one higher, for the next sweep and draw: from the host they
+      would wait behind the layers on the link. `allowed` is None or packed bits `[B, W]`. The log-probability is the
+      model's own, before mask and sampler. A token is -1 where nothing can be drawn. The last x is None where the
+      embedding stays on the host.
     """
     architecture = models.get(config.architecture)
 
@@ -199,7 +200,7 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
         state: Any,
         token: Array,
         keys: Array,
-        count: Array,
+        numbers: tuple[Array, Array],
         allowed: Array | None,
     ) -> Any:
         weights = _unpack_globals(buffers, layouts)
@@ -207,12 +208,13 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
         logits = architecture.unembed(weights, last, config)  # [B, V]
         masked = logits if allowed is None else sampling.mask_tokens(logits, allowed)
         filtered, state = apply(masked, state, token)
-        drawn = sampling.draw(filtered, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, count))
+        drawn = sampling.draw(filtered, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, numbers[0]))
         return (
             drawn,
             sampling.log_prob(logits, drawn),
             state,
             architecture.embed(weights, drawn[:, None], config) if EMBEDDING in weights else None,
+            jax.tree.map(lambda number: number + 1, numbers),
         )
 
     return draw
@@ -285,12 +287,6 @@ def top_step(layouts: GlobalLayouts, config: Config, top: int) -> Callable[..., 
         return ids, logprobs, entropy
 
     return best
-
-
-@jax.jit
-def advance(positions: Array) -> Array:
-    """The positions after these."""
-    return positions + 1
 
 
 @functools.partial(jax.jit, donate_argnames="state")

@@ -140,7 +140,7 @@ def sweep(
                 _show_attention(model, state, hook, layer, weights, before, lengths[layer], positions)
             x = hook.at(layer + 1, x, positions)
         model.weights.release(layer, weights, before, done=x)
-        settle(model, positions, x)
+        settle(model, layer, positions, x)
         layer += 1
     model.count_sweep(state)
     return x
@@ -164,13 +164,14 @@ def _show_attention(
     hook.attended(layer, seen, positions)
 
 
-def settle(model: Model, positions: np.ndarray, x: Array) -> None:
+def settle(model: Model, layer: int, positions: np.ndarray, x: Array) -> None:
     """Waits for a layer of more than one row where layers are streamed: no two of them hold their workspace at once.
 
     The link, whose next transfers are under way, does not notice, and the device hardly: such a layer takes
-    far longer than its dispatch.
+    far longer than its dispatch. A decoding step of the kernels needs no such workspace.
     """
-    if model.plan.streamed and positions.size > 1:
+    kernels = model.weights.relaid(layer) and positions.shape[1] == 1
+    if model.plan.streamed and positions.size > 1 and not kernels:
         jax.block_until_ready(x)
 
 
@@ -180,13 +181,14 @@ def run_end(
     """Where the run of re-laid layers that begins at `first` ends; `first` itself for none.
 
     Only for decoding: a layer of a prompt keeps the device busy for longer than its dispatch takes, and every number
-    of rows would have to be compiled for all layers. `most` bounds the run where no sweep is dispatched ahead: then
-    the device stands still until the host has prepared the whole call.
+    of rows would have to be compiled for all layers. Not where layers are streamed: there the link takes far longer
+    than any dispatch, and runs of every length would have to be compiled. `most` bounds the run where no sweep is
+    dispatched ahead: then the device stands still until the host has prepared the whole call.
     """
     end = first
     last = model.config.n_layers if most is None else min(first + most, model.config.n_layers)
     alone = model.timeline is not None and model.timeline.each_layer
-    if state.shuttle is None and positions.shape[1] == 1 and not alone:
+    if not model.plan.streamed and state.shuttle is None and positions.shape[1] == 1 and not alone:
         while end < last and model.weights.relaid(end):
             end += 1
     return end

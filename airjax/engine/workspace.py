@@ -124,7 +124,8 @@ def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
         used = _workspace(step, buffers, x, tokens, tokens, state, tokens, keys, tokens, None)
     else:
         step = draw_step(layouts, config, sampler.apply)
-        used = _workspace(step, buffers, x, tokens, state, tokens, keys, _array((), jnp.int32), None)
+        numbers = _array((), jnp.int32), _array((1, 1), jnp.int32)
+        used = _workspace(step, buffers, x, tokens, state, tokens, keys, numbers, None)
     return max(embed, used + _nbytes(x))
 
 

@@ -67,7 +67,16 @@ class Ring:
         self._next = 0  # index into items of the next put
 
     def begin_sweep(self) -> None:
-        """Starts from the first item, also when the last sweep was left in the middle."""
+        """Starts from the first item, also when the last sweep was left in the middle.
+
+        The slot of the last sweep's last item is filled now and not before: what was put in between, the embedding of
+        the drawn token, then did not wait behind it.
+        """
+        for busy in self._busy:
+            # A computation that failed has reported it already; here only its end matters.
+            with contextlib.suppress(RuntimeError):
+                jax.block_until_ready(busy.done)
+        self._free(keep=0)
         first = self._ahead[0][0] if self._ahead else self._items[self._next]
         if first != self._items[0] or self._taken:
             self.drop()

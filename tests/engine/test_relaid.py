@@ -71,6 +71,33 @@ def test_streamed_layers_stay_as_they_lie_in_the_file(toy, kernel):
     assert tokens == _run(toy, resident="all")[1]
 
 
+def test_beside_streamed_layers_resident_ones_are_relaid_for_a_batch_alone(toy, kernel, monkeypatch):
+    for name in ("_FIXED_WORKSPACE_BYTES", "_ROUNDING_BYTES", "_BATCH_ROUNDING_BYTES"):
+        monkeypatch.setattr(plan, name, 0)
+    with airjax.load(toy, vram_budget_gib=1, context=64, resident="none") as engine:
+        least = engine.plan.peak_bytes / plan.GIB
+        layer = engine.plan.bytes_per_sweep / 11 / plan.GIB
+
+    def run(**options):
+        with airjax.load(toy, vram_budget_gib=least + 5 * layer, context=64, **options) as engine:
+            assert engine.plan.streamed and engine.plan.resident
+            relaid = [engine.model.weights.relaid(layer) for layer in engine.plan.resident]
+            texts = {}
+            for n, token in engine.generate_batch([_IDS, _IDS[:5]], max_tokens=10, ignore_eos=True):
+                texts.setdefault(n, []).append(token.id)
+            return texts, relaid
+
+    with airjax.load(toy, vram_budget_gib=least + 5 * layer, context=64) as engine:
+        assert engine.plan.streamed and engine.plan.resident
+        assert not any(engine.model.weights.relaid(layer) for layer in engine.plan.resident)
+    got, relaid = run(max_batch=2)
+    assert all(relaid)
+    monkeypatch.setattr(cuda, "capability", lambda device: "")
+    expected, plain = run(max_batch=2)
+    assert not any(plain)
+    assert got == expected
+
+
 def test_closing_frees_relaid_layers(toy, kernel):
     before = len(jax.live_arrays())
     _run(toy, resident="all")
