@@ -30,9 +30,14 @@ from airjax.models.architecture import TensorSpec as TensorSpec
 from airjax.models.architecture import Weights as Weights
 from airjax.models.architecture import check_tensors as check_tensors
 from airjax.models.architecture import unpack as unpack
+from airjax.models.experts import EXPERT_MATRICES as EXPERT_MATRICES
 from airjax.models.experts import GATHERED_BYTES as GATHERED_BYTES
 from airjax.models.experts import block_rows as block_rows
+from airjax.models.experts import combined as combined
 from airjax.models.experts import decoded_experts as decoded_experts
+from airjax.models.experts import expert_products as expert_products
+from airjax.models.experts import route as route
+from airjax.models.experts import shared as shared
 
 _MODULES = (gemma2, gemma3, glm4, granite, llama, olmo2, phi3, qwen2, qwen2moe, qwen3, qwen3moe, smollm3)
 _ARCHITECTURES: dict[str, Architecture] = {

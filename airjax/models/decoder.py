@@ -192,7 +192,11 @@ class Decoder:
         """The hidden states after attention, and what the feed-forward part takes of them, `[B, T, D]` each."""
         attended = project(attended.reshape(*x.shape[:2], -1), weights, "attn_output", config)
         x = _added(x, attended, weights, "post_attention_norm", config)
-        return x, _norm(x, weights, "ffn_norm", config) if config.pre_norms else x
+        return x, self.feed_forward_norm(weights, x, config)
+
+    def feed_forward_norm(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
+        """What the feed-forward part takes of hidden states."""
+        return _norm(x, weights, "ffn_norm", config) if config.pre_norms else x
 
     def feed_forward_output(self, weights: Weights, x: Array, down: Array, config: DecoderConfig) -> Array:
         """The hidden states with what the feed-forward part gave."""

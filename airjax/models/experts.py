@@ -20,7 +20,7 @@ from airjax.models.architecture import Config, TensorSpec, Weights, project, pro
 from airjax.types import Array
 
 ROUTER = "ffn_gate_inp"
-MATRICES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+EXPERT_MATRICES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 # As in `quants.matmul`: up to this many rows each goes to its experts alone.
 _FEW_ROWS = 8
 # Weights of experts that are decoded at once where there are more rows, and bytes that are gathered where not.
@@ -127,7 +127,7 @@ def shared(h: Array, weights: Weights, config: Config) -> Array | None:
 
 def stacks(weights: Weights) -> dict[str, quants.Stacked]:
     """The expert tensors of a layer, by name."""
-    return {name: quants.stacked(weights[f"{name}.weight"]) for name in MATRICES}
+    return {name: quants.stacked(weights[f"{name}.weight"]) for name in EXPERT_MATRICES}
 
 
 def expert_products(
@@ -188,9 +188,9 @@ def _by_pair(
     inputs = jnp.repeat(rows, len(pairs) // len(rows), axis=0)
 
     def some(x: Array, index: Array) -> Array:
-        gate, up = (quants.matmul_each(x, parts[name], index, dtype=dtype) for name in MATRICES[:2])
+        gate, up = (quants.matmul_each(x, parts[name], index, dtype=dtype) for name in EXPERT_MATRICES[:2])
         hidden = layers.gated(gate, up, experts.activation)
-        return quants.matmul_each(hidden, parts[MATRICES[2]], index, dtype=dtype)
+        return quants.matmul_each(hidden, parts[EXPERT_MATRICES[2]], index, dtype=dtype)
 
     at_once = max(GATHERED_BYTES // sum(part.nbytes for part in parts.values()), 1)
     pieces = next(n for n in range(1, len(pairs) + 1) if len(pairs) % n == 0 and len(pairs) // n <= at_once)
@@ -228,9 +228,9 @@ def _by_expert(
         own = jax.lax.dynamic_slice_in_dim(held, begin, at_once)  # [G, M]
         index = jax.lax.dynamic_slice_in_dim(where, begin, at_once)
         x = rows.at[own // used].get(mode="clip")  # [G, M, D]
-        gate, up = (quants.matmul_blocks(x, parts[name], index, dtype=dtype) for name in MATRICES[:2])
+        gate, up = (quants.matmul_blocks(x, parts[name], index, dtype=dtype) for name in EXPERT_MATRICES[:2])
         hidden = layers.gated(gate, up, experts.activation)
-        made = quants.matmul_blocks(hidden, parts[MATRICES[2]], index, dtype=dtype)
+        made = quants.matmul_blocks(hidden, parts[EXPERT_MATRICES[2]], index, dtype=dtype)
         return out.at[own.reshape(-1)].set(made.reshape(-1, made.shape[-1]), mode="drop")
 
     return jax.lax.fori_loop(0, -(-groups.used // at_once), some, out)
