@@ -13,7 +13,7 @@ from airjax.quants import kernels, lanes
 from airjax.quants.dense import decoded_product
 from airjax.quants.groups import Groups
 from airjax.quants.packed import PackedTensor
-from airjax.quants.qtensor import QTensor, dequantize, groups
+from airjax.quants.qtensor import FLOATS, QTensor, dequantize, groups
 from airjax.types import Array
 
 # Up to this many rows decoding a matrix costs more than multiplying with it.
@@ -76,7 +76,7 @@ def matmul_many(x: Array, ws: Sequence[QTensor | PackedTensor], *, dtype: np.dty
 
 def groups_of(w: QTensor) -> bool:
     """Whether the format has integer groups."""
-    return w.type.name.startswith("Q")
+    return w.type not in FLOATS
 
 
 def _decoded(x: Array, w: QTensor, dtype: np.dtype) -> Array:
