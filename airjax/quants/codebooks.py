@@ -157,8 +157,10 @@ def _in_eighths(codes: Array, shift: Array) -> Array:
 
 
 def _values(b: Array) -> Array:
-    """Nibbles, low halves before high halves, as the 16 values of IQ4_NL: int8 `[..., 2 * n]`."""
+    """Nibbles, low halves before high halves, as the 16 values of IQ4_NL: int8 `[..., 2 * n]`.
+
+    Looked up before the halves are joined, which XLA's CPU backend does several times faster than behind that.
+    """
     table = jnp.asarray(np.array(tables.IQ4_NL.kvalues, np.int8))
-    return jnp.concatenate(
-        [table.at[code].get(mode="promise_in_bounds") for code in (b & 15, b >> 4)], axis=-1
-    )
+    low, high = (table.at[code].get(mode="promise_in_bounds") for code in (b & 15, b >> 4))
+    return jnp.concatenate([low, high], axis=-1)

@@ -15,7 +15,7 @@ from airjax.types import Array
 def tq1_0(b: Array) -> Groups:
     """48 bytes of five weights each, 4 bytes of four, d; a byte is a fraction of 256 whose digits have base 3."""
     digits = [
-        _digit(part, place)
+        digit(part, place)
         for part, count in ((b[..., :32], 5), (b[..., 32:48], 5), (b[..., 48:52], 4))
         for place in range(count)
     ]
@@ -28,7 +28,7 @@ def tq2_0(b: Array) -> Groups:
     return _grouped(signed(jnp.concatenate(parts, axis=-1)) - 1, half(b[..., 64:66]))
 
 
-def _digit(b: Array, place: int) -> Array:
+def digit(b: Array, place: int) -> Array:
     """The digit behind `place` others, less 1."""
     rest = b * jnp.uint8(3**place)  # what lies before the digit overflows
     return signed((rest.astype(jnp.uint16) * 3 >> 8).astype(jnp.uint8)) - 1
