@@ -57,6 +57,22 @@ SHAPES = {
 }
 
 
+_MIXED = (Type.Q4_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K)
+# Formats with one float16 scale, and where in a block it lies.
+_ONE_SCALE = {
+    Type.IQ4_NL: 0,
+    Type.IQ4_XS: 0,
+    Type.IQ3_S: 0,
+    Type.IQ3_XXS: 0,
+    Type.IQ2_S: 0,
+    Type.IQ2_XS: 0,
+    Type.IQ2_XXS: 0,
+    Type.IQ1_S: 0,
+    Type.TQ1_0: 52,
+    Type.TQ2_0: 64,
+}
+
+
 def _fields(kind: Type, spread: float) -> list[tuple[int, float]]:
     """Byte offsets of a block's float16 scales, and the value each gets for weights of this spread."""
     if kind == Type.Q4_0:
@@ -69,7 +85,13 @@ def _fields(kind: Type, spread: float) -> list[tuple[int, float]]:
         return [(0, spread / 520.0), (2, 15.5 * spread / 520.0)]
     if kind == Type.Q6_K:
         return [(208, spread / 1370.0)]
-    raise SystemExit(f"--type must be one of Q4_0, Q8_0, Q4_K, Q5_K, Q6_K, F16, BF16, F32, got {kind.name}")
+    if kind in _ONE_SCALE:
+        at = _ONE_SCALE[kind]
+        blocks = np.random.default_rng(0).integers(0, 256, (512, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+        blocks[:, at : at + 2] = np.frombuffer(np.float16(1).tobytes(), np.uint8)
+        return [(at, spread / float(gguf.quants.dequantize(blocks, kind).std()))]
+    known = ", ".join(t.name for t in (*_MIXED, *_ONE_SCALE))
+    raise SystemExit(f"--type must be one of {known}, MXFP4, F16, BF16, F32, got {kind.name}")
 
 
 def _pool(kind: Type, spread: float, generator: np.random.Generator) -> np.ndarray:
@@ -85,6 +107,9 @@ def _pool(kind: Type, spread: float, generator: np.random.Generator) -> np.ndarr
         )
     _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = generator.integers(0, 256, (_POOL_BYTES // block_bytes, block_bytes), np.uint8)
+    if kind == Type.MXFP4:  # the exponent of a power of two; the values' own spread is 6.2
+        blocks[:, 0] = 128 + round(np.log2(spread / 6.2))
+        return blocks.reshape(-1)
     for offset, value in _fields(kind, spread):
         blocks[:, offset : offset + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
     return blocks.reshape(-1)

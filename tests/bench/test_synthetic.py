@@ -57,7 +57,7 @@ def test_layers_of_one_file_share_few_layouts(tmp_path):
 
 def test_an_unknown_type_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="--type must be one of Q4_0"):
-        synthetic.write(str(tmp_path / "x.gguf"), TINY, gguf.GGMLQuantizationType.IQ2_XXS)
+        synthetic.write(str(tmp_path / "x.gguf"), TINY, gguf.GGMLQuantizationType.Q8_K)
 
 
 def test_the_checkpoint_for_transformers_holds_every_tensor_of_the_shape(tmp_path):
