@@ -80,6 +80,7 @@ class Plan:
       host_slot_bytes: of one host slot that experts are read into.
       expert_slots: slots of the pool of experts, for each kind of expert; empty where layers are streamed whole or not
         at all. Then all that is not an expert is resident, and `bytes_per_sweep` is what one token's sweep misses.
+      expert_bytes: all routed experts of the file, where they are streamed one by one.
       expert_pool_bytes: the pool, and what is on its way there.
       expert_hit_rate: share of the chosen experts that are assumed to be in the pool: that of all experts it holds, as
         if every choice were equally likely.
@@ -114,6 +115,7 @@ class Plan:
     kv_pieces: int = 0
     host_slot_bytes: int = 0
     expert_slots: tuple[int, ...] = ()
+    expert_bytes: int = 0
     expert_pool_bytes: int = 0
     expert_hit_rate: float = 1.0
 
@@ -397,6 +399,7 @@ def _plan_by_expert(
         "host_slots": host_slots,
         "host_slot_bytes": host_slot_bytes,
         "expert_slots": slots,
+        "expert_bytes": expert_bytes,
         "expert_pool_bytes": pool + staged,
         "expert_hit_rate": hit_rate,
         "more_workspace_bytes": workspace,
