@@ -358,6 +358,10 @@ def _plan_by_expert(
     spans = [span for span in experts if span is not None]
     relaid = backend in _KERNEL_BACKENDS
     globals_bytes = sum(_relaid_bytes(span) if relaid else span.nbytes for span in _device_globals(manifest))
+    # A table that serves for single rows leaves its place to experts.
+    host_embedding = relaid and "output.weight" in manifest.globals
+    if host_embedding:
+        globals_bytes -= manifest.globals[EMBEDDING].nbytes
     dense_bytes = sum(_relaid_bytes(span) if relaid else span.nbytes for span in manifest.layers)
     # One layer's experts may still be at work while the next one attends.
     workspace = int(_experts_workspace(config, chunk, _decoded_bytes(config)))
@@ -389,7 +393,7 @@ def _plan_by_expert(
         "streamed": (),
         "shuttle": False,
         "relaid": relaid,
-        "host_embedding": False,
+        "host_embedding": host_embedding,
         "globals_bytes": globals_bytes,
         "kv_host_bytes": 0,
         "slots_bytes": 0,
