@@ -8,6 +8,7 @@ from toy_models import toy_llama
 
 import airjax
 from airjax import engine, models
+from airjax.engine.workspace import compiled_workspace
 from airjax.gguf import build_manifest, open_gguf
 from airjax.plan import PlanError, make_plan
 
@@ -88,7 +89,7 @@ def resident(path):
         return _results(loaded)
 
 
-@pytest.mark.parametrize("slots", [_USED, 7, 20, _EXPERTS * _LAYERS])
+@pytest.mark.parametrize("slots", [_USED, 20, _EXPERTS * _LAYERS])
 def test_a_pool_of_any_size_gives_the_numbers_of_resident_layers(path, resident, slots):
     with _load(path, slots) as loaded:
         logits, tokens = _results(loaded)
@@ -202,3 +203,10 @@ def test_dense_is_refused_where_it_makes_no_sense(path, tmp_path):
     toy = toy_llama(tmp_path / "toy.gguf")
     with pytest.raises(PlanError, match="resident=dense is for mixtures of experts"):
         airjax.load(toy, vram_budget_gib=1, context=256, resident="dense")
+
+
+def test_the_workspace_by_the_compiler_is_less_than_was_planned(path):
+    with _load(path, 20, prefill_chunk=64) as loaded:
+        model = loaded.model
+        compiled = compiled_workspace(model.manifest, model.config, model.plan, model.experts)
+        assert 64 * _USED * model.config.d_model * 4 < compiled < model.plan.workspace_bytes
