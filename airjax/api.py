@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from airjax import engine, sampling
+from airjax.engine import drafting
 from airjax.engine.memory import free_device_bytes as free_device_bytes
 from airjax.engine.memory import free_host_bytes as free_host_bytes
 from airjax.plan import GIB, Plan, Resident, Switch
@@ -48,13 +49,21 @@ class Engine:
 
     Attributes:
       tokenizer: text to ids and back.
+      drafts: how `generate` and `chat` guess the next tokens; None where they don't.
       plan: what lives where.
       stats: what the last run measured.
     """
 
-    def __init__(self, model: engine.Model, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        model: engine.Model,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        drafts: drafting.Drafts | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.drafts = drafts
         self._template = template
         self._state: engine.State | None = None
 
@@ -149,7 +158,16 @@ class Engine:
         if beside is not None and steering:
             raise RequestError("a sequence beside another cannot be steered: give beside or steering")
         state = self._begin()
-        if beside is None:
+        if beside is None and not steering and self.drafts is not None:
+            draws = drafting.generate_drafted(
+                self.model,
+                state,
+                ids,
+                drafter=self.drafts.drafter(self.model),
+                draft_max=self.drafts.draft_max,
+                **options,
+            )
+        elif beside is None:
             hook = engine.steering(self.model, steering) if steering else None
             draws = engine.generate(self.model, state, ids, hook=hook, **options)
         else:
@@ -444,6 +462,8 @@ def load(
     prefill_chunk: int | None = None,
     max_batch: int | None = None,
     kv_tokens: int | None = None,
+    draft: str | os.PathLike[str] = "none",
+    draft_max: int = 15,
     trace: bool = False,
     device: jax.Device | None = None,
 ) -> Engine:
@@ -465,6 +485,9 @@ def load(
         of decoding, so its logits are bit for bit those that decoding saw.
       max_batch: sequences that may share a sweep, for `generate_batch` and `scheduler`; None for one alone.
       kv_tokens: positions that the caches of a batch hold together; None for the context of every sequence.
+      draft: how `generate` and `chat` guess the next tokens, which one sweep then checks: "none", or "lookup" for what
+        followed in prompt and output where the newest tokens stood before. The tokens are the same with and without.
+      draft_max: tokens of a draft at most.
       trace: record a timeline.
       device: None for JAX's first.
 
@@ -484,6 +507,7 @@ def load(
     ):
         if value not in allowed:
             raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    drafts = drafting.make_drafts(draft, draft_max)
     model = engine.open_model(
         Path(path),
         device=device,
@@ -510,7 +534,7 @@ def load(
         model.close()
         raise
     logging.debug("airjax: %s", model.plan)
-    return Engine(model, tokenizer, template)
+    return Engine(model, tokenizer, template, drafts)
 
 
 def _check_ends(max_tokens: int | None, stop: Sequence[str]) -> None:

@@ -20,6 +20,8 @@ class Stats:
       decode_s: the time of the draws after the first, and of their sweeps.
       first_token_s: from the request to the first drawn token.
       sweeps: passes of all layers.
+      drafted_tokens, accepted_tokens: tokens of drafts that were checked, and how many of them were right.
+      decode_sweeps: sweeps that gave the draws after the first; counted where drafts are checked.
       bytes_streamed: weights and KV that went over the link to the device in these sweeps.
       wait_s: time in which the device had done all earlier work and waited for weights.
       peak_device_bytes: peak of device memory since the process began, from the backend.
@@ -33,6 +35,9 @@ class Stats:
     decode_s: float = 0.0
     first_token_s: float | None = None
     sweeps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    decode_sweeps: int = 0
     bytes_streamed: int = 0
     wait_s: float = 0.0
     peak_device_bytes: int | None = None
@@ -52,6 +57,18 @@ class Stats:
     def decode_rate(self) -> float | None:
         """Generated tokens per second, the first one (which the prefill gives) not counted."""
         return (self.generated_tokens - 1) / self.decode_s if self.decode_s else None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted tokens that were right."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
+
+    @property
+    def tokens_per_sweep(self) -> float | None:
+        """Tokens that a sweep gave, the first one (which the prefill gives) not counted; None without drafts."""
+        if not self.decode_sweeps:
+            return None
+        return (self.accepted_tokens + self.decode_sweeps) / self.decode_sweeps
 
     @property
     def link_rate(self) -> float | None:
