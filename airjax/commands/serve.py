@@ -55,6 +55,14 @@ def define_flags(values: Flags) -> None:
     flags.DEFINE_integer(
         "drain_timeout_s", 30, "At the end, running requests have this time.", 0, flag_values=values
     )
+    flags.DEFINE_enum(
+        "warm_up",
+        "auto",
+        ["auto", "short", "full"],
+        "What is compiled before the server is ready: what one short request needs, or what most loads need. "
+        "auto: all on a GPU.",
+        flag_values=values,
+    )
     flags.DEFINE_bool("log_prompts", False, "Write prompts to the log.", flag_values=values)
 
 
@@ -65,7 +73,8 @@ def run(values: Flags) -> None:
     from airjax.server.listener import Listener, listen
     from airjax.server.metrics import Metrics
     from airjax.server.state import Options, State
-    from airjax.server.worker import Worker, warm_up
+    from airjax.server.warm import warm_up
+    from airjax.server.worker import Worker
 
     options = Options(
         model_name=values.model_alias or Path(values.model).stem,
@@ -76,13 +85,20 @@ def run(values: Flags) -> None:
     )
     logging.getLogger("airjax.server").setLevel(logging.INFO)
 
+    def tell(stage: str) -> None:
+        worker.stage = stage
+
     def load() -> api.Engine:
         opened = load_engine(
             values, context=values.context, max_batch=values.max_batch, kv_tokens=values.kv_tokens
         )
-        worker.stage = "compiling"
         try:
-            warm_up(opened)
+            full = (
+                opened.model.device.platform != "cpu"
+                if values.warm_up == "auto"
+                else values.warm_up == "full"
+            )
+            warm_up(opened, full, tell)
         except BaseException:
             opened.close()
             raise

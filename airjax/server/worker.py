@@ -319,16 +319,5 @@ class Worker:
             job.run.deliver([(job.index, _failure(error))])
 
 
-def warm_up(opened: Engine) -> None:
-    """Compiles what a short request alone needs, so that the first client does not wait for it."""
-    scheduler = opened.scheduler(make_sampler(Settings()))
-    try:
-        scheduler.submit(Order((0,), Settings(), 0, 0, 2, frozenset(), 0).request())
-        while scheduler.busy:
-            scheduler.step()
-    finally:
-        scheduler.close()
-
-
 def _failure(error: str) -> engine.Event:
     return engine.Event(-1, None, 0.0, (), "error", error)
