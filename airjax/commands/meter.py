@@ -52,6 +52,7 @@ def report(stats: Stats, out: TextIO | None = None, prediction: Prediction | Non
             [
                 f"drafts: {_number(stats.acceptance, 1, ' %', scale=100)} of {stats.drafted_tokens} tokens right",
                 f"{_number(stats.tokens_per_sweep, 2)} tokens per sweep",
+                f"{_number(stats.draft_gain, 2)} times as fast as without",
             ]
         )
     if prediction is not None:

@@ -109,11 +109,11 @@ def define_draft(values: Flags) -> None:
     flags.DEFINE_string(
         "draft",
         "none",
-        "Guess the next tokens and check them in one sweep: none, or lookup (in prompt and output). The text is the "
-        "same.",
+        "Guess the next tokens and check them in one sweep: none, lookup (in prompt and output), self (by the layers "
+        "that stay on the device), or a smaller GGUF file. The text is the same.",
         flag_values=values,
     )
-    flags.DEFINE_integer("draft_max", 15, "Tokens to guess at most.", flag_values=values)
+    flags.DEFINE_integer("draft_max", 15, "Tokens to guess at most, 1 to 31.", flag_values=values)
 
 
 def define_sampler(values: Flags, max_tokens: int) -> None:

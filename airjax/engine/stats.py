@@ -21,6 +21,8 @@ class Stats:
       first_token_s: from the request to the first drawn token.
       sweeps: passes of all layers.
       drafted_tokens, accepted_tokens: tokens of drafts that were checked, and how many of them were right.
+      plain_token_s: what a sweep without a draft took, the median of those that were measured; None if none was.
+      timed_s, timed_tokens: of the sweeps with drafts or without that compiled nothing, and what they gave.
       decode_sweeps: sweeps that gave the draws after the first; counted where drafts are checked.
       bytes_streamed: weights and KV that went over the link to the device in these sweeps.
       wait_s: time in which the device had done all earlier work and waited for weights.
@@ -38,6 +40,9 @@ class Stats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     decode_sweeps: int = 0
+    plain_token_s: float | None = None
+    timed_s: float = 0.0
+    timed_tokens: int = 0
     bytes_streamed: int = 0
     wait_s: float = 0.0
     peak_device_bytes: int | None = None
@@ -69,6 +74,13 @@ class Stats:
         if not self.decode_sweeps:
             return None
         return (self.accepted_tokens + self.decode_sweeps) / self.decode_sweeps
+
+    @property
+    def draft_gain(self) -> float | None:
+        """How many times as fast as without drafts, over the sweeps that compiled nothing."""
+        if not self.timed_s or self.plain_token_s is None:
+            return None
+        return self.timed_tokens * self.plain_token_s / self.timed_s
 
     @property
     def link_rate(self) -> float | None:

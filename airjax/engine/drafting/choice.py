@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from airjax.engine.drafting.drafter import NOTHING, Draft, Drafter, Sequel
+from airjax.engine.drafting.law import FORCED, Law
 from airjax.engine.request import Constraint
-
-FORCED = "forced"
 
 
 @runtime_checkable
@@ -34,6 +33,10 @@ class Choice(NamedTuple):
     draft: Draft
     masks: np.ndarray | None
 
+    def first(self, count: int) -> Choice:
+        """With the first `count` tokens of the draft."""
+        return Choice(self.draft.first(count), None if self.masks is None else self.masks[: count + 1])
+
 
 def choose(
     drafter: Drafter,
@@ -41,6 +44,7 @@ def choose(
     constraint: Constraint | None,
     stop_ids: AbstractSet[int],
     most: int,
+    law: Law | None,
 ) -> Choice:
     """Asks for a draft and cuts it where nothing could follow.
 
@@ -52,9 +56,15 @@ def choose(
       constraint: is led along the draft and back; one that cannot go back takes no draft.
       stop_ids: tokens that end the generation.
       most: tokens at most, 0 for none.
+      law: tells a slow drafter when to stop; None never does.
     """
+
+    def guess(after: Sequence[int]) -> Draft:
+        go_on = _always if law is None else law.going_on(drafter.token_s)
+        return drafter.propose(sequel, after, most - len(after), go_on)
+
     if constraint is None:
-        draft = drafter.propose(sequel, (), most) if most else NOTHING
+        draft = guess(()) if most else NOTHING
         ends = (at for at, token in enumerate(draft.tokens[:most]) if token in stop_ids)
         return Choice(draft.first(next(ends, most)), None)
     masks = [constraint.mask()]
@@ -73,7 +83,7 @@ def choose(
                 guesses = None  # it did not know
             else:
                 if guesses is None:
-                    guesses = zip(*drafter.propose(sequel, tokens, most - len(tokens)), strict=True)
+                    guesses = zip(*guess(tokens), strict=True)
                 token, mark = next(guesses, (-1, None))
             if token < 0 or token in stop_ids or not allows(masks[-1], token):
                 break
@@ -88,6 +98,11 @@ def choose(
     finally:
         constraint.rollback(len(tokens))
     return Choice(Draft(tuple(tokens[: len(marks)]), tuple(marks)), np.stack(masks))
+
+
+def _always(mark: Any) -> bool:
+    del mark
+    return True
 
 
 def only_token(mask: np.ndarray) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -49,17 +49,23 @@ NOTHING = Draft((), ())
 class Drafter(Protocol):
     """Guesses how a sequence goes on. It belongs to one sequence, whose tokens it sees by `push`."""
 
+    @property
+    def token_s(self) -> float:
+        """Seconds that a drafted token takes."""
+        ...
+
     def push(self, tokens: Sequence[int]) -> None:
         """Takes note of tokens that are certain: the prompt, then each draw."""
         ...
 
-    def propose(self, sequel: Sequel, after: Sequence[int], most: int) -> Draft:
+    def propose(self, sequel: Sequel, after: Sequence[int], most: int, go_on: Callable[[Any], bool]) -> Draft:
         """Guesses the tokens after the sequence and `after`, at most `most`.
 
         Args:
           sequel: the sequence, whose tokens were all pushed.
           after: tokens that a grammar forces next.
           most: how many are wanted, at least 1.
+          go_on: whether one more token is worth its time, after each that cost some; takes the token's mark.
         """
         ...
 

@@ -6,7 +6,8 @@ Models, 2023.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from airjax.engine.drafting.drafter import NOTHING, Draft, Sequel
 
@@ -20,6 +21,8 @@ _CLASSES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 class Lookup:
     """Prompt lookup over prompt and output: a table from each n-gram to the place after its newest occurrence."""
+
+    token_s = 0.0
 
     def __init__(self) -> None:
         self._ids: list[int] = []
@@ -35,7 +38,7 @@ class Lookup:
                     table[tuple(ids[end - length :])] = end
             ids.append(token)
 
-    def propose(self, sequel: Sequel, after: Sequence[int], most: int) -> Draft:
+    def propose(self, sequel: Sequel, after: Sequence[int], most: int, go_on: Callable[[Any], bool]) -> Draft:
         """What followed the newest occurrence of the longest n-gram that the text and `after` end with."""
         ids = self._ids
         tail = [*ids[-_LONGEST:], *after]

@@ -49,7 +49,7 @@ def most_rows(model: Model) -> int:
     A row that is rejected was written into the cache. There its position hides it until it is overwritten, and in the
     ring of a sliding window it may only have taken the slot of a position that no later token sees.
     """
-    rows = _MOST_CPU_ROWS if _exact(model) else _SIZES[-1]
+    rows = _MOST_CPU_ROWS if exact(model) else _SIZES[-1]
     for slots, kind in zip(model.plan.kv_slots, model.kinds, strict=True):
         window = model.architecture.window(model.config, kind)
         if window and slots < model.plan.context:
@@ -87,18 +87,25 @@ def sweep_rows(model: Model, state: State, ids: Sequence[int], first: int) -> Sw
     return Swept([sweep(model, embed(model, tokens), state, where)], count)
 
 
+def may_run_ahead(model: Model) -> bool:
+    """Whether a sweep may be dispatched before the host looks at its token: nothing waits for the link."""
+    plan = model.plan
+    return not plan.streamed and not plan.shuttle and not plan.host_embedding
+
+
 def rows_apart(model: Model, state: State, last: int) -> bool:
     """Whether the rows of a sweep up to position `last` are arrays of their own, from calls of their own.
 
     Not over a cache so long that it comes in pieces, each of which has to serve all rows.
     """
-    if not _exact(model):
+    if not exact(model):
         return False
     lengths = lengths_at(model, np.full((1, 1), last, np.int32))
     return state.shuttle is None or max(lengths) <= state.shuttle.block
 
 
-def _exact(model: Model) -> bool:
+def exact(model: Model) -> bool:
+    """Whether rows take the very steps of decoding."""
     return model.device.platform == "cpu"
 
 

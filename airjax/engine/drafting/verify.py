@@ -25,6 +25,7 @@ from airjax.engine.drafting.rows import Swept, padded
 from airjax.engine.generation import Draw
 from airjax.engine.model import Model
 from airjax.engine.step import GlobalLayouts, Globals, draw_step, unpack_globals
+from airjax.engine.sweep import State, sweep
 from airjax.models import Config
 from airjax.types import Array
 
@@ -34,7 +35,8 @@ class Question(NamedTuple):
 
     Attributes:
       tokens: int32 `[1]` for each row, what the row was fed with; or one `[T]` of all.
-      numbers: for each row how often the key was used; or one of the first row, and how many rows are real.
+      numbers: for each row how often the key was used, and its position `[1, 1]`; or for all how often the key was used
+        before the first, and how many rows are real.
       masks: uint32 `[1, W]` for each row, or one `[T, W]`; None without a constraint.
     """
 
@@ -57,12 +59,23 @@ class Answer(NamedTuple):
     undrawn: tuple[Array, Array, Any, Array] | None
 
 
-def ask(model: Model, ids: Sequence[int], draws: int, masks: np.ndarray | None, apart: bool) -> Question:
-    """Puts on the device what the draws after tokens `ids` of a sweep need."""
+def ask(
+    model: Model, ids: Sequence[int], first: int, draws: int, masks: np.ndarray | None, apart: bool
+) -> Question:
+    """Puts on the device what the draws after the tokens of a sweep need.
+
+    Args:
+      model: the open model.
+      ids: the tokens.
+      first: position of the first.
+      draws: how often the sequence's key was used.
+      masks: `[T, W]` for the draw after each; None without a constraint.
+      apart: whether each row is an array of its own.
+    """
     if apart:
         question = Question(
             [np.array([token], np.int32) for token in ids],
-            [(np.int32(draws + row), np.zeros((1, 1), np.int32)) for row in range(len(ids))],
+            [(np.int32(draws + row), np.full((1, 1), first + row, np.int32)) for row in range(len(ids))],
             None if masks is None else [masks[row : row + 1] for row in range(len(ids))],
         )
     else:
@@ -110,6 +123,39 @@ def answer(
         row = count - 1
         undrawn = swept.x[0], jnp.array([row], jnp.int32), after, question.tokens[row : row + 1]
     return Answer(draws, after, undrawn)
+
+
+def answer_ahead(
+    model: Model,
+    state: State,
+    apply: Any,
+    swept: Swept,
+    question: Question,
+    sampler_state: Any,
+    keys: Array,
+    position: int,
+) -> tuple[Answer, Swept, Question]:
+    """The draw after a single row; the sweep of the drawn token is dispatched before the host looks at it.
+
+    Args:
+      model: the open model, which streams nothing.
+      state: the cache.
+      position: of the drawn token; the other arguments are those of `answer`.
+
+    Returns:
+      The draw; its token's sweep, and the question of that but for a mask.
+    """
+    draw = draw_step(model.layouts, model.config, apply)
+    row = jnp.full(1, swept.row, jnp.int32)
+    mask = None if question.masks is None else question.masks[0]
+    token, logprob, after, x, numbers = draw(
+        model.globals, swept.x[0], row, sampler_state, question.tokens[0], keys, question.numbers[0], mask
+    )
+    later = sweep(model, x, state, np.full((1, 1), position, np.int32), numbers[1])
+    drawn, logprobs = jax.device_get((token, logprob))
+    draws = [Draw(int(drawn[0]), float(logprobs[0]))]
+    undrawn = (swept.x[0], row, sampler_state, question.tokens[0]) if draws[0].id < 0 else None
+    return Answer(draws, after, undrawn), Swept([later], 1), Question([token], [numbers], None)
 
 
 def _answer_each(

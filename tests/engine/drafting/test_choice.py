@@ -8,8 +8,9 @@ from toy_models import toy_llama
 import airjax
 from airjax import engine, sampling
 from airjax.engine import drafting
-from airjax.engine.drafting.choice import FORCED, allows, choose, only_token
+from airjax.engine.drafting.choice import allows, choose, only_token
 from airjax.engine.drafting.drafter import NOTHING
+from airjax.engine.drafting.law import FORCED
 
 WORDS = 16
 
@@ -54,10 +55,12 @@ class OneWay:
 
 
 class Silent:
+    token_s = 0.0
+
     def push(self, tokens):
         pass
 
-    def propose(self, sequel, after, most):
+    def propose(self, sequel, after, most, go_on):
         return NOTHING
 
     def close(self):
@@ -68,7 +71,7 @@ class Fixed(Silent):
     def __init__(self, *tokens):
         self.tokens = tokens
 
-    def propose(self, sequel, after, most):
+    def propose(self, sequel, after, most, go_on):
         return drafting.Draft(self.tokens, ("fixed",) * len(self.tokens)).first(most)
 
 
@@ -79,7 +82,7 @@ def sequel():
 def test_forced_tokens_are_drafted_by_nobody():
     verse = Verse()
     verse.advance(40)
-    choice = choose(Silent(), sequel(), verse, frozenset(), 10)
+    choice = choose(Silent(), sequel(), verse, frozenset(), 10, None)
     assert choice.draft == ((102, 103, 104), (FORCED,) * 3)
     assert verse.seen == [40]
     assert choice.masks.shape == (4, WORDS)
@@ -87,20 +90,20 @@ def test_forced_tokens_are_drafted_by_nobody():
 
 
 def test_a_guess_is_cut_where_the_constraint_forbids_it_and_forced_tokens_go_between():
-    choice = choose(Fixed(77, 5), sequel(), Verse(), frozenset(), 10)
+    choice = choose(Fixed(77, 5), sequel(), Verse(), frozenset(), 10, None)
     assert choice.draft.tokens[:4] == (77, 103, 104, 105)
     assert choice.draft.marks[:4] == ("fixed", FORCED, FORCED, FORCED)
     assert len(choice.draft.tokens) == 10  # the drafter is asked again for each free token
-    assert choose(Fixed(78), sequel(), Verse(), frozenset(), 10).draft == NOTHING
-    assert len(choose(Fixed(77), sequel(), Verse(), frozenset(), 2).draft.tokens) == 2
+    assert choose(Fixed(78), sequel(), Verse(), frozenset(), 10, None).draft == NOTHING
+    assert len(choose(Fixed(77), sequel(), Verse(), frozenset(), 2, None).draft.tokens) == 2
 
 
 def test_what_ends_the_generation_is_never_drafted():
-    assert choose(Fixed(9, 8, 7), sequel(), None, frozenset({7}), 10).draft.tokens == (9, 8)
-    choice = choose(Fixed(77), sequel(), Verse(), frozenset({104}), 10)
+    assert choose(Fixed(9, 8, 7), sequel(), None, frozenset({7}), 10, None).draft.tokens == (9, 8)
+    choice = choose(Fixed(77), sequel(), Verse(), frozenset({104}), 10, None)
     assert choice.draft.tokens == (77, 103)
     verse = Verse(length=3)
-    choice = choose(Fixed(77), sequel(), verse, frozenset(), 10)
+    choice = choose(Fixed(77), sequel(), verse, frozenset(), 10, None)
     assert choice.draft.tokens == (77, 103)
     assert len(choice.masks) == 3
     assert verse.seen == []
@@ -114,7 +117,7 @@ def test_a_place_where_the_constraint_fails_ends_the_draft():
             return super().mask()
 
     verse = Fragile()
-    choice = choose(Fixed(77), sequel(), verse, frozenset(), 10)
+    choice = choose(Fixed(77), sequel(), verse, frozenset(), 10, None)
     assert choice.draft.tokens == (77,)
     assert len(choice.masks) == 2
     assert verse.seen == []

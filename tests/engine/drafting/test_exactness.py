@@ -34,10 +34,12 @@ class Oracle:
     def __init__(self, text, wrong=3):
         self.text, self.wrong, self.asked = text, wrong, 0
 
+    token_s = 0.0
+
     def push(self, tokens):
         pass
 
-    def propose(self, sequel, after, most):
+    def propose(self, sequel, after, most, go_on):
         self.asked += 1
         at = len(sequel.ids) + len(after)
         tokens = list(self.text[at : at + most])
@@ -128,7 +130,7 @@ def test_every_sampler_draws_what_it_draws_without_drafts(llama, sampler):
 @pytest.mark.parametrize(("toy", "sampler"), [("llama", "mirostat"), ("gemma", "penalised")])
 def test_rows_that_share_their_calls_give_the_same_tokens(request, monkeypatch, toy, sampler):
     """What a GPU does: all rows in one call of each layer, all draws in one step."""
-    monkeypatch.setattr(rows, "_exact", lambda model: False)
+    monkeypatch.setattr(rows, "exact", lambda model: False)
     with load(request.getfixturevalue(toy)) as loaded:
         model, options = loaded.model, options_of(sampler)
         ids = prompt(model)
@@ -152,7 +154,7 @@ def test_rejected_rows_do_not_reach_what_a_sliding_window_still_sees(gemma, shut
 
 
 def test_a_draft_never_takes_more_rows_than_a_ring_has_room_for(gemma, monkeypatch):
-    monkeypatch.setattr(rows, "_exact", lambda model: False)
+    monkeypatch.setattr(rows, "exact", lambda model: False)
     with load(gemma, prefill_chunk=4) as loaded:
         model = loaded.model
         local = min(model.plan.kv_slots)
@@ -201,7 +203,7 @@ def test_a_token_that_cannot_be_drawn_is_explained_the_same_way(llama):
         options = options_of("greedy") | {"sampler": nothing}
         for exact in (True, False):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(rows, "_exact", lambda model, exact=exact: exact)
+                patch.setattr(rows, "exact", lambda model, exact=exact: exact)
                 with pytest.raises(sampling.DrawError, match="rule out every token"):
                     drafted(model, prompt(model), Oracle([1] * 99), **options)
 

@@ -11,7 +11,7 @@ from airjax.engine.drafting import Lookup, Sequel
 
 
 def propose(drafter, after=(), most=8):
-    return drafter.propose(Sequel([], None, jax.random.key(0), 0), after, most)
+    return drafter.propose(Sequel([], None, jax.random.key(0), 0), after, most, lambda mark: True)
 
 
 def by_search(text, certain, most):
