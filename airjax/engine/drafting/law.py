@@ -155,6 +155,7 @@ class Law:
         counts = range(1, most + 1)
         worth = [count for count in counts if (count + 1) * plain > self.costs.seconds(count + 1) * _MARGIN]
         if not worth:
+            self._idle += _LONGEST_SLEEP
             self._rest()
             return 0
         return worth[-1]

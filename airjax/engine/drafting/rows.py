@@ -20,8 +20,6 @@ from airjax.types import Array, LayerKV
 
 # Few distinct sizes, so few programs.
 _SIZES = (1, 2, 4, 8, 16, 32)
-# On a CPU each row takes as long as a sweep of its own, but for the bytes that all share.
-_MOST_CPU_ROWS = 8
 
 
 class Swept(NamedTuple):
@@ -49,7 +47,7 @@ def most_rows(model: Model) -> int:
     A row that is rejected was written into the cache. There its position hides it until it is overwritten, and in the
     ring of a sliding window it may only have taken the slot of a position that no later token sees.
     """
-    rows = _MOST_CPU_ROWS if exact(model) else _SIZES[-1]
+    rows = _SIZES[-1]
     for slots, kind in zip(model.plan.kv_slots, model.kinds, strict=True):
         window = model.architecture.window(model.config, kind)
         if window and slots < model.plan.context:
