@@ -47,6 +47,14 @@ def report(stats: Stats, out: TextIO | None = None, prediction: Prediction | Non
         f"peak device memory {_number(stats.peak_device_bytes, 2, ' GiB', scale=1 / GIB)}",
     ]
     lines = [speed, link]
+    if stats.decode_sweeps:
+        lines.append(
+            [
+                f"drafts: {_number(stats.acceptance, 1, ' %', scale=100)} of {stats.drafted_tokens} tokens right",
+                f"{_number(stats.tokens_per_sweep, 2)} tokens per sweep",
+                f"{_number(stats.draft_gain, 2)} times as fast as without",
+            ]
+        )
     if prediction is not None:
         lines.append(
             [
