@@ -478,7 +478,8 @@ def load(
       vram_budget_gib: device memory to use; None for what is free, less a margin.
       ram_budget_gib: host memory to use for weights; None for what is available, less a margin.
       stream_depth: slots of the ring.
-      resident: "auto" keeps as many layers on the device as fit, "none" streams all, "all" streams nothing.
+      resident: "auto" keeps as many layers on the device as fit (of a mixture of experts all but the experts, and as
+        many of these as fit), "none" streams all, "all" streams nothing, "dense" streams experts even if all would fit.
       kv_shuttle: "on" keeps the KV cache on the host, "auto" does so where it does not fit.
       context: positions of the KV cache; None for the model's own, at most 4096.
       compute_dtype: of products; None for bfloat16 on a GPU and float32 on a CPU.
@@ -508,7 +509,7 @@ def load(
     for name, value, allowed in (
         ("compute_dtype", compute_dtype, _COMPUTE_DTYPES),
         ("kv_dtype", kv_dtype, _KV_DTYPES),
-        ("resident", resident, ("auto", "none", "all")),
+        ("resident", resident, ("auto", "none", "all", "dense")),
         ("kv_shuttle", kv_shuttle, ("auto", "on", "off")),
     ):
         if value not in allowed:

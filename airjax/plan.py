@@ -11,14 +11,18 @@ from typing import Any, Literal
 import numpy as np
 
 from airjax import layers, models, quants
-from airjax.gguf import GGUF, Manifest, Span
+from airjax.gguf import GGUF, ExpertSpan, Manifest, Span, split_experts
 from airjax.models import Architecture, Config
+from airjax.streaming import CALL_BYTES, CALLS_AHEAD
 
 GIB = 1 << 30
 PREFILL_CHUNK = 512
 # Where fused kernels may exist; whether they do is known when the device is there.
 _KERNEL_BACKENDS = ("gpu", "cuda")
 EMBEDDING = "token_embd.weight"
+# That experts are read into, where the file does not fit in RAM.
+_HOST_SLOTS = 12
+EXPERT_TENSORS = tuple(f"{name}.weight" for name in models.EXPERT_MATRICES)
 # Positions of one page of a batch's cache.
 KV_PAGE = 64
 # Bytes of a block of positions that the shuttle sends in one piece. An H100's link reached 37, 47 and 49 GB/s with 32,
@@ -35,7 +39,7 @@ _FIXED_WORKSPACE_BYTES = 64 << 20
 
 Tier = Literal["aliased mapping", "registered mapping", "pageable mapping", "ring"]
 Switch = Literal["auto", "on", "off"]
-Resident = Literal["auto", "none", "all"]
+Resident = Literal["auto", "none", "all", "dense"]
 
 
 class PlanError(ValueError):
@@ -73,6 +77,12 @@ class Plan:
       kv_tokens: positions that their caches hold together, in pages.
       kv_block: positions that the shuttle sends in one piece; attention over more goes piece by piece (0 without it).
       kv_pieces: how many of these may be on the device at once.
+      host_slot_bytes: of one host slot that experts are read into.
+      expert_slots: slots of the pool of experts, for each kind of expert; empty where layers are streamed whole or not
+        at all. Then all that is not an expert is resident, and `bytes_per_sweep` is what one token's sweep misses.
+      expert_pool_bytes: the pool, and what is on its way there.
+      expert_hit_rate: share of the chosen experts that are assumed to be in the pool: that of all experts it holds, as
+        if every choice were equally likely.
     """
 
     tier: Tier
@@ -102,6 +112,10 @@ class Plan:
     kv_tokens: int
     kv_block: int = 0
     kv_pieces: int = 0
+    host_slot_bytes: int = 0
+    expert_slots: tuple[int, ...] = ()
+    expert_pool_bytes: int = 0
+    expert_hit_rate: float = 1.0
 
 
 def make_plan(
@@ -133,7 +147,8 @@ def make_plan(
       ram_budget_bytes: host memory that may be used for weights and the host KV cache.
       context: positions of the KV cache; None for the model's own, at most 4096.
       stream_depth: slots of the ring.
-      resident: "auto" keeps as many layers as fit, "none" streams all, "all" streams nothing.
+      resident: "auto" keeps as many layers as fit, or of a mixture of experts all but the experts, and as many of these
+        as fit; "none" streams all layers, "all" streams nothing; "dense" streams experts even if all would fit.
       kv_shuttle: keep the KV cache on the host; "auto" does so where it does not fit on the device.
       tier: how streamed layers reach the device; "auto" chooses by the budgets.
       prefill_chunk: tokens of a prompt that share a sweep; None for 512.
@@ -190,6 +205,42 @@ def make_plan(
     everything += sum(_relaid_bytes(span) for span in manifest.layers)
     streams = resident == "none" or (resident == "auto" and everything > vram_budget_bytes)
     relaid = backend in _KERNEL_BACKENDS and (not streams or (max_batch or 1) > 1)
+    if resident == "dense" and config.experts is None:
+        raise PlanError(f"{gguf.path}: resident=dense is for mixtures of experts: pass --resident=auto")
+    if (
+        config.experts is not None
+        and kv_shuttle != "on"
+        and (resident == "dense" or (streams and resident == "auto"))
+    ):
+        by_expert = _plan_by_expert(
+            gguf,
+            config,
+            backend=backend,
+            fixed_bytes=workspace + sum(kv_rows),
+            vram_budget_bytes=vram_budget_bytes,
+            ram_budget_bytes=ram_budget_bytes,
+            chunk=chunk,
+            tier=tier,
+        )
+        if by_expert is not None:
+            return Plan(
+                context=context,
+                prefill_chunk=chunk,
+                kv_slots=kv_slots,
+                kv_bytes=sum(kv_rows),
+                vram_budget_bytes=vram_budget_bytes,
+                ram_budget_bytes=ram_budget_bytes,
+                model_bytes=sum(layer_bytes) + sum(span.nbytes for span in _device_globals(manifest)),
+                max_batch=max_batch or 0,
+                kv_tokens=kv_tokens,
+                workspace_bytes=workspace + by_expert.pop("more_workspace_bytes"),
+                **by_expert,
+            )
+        if resident == "dense":
+            raise PlanError(
+                f"{gguf.path}: all but the experts does not fit in {vram_budget_bytes / GIB:.2f} GiB with a few "
+                "experts beside it: pass --resident=none to stream whole layers, or a larger --vram_budget_gib"
+            )
     kept_bytes = [_relaid_bytes(span) if relaid else span.nbytes for span in manifest.layers]
     globals_bytes = sum(_relaid_bytes(span) if relaid else span.nbytes for span in _device_globals(manifest))
     kv_pieces = max(stream_depth, 2) + 2
@@ -289,6 +340,76 @@ def make_plan(
     )
 
 
+def _plan_by_expert(
+    gguf: GGUF,
+    config: Config,
+    *,
+    backend: str,
+    fixed_bytes: int,
+    vram_budget_bytes: int,
+    ram_budget_bytes: int,
+    chunk: int,
+    tier: str,
+) -> dict[str, Any] | None:
+    """All but the experts resident, and the rest of the budget a pool of experts; None if that does not fit."""
+    manifest, experts = split_experts(gguf, EXPERT_TENSORS)
+    spans = [span for span in experts if span is not None]
+    relaid = backend in _KERNEL_BACKENDS
+    globals_bytes = sum(_relaid_bytes(span) if relaid else span.nbytes for span in _device_globals(manifest))
+    dense_bytes = sum(_relaid_bytes(span) if relaid else span.nbytes for span in manifest.layers)
+    # One layer's experts may still be at work while the next one attends.
+    workspace = int(_experts_workspace(config, chunk, _decoded_bytes(config)))
+    workspace += _GAP_BYTES if relaid else 0
+    expert_bytes = sum(span.experts * span.unit_bytes for span in spans)
+    staged = (CALLS_AHEAD + 1) * max(CALL_BYTES, *(span.unit_bytes for span in spans))
+    staged = min(staged, expert_bytes)
+    left = vram_budget_bytes - fixed_bytes - globals_bytes - dense_bytes - workspace - staged
+    kinds: dict[Any, list[ExpertSpan]] = {}
+    for span in spans:
+        kinds.setdefault(span.slots, []).append(span)
+    everything = sum(span.experts * span.slot_bytes for span in spans)
+    share = min(left / everything, 1.0)
+    slots = tuple(int(share * len(own) * own[0].experts) for own in kinds.values())
+    if share <= 0 or min(slots) < config.experts.routing.used:
+        return None
+    pool = sum(count * own[0].slot_bytes for count, own in zip(slots, kinds.values(), strict=True))
+    chosen, reason = _choose_tier_of(tier, backend, expert_bytes, "experts", ram_budget_bytes)
+    host_slots, host_slot_bytes = _host_slots(spans, ram_budget_bytes) if chosen == "ring" else (0, 0)
+    if chosen == "ring" and host_slots < 1:
+        return None
+    used = config.experts.routing.used
+    hit_rate = sum(slots) / sum(span.experts for span in spans)
+    return {
+        "tier": chosen,
+        "tier_reason": reason,
+        "stream_depth": 0,
+        "resident": tuple(range(config.n_layers)),
+        "streamed": (),
+        "shuttle": False,
+        "relaid": relaid,
+        "host_embedding": False,
+        "globals_bytes": globals_bytes,
+        "kv_host_bytes": 0,
+        "slots_bytes": 0,
+        "resident_bytes": dense_bytes,
+        "bytes_per_sweep": int((1 - hit_rate) * used * sum(span.unit_bytes for span in spans)),
+        "peak_bytes": fixed_bytes + globals_bytes + dense_bytes + workspace + staged + pool,
+        "host_slots": host_slots,
+        "host_slot_bytes": host_slot_bytes,
+        "expert_slots": slots,
+        "expert_pool_bytes": pool + staged,
+        "expert_hit_rate": hit_rate,
+        "more_workspace_bytes": workspace,
+    }
+
+
+def _host_slots(spans: Sequence[ExpertSpan], ram_budget_bytes: int) -> tuple[int, int]:
+    """How many host slots experts are read into, and of which size: half of the budget is left to the page cache."""
+    least = max(span.unit_bytes for span in spans)
+    nbytes = max(min(CALL_BYTES, ram_budget_bytes // (2 * _HOST_SLOTS)), least)
+    return min(_HOST_SLOTS, ram_budget_bytes // nbytes), nbytes
+
+
 def to_dict(plan: Plan) -> dict[str, Any]:
     """The plan as plain values, for JSON."""
     return dataclasses.asdict(plan)
@@ -316,8 +437,17 @@ def format_plan(plan: Plan) -> str:
             plan.slots_bytes,
             f"{len(plan.streamed)} streamed layers through {plan.stream_depth} slots",
         ),
+        (
+            "pool of experts",
+            plan.expert_pool_bytes,
+            f"{sum(plan.expert_slots)} slots; of evenly spread choices {plan.expert_hit_rate:.0%} are there"
+            if plan.expert_slots
+            else "",
+        ),
         ("predicted peak", plan.peak_bytes, f"of a budget of {plan.vram_budget_bytes / GIB:.3f} GiB"),
     ]
+    if not plan.expert_slots:
+        rows = [row for row in rows if row[0] != "pool of experts"]
     lines = [f"{name:<22}{size / GIB:>9.3f} GiB  {note}".rstrip() for name, size, note in rows]
     lines.append(
         f"{'bytes per sweep':<22}{plan.bytes_per_sweep / GIB:>9.3f} GiB  over the link for each sweep"
@@ -373,18 +503,38 @@ def _slots_bytes(layer_bytes: Sequence[int], depth: int) -> int:
     return min(depth, len(layer_bytes)) * max(layer_bytes, default=0)
 
 
+def _decoded_bytes(config: Config) -> float:
+    """Workspace bytes of a decoded weight."""
+    # A GPU holds one decoded matrix at a time, and a little beside it: an H100's peaks of 4.68 GiB (8B) and 18.98
+    # (70B) are then planned as 4.80 and 19.15. XLA's CPU backend, where float32 is the default, holds several.
+    return _itemsize(config) * (4.0 if config.compute_dtype == "float32" else 1.25)
+
+
 def _workspace_bytes(config: Config, manifest: Manifest, context: int, chunk: int) -> int:
     """What the largest step takes: attention, the feed-forward part or the logits; they come one after another."""
     itemsize, d, f, wide = _itemsize(config), config.d_model, config.d_ff, config.n_heads * config.head_dim
-    # A GPU holds one decoded matrix at a time, and a little beside it: an H100's peaks of 4.68 GiB (8B) and 18.98
-    # (70B) are then planned as 4.80 and 19.15. XLA's CPU backend, where float32 is the default, holds several.
-    decoded = 4.0 if config.compute_dtype == "float32" else 1.25
+    decoded = _decoded_bytes(config)
     # Attention keeps its score tile below a limit of its own; two tiles live at once.
     scores = 2 * min(config.n_heads * chunk * context * 4, layers.SCORES_BYTES)
-    attention = scores + 4 * chunk * 4 * (d + wide) + decoded * itemsize * _tile(wide, d)
-    feed_forward = 4 * chunk * 4 * (d + f) + decoded * itemsize * max(_tile(f, d), _tile(d, f))
+    attention = scores + 4 * chunk * 4 * (d + wide) + decoded * _tile(wide, d)
+    if config.experts is None:
+        feed_forward = 4 * chunk * 4 * (d + f) + decoded * max(_tile(f, d), _tile(d, f))
+    else:
+        feed_forward = _experts_workspace(config, chunk, decoded)
     logits = 2 * itemsize * _tile(config.vocab_size, d) + 3 * max(config.vocab_size * 4, LOGIT_ROWS_BYTES)
     return _FIXED_WORKSPACE_BYTES + int(max(attention, feed_forward, logits))
+
+
+def _experts_workspace(config: Config, chunk: int, decoded_bytes: float) -> float:
+    """Of the feed-forward part: a few experts decoded and their blocks of rows, and what each made of its tokens."""
+    experts, d = config.experts, config.d_model
+    pairs, rows = chunk * experts.routing.used, models.block_rows(chunk)
+    at_once = min(models.decoded_experts(config), layers.most_blocks(pairs, experts.count, rows))
+    blocks = at_once * (experts.d_ff * d * (decoded_bytes + 1) + 4 * rows * (2 * d + 3 * experts.d_ff))
+    shared = decoded_bytes * d * experts.shared_d_ff + 16 * chunk * experts.shared_d_ff
+    # Of a few rows the blocks are gathered as they are.
+    gathered = min(models.GATHERED_BYTES, 4 * 8 * experts.routing.used * experts.d_ff * d * 3)
+    return max(blocks, shared, gathered) + 4 * chunk * d * (4 + 3 * experts.routing.used)
 
 
 def _tile(n_out: int, n_in: int) -> int:
@@ -418,6 +568,13 @@ def _choose_streamed(
 def _choose_tier(
     tier: str, backend: str, manifest: Manifest, streamed: Sequence[int], ram_budget_bytes: int
 ) -> tuple[Tier, str]:
+    nbytes = sum(manifest.layers[layer].nbytes for layer in streamed)
+    return _choose_tier_of(tier, backend, nbytes, "streamed layers", ram_budget_bytes)
+
+
+def _choose_tier_of(
+    tier: str, backend: str, nbytes: int, what: str, ram_budget_bytes: int
+) -> tuple[Tier, str]:
     mapping: Tier = "aliased mapping" if backend == "cpu" else "registered mapping"
     if tier != "auto":
         if tier not in ("ring", "pageable mapping", mapping):
@@ -425,13 +582,9 @@ def _choose_tier(
                 f"tier must be auto, {mapping}, pageable mapping or ring on this backend, got {tier!r}"
             )
         return tier, "as asked"  # type: ignore[return-value]
-    host_bytes = sum(manifest.layers[layer].nbytes for layer in streamed)
-    numbers = f"{host_bytes / GIB:.3f} GiB of streamed layers, RAM budget {ram_budget_bytes / GIB:.3f} GiB"
-    if host_bytes > ram_budget_bytes and hasattr(os, "preadv"):
-        return "ring", f"the streamed layers don't fit in RAM ({numbers})"
-    if host_bytes > ram_budget_bytes:
-        return (
-            "pageable mapping",
-            f"the streamed layers don't fit in RAM, and this system has no preadv ({numbers})",
-        )
-    return mapping, f"the streamed layers fit in RAM ({numbers})"
+    numbers = f"{nbytes / GIB:.3f} GiB of {what}, RAM budget {ram_budget_bytes / GIB:.3f} GiB"
+    if nbytes > ram_budget_bytes and hasattr(os, "preadv"):
+        return "ring", f"the {what} don't fit in RAM ({numbers})"
+    if nbytes > ram_budget_bytes:
+        return "pageable mapping", f"the {what} don't fit in RAM, and this system has no preadv ({numbers})"
+    return mapping, f"the {what} fit in RAM ({numbers})"

@@ -42,8 +42,8 @@ def define_plan(values: Flags) -> None:
     flags.DEFINE_enum(
         "resident",
         "auto",
-        ["auto", "none", "all"],
-        "Layers that stay on the device: as many as fit, none, or all.",
+        ["auto", "none", "all", "dense"],
+        "Layers that stay on the device: as many as fit, none, all, or all but experts, which are streamed.",
         flag_values=values,
     )
     flags.DEFINE_enum(

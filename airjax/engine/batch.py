@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from airjax import layers
+from airjax.engine.experts import attend_and_route, run_experts
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.step import paged_block_step, paged_run_step
 from airjax.engine.sweep import run_end, settle, watch_run
 from airjax.plan import KV_PAGE
-from airjax.types import Array, LayerKV
+from airjax.types import Array, LayerKV, PagedKV
 
 # Re-laid layers that share a call; see `run_end`.
 _RUN_LAYERS = 8
@@ -121,7 +122,7 @@ def shared_sweep(model: Model, groups: Sequence[Group], state: PagedState) -> li
     config = model.config
     placed = jax.device_put([(group.positions, group.table) for group in groups], model.device)
     xs = [embed(model, group.ids) for group in groups]
-    model.weights.begin_sweep()
+    model.begin_sweep()
     layer = 0
     while layer < config.n_layers:
         end = run_end(model, state, layer, groups[0].positions, _RUN_LAYERS) if len(groups) == 1 else layer
@@ -131,10 +132,19 @@ def shared_sweep(model: Model, groups: Sequence[Group], state: PagedState) -> li
             continue
         step = paged_block_step(model.manifest.layers[layer].layout, config, model.kinds[layer])
         weights = model.weights.take(layer)
-        for at, (positions, table) in enumerate(placed):
-            before = xs[at]
-            xs[at], state.layers[layer] = step(weights, before, state.layers[layer], table, positions)
-            settle(model, layer, groups[at].positions, xs[at])
+        if model.pool_holds(layer):
+            before = xs[-1]
+            routed = []
+            for x, (positions, table) in zip(xs, placed, strict=True):
+                pages = PagedKV(state.layers[layer], table)
+                part, state.layers[layer] = attend_and_route(model, layer, weights, x, pages, positions, None)
+                routed.append(part)
+            xs = run_experts(model, layer, routed, [group.positions for group in groups])
+        else:
+            for at, (positions, table) in enumerate(placed):
+                before = xs[at]
+                xs[at], state.layers[layer] = step(weights, before, state.layers[layer], table, positions)
+                settle(model, layer, groups[at].positions, xs[at])
         model.pending = xs[-1]
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", xs[-1])

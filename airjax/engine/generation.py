@@ -126,7 +126,7 @@ def generate(
     )
     only_row = jax.device_put(np.zeros(1, np.int32), model.device)
     # Where nothing waits for the link, the device is given the next sweep before the host looks at the token.
-    ahead = not model.plan.streamed and state.shuttle is None
+    ahead = not model.plan.streamed and model.pool is None and state.shuttle is None
     for count in range(max_tokens):
         allowed = None if mask is None else mask.result()[None]
         before = x, last_row, sampler_state, token

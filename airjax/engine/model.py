@@ -13,11 +13,11 @@ import jax
 from airjax import models, quants
 from airjax.engine.stats import Stats, has_compact_allocator
 from airjax.engine.step import GlobalLayouts, Globals
-from airjax.engine.weights import LayerWeights, matrix_types, open_weights, put_span
-from airjax.gguf import GGUF, Manifest, build_manifest, open_gguf
+from airjax.engine.weights import LayerWeights, matrix_types, open_pool, open_weights, put_span
+from airjax.gguf import GGUF, ExpertSlot, ExpertSpan, Manifest, build_manifest, open_gguf, split_experts
 from airjax.models import Architecture, Config
-from airjax.plan import EMBEDDING, Plan, Resident, Switch, make_plan
-from airjax.streaming import Timeline
+from airjax.plan import EMBEDDING, EXPERT_TENSORS, Plan, Resident, Switch, make_plan
+from airjax.streaming import Pool, PoolStats, Timeline
 
 if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
@@ -43,6 +43,8 @@ class Model:
       timeline: records events if tracing is on.
       stats: counters of the present run.
       pending: the newest output of the device; when it is ready, all work given to the device is done.
+      pool: of experts, where they are streamed one by one; `manifest` and `weights` are then without them.
+      experts: where each layer's experts lie in the file; empty without a pool.
     """
 
     gguf: GGUF
@@ -56,6 +58,8 @@ class Model:
     timeline: Timeline | None
     stats: Stats = field(default_factory=Stats)
     pending: Any = None
+    pool: Pool | None = None
+    experts: tuple[ExpertSpan | None, ...] = ()
 
     @functools.cached_property
     def kinds(self) -> list[str]:
@@ -72,13 +76,39 @@ class Model:
         self.timeline = timeline
         if self.weights.ring is not None:
             self.weights.ring.timeline = timeline
+        if self.pool is not None:
+            self.pool.timeline = timeline
+
+    def pool_holds(self, layer: int) -> bool:
+        """Whether the layer's experts come through the pool."""
+        return self.pool is not None and self.pool.holds(layer)
+
+    def expert_slots(self, layer: int) -> tuple[ExpertSlot, ...]:
+        """The parts of an expert of a layer that the pool holds."""
+        span = self.experts[layer]
+        assert span is not None
+        return span.slots
+
+    def begin_sweep(self) -> None:
+        """Starts over from the first layer."""
+        self.weights.begin_sweep()
+        if self.pool is not None:
+            self.pool.begin_sweep()
 
     def count_sweep(self, state: State | PagedState) -> None:
         """Adds a sweep to the run's counters."""
         self.stats.sweeps += 1
         ring, shuttle = self.weights.ring, state.shuttle
         # Swept, not put: what was fetched ahead of the next sweep belongs to that one.
-        self.stats.bytes_streamed += self.plan.bytes_per_sweep
+        if self.pool is None:
+            self.stats.bytes_streamed += self.plan.bytes_per_sweep
+        else:
+            counted = self.pool.take_stats()
+            self.stats.experts = self.stats.experts or PoolStats()
+            self.stats.experts.add(counted)
+            self.stats.bytes_streamed += counted.bytes
+            self.stats.wait_s += self.pool.wait_s
+            self.pool.wait_s = 0.0
         if ring is not None:
             self.stats.wait_s += ring.wait_s
             ring.wait_s = 0.0
@@ -100,6 +130,8 @@ class Model:
         self.wait()
         try:
             self.weights.close()
+            if self.pool is not None:
+                self.pool.close()
         finally:
             for part in jax.tree.leaves(self.globals):
                 part.delete()
@@ -134,7 +166,8 @@ def open_model(
     gguf = open_gguf(path)
     try:
         architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype)
-        manifest = build_manifest(gguf, align=_CPU_ALIGNMENT if device.platform == "cpu" else 1)
+        align = _CPU_ALIGNMENT if device.platform == "cpu" else 1
+        manifest = build_manifest(gguf, align)
         plan = make_plan(
             gguf,
             manifest,
@@ -152,6 +185,9 @@ def open_model(
             kv_tokens=kv_tokens,
             compact=has_compact_allocator(device),
         )
+        experts: tuple[ExpertSpan | None, ...] = ()
+        if plan.expert_slots:
+            manifest, experts = split_experts(gguf, EXPERT_TENSORS, align)
         kept = [manifest.layers[layer].layout for layer in plan.resident]
         # The matrix that makes the logits; an embedding that does not is only there for single rows to be taken out.
         output = "output.weight" if "output.weight" in manifest.globals else "token_embd.weight"
@@ -167,10 +203,23 @@ def open_model(
                 and not (plan.host_embedding and name == EMBEDDING)
             }
             jax.block_until_ready(globals_)
+            pool = open_pool(gguf, experts, plan, device, timeline) if experts else None
         except BaseException:
             weights.close()
             raise
     except BaseException:
         gguf.close()
         raise
-    return Model(gguf, manifest, architecture, config, plan, device, globals_, weights, timeline)
+    return Model(
+        gguf,
+        manifest,
+        architecture,
+        config,
+        plan,
+        device,
+        globals_,
+        weights,
+        timeline,
+        pool=pool,
+        experts=experts,
+    )

@@ -35,6 +35,7 @@ from airjax.engine.stats import peak_device_bytes
 from airjax.engine.step import draw_rows_step, put_row
 from airjax.plan import KV_PAGE
 from airjax.sampling import Transform
+from airjax.streaming import PoolStats
 from airjax.types import Array, LayerKV
 
 # The pool grows from this many pages, so that memory follows what is used.
@@ -54,6 +55,7 @@ class BatchStats:
       busy_s: time in `step`.
       preemptions: how often a sequence had to leave its pages to older ones.
       peak_device_bytes: peak of device memory since the process began; None where the backend does not tell.
+      experts: what the pool of experts counted; None without one.
     """
 
     prompt_tokens: int = 0
@@ -65,6 +67,7 @@ class BatchStats:
     busy_s: float = 0.0
     preemptions: int = 0
     peak_device_bytes: int | None = None
+    experts: PoolStats | None = None
 
 
 @dataclass
@@ -527,6 +530,7 @@ class Scheduler:
     def _count(self) -> None:
         stats, run = self.stats, self.model.stats
         stats.sweeps, stats.bytes_streamed, stats.wait_s = run.sweeps, run.bytes_streamed, run.wait_s
+        stats.experts = run.experts
         stats.peak_device_bytes = peak_device_bytes(self.model.device)
 
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 import jax
 
+from airjax.streaming import PoolStats
+
 FinishReason = Literal["", "stop", "length", "context", "grammar"]
 
 
@@ -29,6 +31,7 @@ class Stats:
       peak_device_bytes: peak of device memory since the process began, from the backend.
       finish_reason: why the generation ended: "stop", "length", "context", "grammar" (it allowed no token), or ""
         while it runs.
+      experts: what the pool of experts counted; None for a model whose experts are not streamed one by one.
     """
 
     prompt_tokens: int = 0
@@ -47,6 +50,7 @@ class Stats:
     wait_s: float = 0.0
     peak_device_bytes: int | None = None
     finish_reason: FinishReason = ""
+    experts: PoolStats | None = None
 
     @property
     def busy_s(self) -> float:

@@ -20,7 +20,7 @@ Globals = dict[str, Buffers]
 GlobalLayouts = tuple[tuple[str, Layout], ...]
 
 # Decoding on a CPU with 512-bit vectors gains 3 to 10 %; LLVM prefers half of that, and a GPU does not read it.
-_jit = functools.partial(jax.jit, compiler_options={"xla_cpu_prefer_vector_width": 512})
+jit = functools.partial(jax.jit, compiler_options={"xla_cpu_prefer_vector_width": 512})
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def block_step(
     """
     architecture = models.get(config.architecture)
 
-    @functools.partial(_jit, donate_argnames="kv")
+    @functools.partial(jit, donate_argnames="kv")
     def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Any:
         weights = models.unpack(buffers, layout)
         return architecture.block(weights, x, kv, positions, config, kind, length)
@@ -51,7 +51,7 @@ def paged_block_step(layout: Layout, config: Config, kind: str) -> Callable[...,
     """
     architecture = models.get(config.architecture)
 
-    @functools.partial(_jit, donate_argnames="pages")
+    @functools.partial(jit, donate_argnames="pages")
     def block(
         buffers: Buffers, x: Array, pages: LayerKV, table: Array, positions: Array
     ) -> tuple[Array, LayerKV]:
@@ -78,7 +78,7 @@ def run_step(
     """
     architecture = models.get(config.architecture)
 
-    @functools.partial(_jit, donate_argnames="kvs")
+    @functools.partial(jit, donate_argnames="kvs")
     def run(
         buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array
     ) -> tuple[Array, list[LayerKV]]:
@@ -99,7 +99,7 @@ def paged_run_step(
     """`run_step` for a batch: jitted `([buffers], x [B, T, D], [pages], table, positions) -> (x, [pages])`."""
     architecture = models.get(config.architecture)
 
-    @functools.partial(_jit, donate_argnames="pages")
+    @functools.partial(jit, donate_argnames="pages")
     def run(
         buffers: list[Buffers], x: Array, pages: list[LayerKV], table: Array, positions: Array
     ) -> tuple[Array, list[LayerKV]]:
@@ -123,7 +123,7 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
     """
     architecture = models.get(config.architecture)
 
-    @_jit
+    @jit
     def block(buffers: Buffers, x: Array, piece: Array, positions: Array) -> tuple[Array, LayerKV]:
         weights = models.unpack(buffers, layout)
         cache = to_cache(piece, shuttled_row(config, len(x)))
@@ -144,7 +144,7 @@ def embed_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]:
     """jitted `(globals, ids [B, T]) -> x [B, T, D]`."""
     architecture = models.get(config.architecture)
 
-    @_jit
+    @jit
     def embed(buffers: Globals, ids: Array) -> Array:
         return architecture.embed(unpack_globals(buffers, layouts), ids, config)
 
@@ -156,7 +156,7 @@ def host_embed_step(type: GGMLType, config: Config) -> Callable[..., Array]:
     """jitted `(rows of the embedding as they lie in the file, uint8 [B, T, row bytes]) -> x [B, T, D]`."""
     architecture = models.get(config.architecture)
 
-    @_jit
+    @jit
     def embed(rows: Array) -> Array:
         batch, new, _ = rows.shape
         table = quants.view(rows.reshape(-1), type, (batch * new, config.d_model))
@@ -171,7 +171,7 @@ def unembed_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]
     """jitted `(globals, x [..., D]) -> logits [..., V]`."""
     architecture = models.get(config.architecture)
 
-    @_jit
+    @jit
     def unembed(buffers: Globals, x: Array) -> Array:
         return architecture.unembed(unpack_globals(buffers, layouts), x, config)
 
@@ -192,7 +192,7 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
     """
     architecture = models.get(config.architecture)
 
-    @_jit
+    @jit
     def draw(
         buffers: Globals,
         x: Array,
@@ -238,7 +238,7 @@ def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int)
     """
     architecture = models.get(config.architecture)
 
-    @functools.partial(_jit, donate_argnames="state")
+    @functools.partial(jit, donate_argnames="state")
     def draw(
         buffers: Globals,
         x: Array,
@@ -279,7 +279,7 @@ def top_step(layouts: GlobalLayouts, config: Config, top: int) -> Callable[..., 
     """
     architecture = models.get(config.architecture)
 
-    @_jit
+    @jit
     def best(buffers: Globals, x: Array) -> tuple[Array, Array, Array]:
         own = jax.nn.log_softmax(architecture.unembed(unpack_globals(buffers, layouts), x[:, 0], config))
         entropy = -jnp.sum(jnp.where(own > -jnp.inf, jnp.exp(own) * own, 0.0), axis=-1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from airjax import layers
+from airjax.engine.experts import attend_and_route, run_experts
 from airjax.engine.hooks import Hook, attention_step
 from airjax.engine.long import long_layer
 from airjax.engine.model import Model
@@ -108,7 +109,7 @@ def sweep(
         x = hook.at(0, x, positions)
     lengths = lengths_at(model, positions)
     steps = _steps(model, state, lengths)
-    model.weights.begin_sweep()
+    model.begin_sweep()
     if state.shuttle is not None:
         state.shuttle.begin_sweep(_uploads(state.shuttle, lengths, positions))
     layer = 0
@@ -121,7 +122,13 @@ def sweep(
         step = steps[layer]
         weights = model.weights.take(layer)
         before = x
-        if state.shuttle is None:
+        if model.pool_holds(layer):
+            kv = grown(state.kv[layer], lengths[layer])
+            routed, state.kv[layer] = attend_and_route(
+                model, layer, weights, before, kv, device_positions, lengths[layer]
+            )
+            (x,) = run_experts(model, layer, [routed], [positions])
+        elif state.shuttle is None:
             kv = grown(state.kv[layer], lengths[layer])
             x, state.kv[layer] = step(weights, before, kv, device_positions)
         else:
@@ -188,7 +195,13 @@ def run_end(
     end = first
     last = model.config.n_layers if most is None else min(first + most, model.config.n_layers)
     alone = model.timeline is not None and model.timeline.each_layer
-    if not model.plan.streamed and state.shuttle is None and positions.shape[1] == 1 and not alone:
+    if (
+        not model.plan.streamed
+        and model.pool is None
+        and state.shuttle is None
+        and positions.shape[1] == 1
+        and not alone
+    ):
         while end < last and model.weights.relaid(end):
             end += 1
     return end

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from airjax import quants
-from airjax.gguf import GGUF, GGMLType, Layout, Manifest, Slot, Span
+from airjax.gguf import GGUF, ExpertSlot, ExpertSpan, GGMLType, Layout, Manifest, Slot, Span
 from airjax.models import Buffers
 from airjax.plan import Plan
 from airjax.streaming import (
+    CALL_BYTES,
     ByteRange,
     MappedSource,
+    MappedUnits,
     PinnedMemory,
     PinningError,
+    Policy,
+    Pool,
     ReadSource,
+    ReadUnits,
     Ring,
     RingReader,
+    Shape,
     Source,
+    Stack,
     Timeline,
+    UnitSource,
 )
 from airjax.types import Array
+
+# By replayed traces (bench/expert_policies.py).
+EXPERT_POLICY = Policy(half_life=256.0)
 
 
 class LayerWeights:
@@ -154,21 +165,84 @@ def _open_source(
             timeline=timeline,
         )
         return ReadSource(reader, device)
-    registered: list[PinnedMemory] = []
-    if plan.tier == "registered mapping":
-        try:
-            for mapping in gguf.maps:
-                registered.append(PinnedMemory.register_mapping(mapping))
-        except BaseException as error:
-            for handle in registered:
-                handle.close()
-            registered.clear()
-            if not isinstance(error, PinningError):
-                raise
-            logging.warning(
-                "airjax: the file's mapping can't be pinned (%s): copies are pageable and slow", error
-            )
+    registered = _registered(gguf) if plan.tier == "registered mapping" else []
     return MappedSource([span_views(gguf, span) for span in manifest.layers], device, registered)
+
+
+def open_pool(
+    gguf: GGUF,
+    experts: Sequence[ExpertSpan | None],
+    plan: Plan,
+    device: jax.Device,
+    timeline: Timeline | None,
+) -> Pool:
+    """Takes the memory of the pool of experts and opens the tier that fills it.
+
+    Args:
+      gguf: the open file.
+      experts: of each layer.
+      plan: how many slots there are for each kind of expert.
+      device: where the slots are.
+      timeline: records events, or None.
+    """
+    source: UnitSource
+    stacks = [
+        []
+        if span is None
+        else [Stack(*start, slot.nbytes) for slot, start in zip(span.slots, span.starts, strict=True)]
+        for span in experts
+    ]
+    if plan.tier == "ring":
+        source = ReadUnits(
+            gguf.paths,
+            stacks,
+            device,
+            plan.host_slots,
+            plan.host_slot_bytes,
+            pin=_can_pin(device),
+            timeline=timeline,
+        )
+    else:
+        registered = _registered(gguf) if plan.tier == "registered mapping" else []
+        source = MappedUnits(gguf.maps, stacks, device, registered)
+    kinds: dict[tuple[ExpertSlot, ...], list[int]] = {}
+    for layer, span in enumerate(experts):
+        if span is not None:
+            kinds.setdefault(span.slots, []).append(layer)
+    shapes = [
+        Shape(
+            tuple(layers),
+            tuple((slot.offset, slot.nbytes) for slot in slots),
+            next(span.slot_bytes for span in experts if span is not None and span.slots == slots),
+            count,
+        )
+        for (slots, layers), count in zip(kinds.items(), plan.expert_slots, strict=True)
+    ]
+    count = next(span.experts for span in experts if span is not None)
+    try:
+        most = plan.host_slot_bytes or CALL_BYTES
+        return Pool(shapes, count, len(experts), source, device, EXPERT_POLICY, most, timeline)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _registered(gguf: GGUF) -> list[PinnedMemory]:
+    """The file's mappings as sources of DMA; none of them, with a warning, where the driver refuses."""
+    registered: list[PinnedMemory] = []
+    try:
+        for mapping in gguf.maps:
+            registered.append(PinnedMemory.register_mapping(mapping))
+    except BaseException as error:
+        for handle in registered:
+            handle.close()
+        registered.clear()
+        if not isinstance(error, PinningError):
+            raise
+        logging.warning(
+            "airjax: the file's mapping can't be pinned (%s): copies are pageable and slow", error
+        )
+    return registered
 
 
 def _can_pin(device: jax.Device) -> bool:

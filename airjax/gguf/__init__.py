@@ -8,12 +8,15 @@ from airjax.gguf.errors import GGUFError as GGUFError
 from airjax.gguf.fingerprint import fingerprint as fingerprint
 from airjax.gguf.header import Metadata as Metadata
 from airjax.gguf.header import TensorInfo as TensorInfo
+from airjax.gguf.manifest import ExpertSlot as ExpertSlot
+from airjax.gguf.manifest import ExpertSpan as ExpertSpan
 from airjax.gguf.manifest import Extent as Extent
 from airjax.gguf.manifest import Layout as Layout
 from airjax.gguf.manifest import Manifest as Manifest
 from airjax.gguf.manifest import Slot as Slot
 from airjax.gguf.manifest import Span as Span
 from airjax.gguf.manifest import build_manifest as build_manifest
+from airjax.gguf.manifest import split_experts as split_experts
 from airjax.gguf.reader import GGUF as GGUF
 from airjax.gguf.reader import open_gguf as open_gguf
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 from typing import NamedTuple
 
 from gguf.constants import GGMLQuantizationType as GGMLType
@@ -13,6 +13,8 @@ from airjax.gguf.header import TensorInfo
 from airjax.gguf.reader import GGUF
 
 PAGE_BYTES = 4096
+# Of the parts of an expert on the device.
+_PART_ALIGNMENT = 128
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)", re.DOTALL)
 
 
@@ -100,7 +102,84 @@ class Manifest(NamedTuple):
     globals: dict[str, Span]
 
 
-def build_manifest(gguf: GGUF, align: int = 64, max_gap: int = 65536) -> Manifest:
+class ExpertSlot(NamedTuple):
+    """Where one expert's part of a stacked tensor lies in the expert's unit.
+
+    Attributes:
+      name: short name of the tensor.
+      type: block format.
+      shape: of one expert's part.
+      offset: in the unit.
+      nbytes: of the part.
+    """
+
+    name: str
+    type: GGMLType
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class ExpertSpan(NamedTuple):
+    """The experts of one layer.
+
+    Attributes:
+      slots: the parts of a unit, equal for layers that differ in their bytes alone.
+      starts: of each part the file and the byte where expert 0 begins; the others follow without a gap.
+      experts: how many.
+    """
+
+    slots: tuple[ExpertSlot, ...]
+    starts: tuple[tuple[int, int], ...]
+    experts: int
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of one expert: what crosses the link."""
+        return sum(slot.nbytes for slot in self.slots)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a unit on the device, with the parts on aligned places."""
+        end = self.slots[-1].offset + self.slots[-1].nbytes
+        return end + -end % _PART_ALIGNMENT
+
+
+def split_experts(
+    gguf: GGUF, names: Sequence[str], align: int = 64
+) -> tuple[Manifest, tuple[ExpertSpan | None, ...]]:
+    """The spans of a file without its experts, and the experts of each layer.
+
+    Args:
+      gguf: the open file; its tensors are known to have the shapes of the architecture.
+      names: short names of the stacked tensors, `[E, ...]`.
+      align: as in `build_manifest`.
+
+    Returns:
+      The manifest, and for each layer its experts; None for a layer that has none.
+    """
+    # A gap that is carried along must not be an expert.
+    manifest = build_manifest(gguf, align, max_gap=_PART_ALIGNMENT, without=frozenset(names))
+    spans: list[ExpertSpan | None] = []
+    for layer in range(len(manifest.layers)):
+        slots: list[ExpertSlot] = []
+        starts = []
+        offset = count = 0
+        for name in names:
+            info = gguf.tensors.get(f"blk.{layer}.{name}")
+            if info is None:
+                continue
+            count = info.shape[0]
+            slots.append(ExpertSlot(name, info.type, info.shape[1:], offset, info.nbytes // count))
+            starts.append((info.shard, info.offset))
+            offset += slots[-1].nbytes + -slots[-1].nbytes % _PART_ALIGNMENT
+        spans.append(ExpertSpan(tuple(slots), tuple(starts), count) if slots else None)
+    return manifest, tuple(spans)
+
+
+def build_manifest(
+    gguf: GGUF, align: int = 64, max_gap: int = 65536, without: Set[str] = frozenset()
+) -> Manifest:
     """Groups the tensors of a file into spans.
 
     Args:
@@ -108,6 +187,7 @@ def build_manifest(gguf: GGUF, align: int = 64, max_gap: int = 65536) -> Manifes
       align: ranges begin at a multiple of this many bytes of the file, so that a view of the mapping begins
         at such an address too. XLA's CPU backend takes an array without a copy from 64 on.
       max_gap: tensors of a layer that lie closer than this share a range; the gap is carried along.
+      without: short names of tensors of the layers that are left out.
 
     Raises:
       GGUFError: the layers are not numbered from 0 without a gap.
@@ -120,7 +200,9 @@ def build_manifest(gguf: GGUF, align: int = 64, max_gap: int = 65536) -> Manifes
     for info in gguf.tensors.values():
         match = _BLOCK.fullmatch(info.name)
         if match:
-            layers.setdefault(int(match[1]), []).append((match[2], info))
+            own = layers.setdefault(int(match[1]), [])
+            if match[2] not in without:
+                own.append((match[2], info))
         else:
             others[info.name] = _span(info.name, [(info.name, info)], align, max_gap)
     for number, layer in enumerate(sorted(layers)):

@@ -9,7 +9,20 @@ from __future__ import annotations
 import dataclasses
 
 from airjax.gguf import GGUF, GGUFError
-from airjax.models import gemma2, gemma3, glm4, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
+from airjax.models import (
+    gemma2,
+    gemma3,
+    glm4,
+    granite,
+    llama,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen2moe,
+    qwen3,
+    qwen3moe,
+    smollm3,
+)
 from airjax.models.architecture import Architecture as Architecture
 from airjax.models.architecture import Buffers as Buffers
 from airjax.models.architecture import Config as Config
@@ -17,11 +30,33 @@ from airjax.models.architecture import TensorSpec as TensorSpec
 from airjax.models.architecture import Weights as Weights
 from airjax.models.architecture import check_tensors as check_tensors
 from airjax.models.architecture import unpack as unpack
+from airjax.models.experts import EXPERT_MATRICES as EXPERT_MATRICES
+from airjax.models.experts import GATHERED_BYTES as GATHERED_BYTES
+from airjax.models.experts import block_rows as block_rows
+from airjax.models.experts import combined as combined
+from airjax.models.experts import decoded_experts as decoded_experts
+from airjax.models.experts import expert_products as expert_products
+from airjax.models.experts import route as route
+from airjax.models.experts import shared as shared
 
-_MODULES = (gemma2, gemma3, glm4, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3)
+_MODULES = (gemma2, gemma3, glm4, granite, llama, olmo2, phi3, qwen2, qwen2moe, qwen3, qwen3moe, smollm3)
 _ARCHITECTURES: dict[str, Architecture] = {
     module.__name__.rpartition(".")[2]: module.ARCHITECTURE for module in _MODULES
 }
+# Of those that gguf names: layers of another kind than attention stand between or in the place of attention.
+_OTHER_KINDS = {
+    "arwkv7",
+    "falcon-h1",
+    "granitehybrid",
+    "jamba",
+    "kimi-linear",
+    "lfm2",
+    "lfm2moe",
+    "mamba",
+    "mamba2",
+}
+_OTHER_KINDS |= {"nemotron_h", "nemotron_h_moe", "plamo2", "qwen35", "qwen35moe", "qwen3next"}
+_OTHER_KINDS |= {"rwkv6", "rwkv6qwen2", "rwkv7"}
 
 
 def get(architecture: str) -> Architecture:
@@ -41,6 +76,11 @@ def from_gguf(gguf: GGUF, compute_dtype: str, kv_dtype: str = "auto") -> tuple[A
       GGUFError: the architecture is unknown, or the file does not fit it. No tensor data is read.
     """
     name = gguf.get("general.architecture", str)
+    if name in _OTHER_KINDS:
+        raise GGUFError(
+            f"{gguf.path}: architecture {name!r} has state-space or linear-attention layers, which can't be run: "
+            f"airjax runs {', '.join(sorted(_ARCHITECTURES))}"
+        )
     if name not in _ARCHITECTURES:
         raise GGUFError(
             f"{gguf.path}: architecture {name!r} can't be run: airjax runs {', '.join(sorted(_ARCHITECTURES))}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,7 +29,7 @@ class Config:
     """Sizes and constants that every architecture has; hashable, a static argument of jit.
 
     `compute_dtype` is the dtype of products ("float32", "bfloat16", "float16"), `kv_dtype` the form of the KV cache
-    (one of `layers.KV_DTYPES`).
+    (one of `layers.KV_DTYPES`), `experts` an `experts.Experts` where the feed-forward part is a mixture of them.
     """
 
     architecture: str
@@ -44,6 +44,7 @@ class Config:
     norm_eps: float
     compute_dtype: str
     kv_dtype: str
+    experts: Any = field(default=None, kw_only=True)
 
 
 class Architecture(Protocol):

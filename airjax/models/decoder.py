@@ -24,6 +24,7 @@ from airjax.models.architecture import (
     project_many,
     vector,
 )
+from airjax.models.experts import expert_specs, feed_forward
 from airjax.types import Array, KVCache
 
 _UNROTATED = " unrotated"
@@ -106,10 +107,11 @@ class Decoder:
         matrices = {"attn_qkv": (q + 2 * kv, d)} if config.fused_qkv else {}
         if not config.fused_qkv:
             matrices |= {"attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d)}
-        matrices |= {"attn_output": (d, q), "ffn_up": (2 * f if config.fused_gate else f, d)}
-        if not config.fused_gate:
-            matrices["ffn_gate"] = (f, d)
-        matrices["ffn_down"] = (d, f)
+        matrices["attn_output"] = (d, q)
+        if config.experts is None:
+            matrices |= {"ffn_up": (2 * f if config.fused_gate else f, d), "ffn_down": (d, f)}
+            if not config.fused_gate:
+                matrices["ffn_gate"] = (f, d)
         norms = {"attn_norm": d, "ffn_norm": d} if config.pre_norms else {}
         if config.post_norms:
             norms |= {"post_attention_norm": d, "post_ffw_norm": d}
@@ -120,7 +122,7 @@ class Decoder:
         for name, shape in matrices.items():
             specs[f"{name}.weight"] = TensorSpec(shape)
             specs[f"{name}.bias"] = TensorSpec(shape[:1], optional=True)
-        return specs
+        return specs if config.experts is None else specs | expert_specs(config)
 
     def layer_kind(self, config: DecoderConfig, layer: int) -> str:
         """Whether a layer sees the whole context, and whether it turns its queries and keys."""
@@ -174,14 +176,30 @@ class Decoder:
 
     def attend_output(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Array:
         """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states."""
-        attended = project(attended.reshape(*x.shape[:2], -1), weights, "attn_output", config)
-        x = _added(x, attended, weights, "post_attention_norm", config)
-        h = _norm(x, weights, "ffn_norm", config) if config.pre_norms else x
+        x, h = self.feed_forward_input(weights, x, attended, config)
+        if config.experts is not None:
+            return self.feed_forward_output(weights, x, feed_forward(h, weights, config), config)
         if config.fused_gate:
             gate, up = jnp.split(project(h, weights, "ffn_up", config), 2, axis=-1)
         else:
             gate, up = project_many(h, weights, ("ffn_gate", "ffn_up"), config)
         down = project(layers.gated(gate, up, config.activation), weights, "ffn_down", config)
+        return self.feed_forward_output(weights, x, down, config)
+
+    def feed_forward_input(
+        self, weights: Weights, x: Array, attended: Array, config: DecoderConfig
+    ) -> tuple[Array, Array]:
+        """The hidden states after attention, and what the feed-forward part takes of them, `[B, T, D]` each."""
+        attended = project(attended.reshape(*x.shape[:2], -1), weights, "attn_output", config)
+        x = _added(x, attended, weights, "post_attention_norm", config)
+        return x, self.feed_forward_norm(weights, x, config)
+
+    def feed_forward_norm(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
+        """What the feed-forward part takes of hidden states."""
+        return _norm(x, weights, "ffn_norm", config) if config.pre_norms else x
+
+    def feed_forward_output(self, weights: Weights, x: Array, down: Array, config: DecoderConfig) -> Array:
+        """The hidden states with what the feed-forward part gave."""
         return _added(x, down, weights, "post_ffw_norm", config)
 
     def block(

@@ -1,6 +1,10 @@
 """Block formats of GGUF files, decoded inside jit, and products with them."""
 
 from airjax.quants.dense import decoded_tiles as decoded_tiles
+from airjax.quants.experts import Stacked as Stacked
+from airjax.quants.experts import matmul_blocks as matmul_blocks
+from airjax.quants.experts import matmul_each as matmul_each
+from airjax.quants.experts import stacked as stacked
 from airjax.quants.matmul import matmul as matmul
 from airjax.quants.matmul import matmul_many as matmul_many
 from airjax.quants.packed import PackedTensor as PackedTensor

@@ -6,6 +6,14 @@ Knows byte ranges and arrays; knows neither GGUF nor models.
 from airjax.streaming.pinned import PinnedMemory as PinnedMemory
 from airjax.streaming.pinned import PinningError as PinningError
 from airjax.streaming.pinned import cuda_driver as cuda_driver
+from airjax.streaming.policy import LFU as LFU
+from airjax.streaming.policy import LRU as LRU
+from airjax.streaming.policy import Policy as Policy
+from airjax.streaming.pool import CALL_BYTES as CALL_BYTES
+from airjax.streaming.pool import CALLS_AHEAD as CALLS_AHEAD
+from airjax.streaming.pool import Pool as Pool
+from airjax.streaming.pool import PoolStats as PoolStats
+from airjax.streaming.pool import Shape as Shape
 from airjax.streaming.readers import ByteRange as ByteRange
 from airjax.streaming.readers import ReadError as ReadError
 from airjax.streaming.readers import RingReader as RingReader
@@ -17,3 +25,7 @@ from airjax.streaming.shuttle import to_cache as to_cache
 from airjax.streaming.sources import MappedSource as MappedSource
 from airjax.streaming.sources import ReadSource as ReadSource
 from airjax.streaming.timeline import Timeline as Timeline
+from airjax.streaming.units import MappedUnits as MappedUnits
+from airjax.streaming.units import ReadUnits as ReadUnits
+from airjax.streaming.units import Stack as Stack
+from airjax.streaming.units import UnitSource as UnitSource

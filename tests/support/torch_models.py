@@ -116,12 +116,12 @@ def _model(path: Path) -> Any:
         tied = {"lm_head.weight"} if "output.weight" not in file.tensors else set()
         assert not unexpected and set(missing) <= tied, (missing, unexpected)
         if "rope_freqs.weight" in file.tensors:
-            model.model.rotary_emb.inv_freq /= _decoded(file, "rope_freqs.weight")
+            model.model.rotary_emb.inv_freq /= decoded(file, "rope_freqs.weight")
     model.tie_weights()
     return model.eval()
 
 
-def _sizes(file: GGUF, architecture: str) -> dict[str, Any]:
+def model_sizes(file: GGUF, architecture: str) -> dict[str, Any]:
     def key(name: str, default: Any = None) -> Any:
         return file.metadata.get(f"{architecture}.{name}", default)
 
@@ -144,7 +144,7 @@ def _sizes(file: GGUF, architecture: str) -> dict[str, Any]:
     }
 
 
-def _rope(file: GGUF, architecture: str, base: float) -> dict[str, Any]:
+def rope_parameters(file: GGUF, architecture: str, base: float) -> dict[str, Any]:
     if file.metadata.get(f"{architecture}.rope.scaling.type") == "linear":
         factor = file.metadata[f"{architecture}.rope.scaling.factor"]
         return {"rope_type": "linear", "factor": factor, "rope_theta": base}
@@ -166,7 +166,7 @@ def _decoder(file: GGUF) -> Any:
     def key(name: str, default: Any = None) -> Any:
         return file.metadata.get(f"{architecture}.{name}", default)
 
-    rope = _rope(file, architecture, key("rope.freq_base"))
+    rope = rope_parameters(file, architecture, key("rope.freq_base"))
     width = key("attention.key_length")
     names: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2": ("Qwen2", {}),
@@ -201,7 +201,7 @@ def _decoder(file: GGUF) -> Any:
     if architecture == "glm4":
         rope["partial_rotary_factor"] = options["partial_rotary_factor"]
     config = getattr(transformers, f"{name}Config")(
-        **_sizes(file, architecture), rope_parameters=rope, **options
+        **model_sizes(file, architecture), rope_parameters=rope, **options
     )
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
@@ -209,16 +209,16 @@ def _decoder(file: GGUF) -> Any:
 def _llama(file: GGUF) -> Any:
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            **_sizes(file, "llama"),
+            **model_sizes(file, "llama"),
             attention_bias="blk.0.attn_q.bias" in file.tensors,
             mlp_bias="blk.0.ffn_up.bias" in file.tensors,
-            rope_parameters=_rope(file, "llama", file.metadata["llama.rope.freq_base"]),
+            rope_parameters=rope_parameters(file, "llama", file.metadata["llama.rope.freq_base"]),
         )
     )
 
 
 def _gemma3(file: GGUF) -> Any:
-    sizes = _sizes(file, "gemma3")
+    sizes = model_sizes(file, "gemma3")
     return transformers.Gemma3ForCausalLM(
         transformers.Gemma3TextConfig(
             **sizes,
@@ -227,7 +227,7 @@ def _gemma3(file: GGUF) -> Any:
             sliding_window_pattern=file.metadata.get("gemma3.attention.sliding_window_pattern", 6),
             final_logit_softcapping=file.metadata.get("gemma3.final_logit_softcapping"),
             rope_parameters={
-                "full_attention": _rope(file, "gemma3", file.metadata["gemma3.rope.freq_base"]),
+                "full_attention": rope_parameters(file, "gemma3", file.metadata["gemma3.rope.freq_base"]),
                 "sliding_attention": {
                     "rope_type": "default",
                     "rope_theta": file.metadata.get("gemma3.rope.freq_base_swa", 10_000.0),
@@ -249,36 +249,36 @@ def _state(file: GGUF, architecture: str) -> dict[str, torch.Tensor]:
         1.0 if architecture.startswith("gemma") else 0.0
     )  # transformers adds it to each of Gemma's norm weights
     state = {
-        "model.embed_tokens.weight": _decoded(file, "token_embd.weight"),
-        "model.norm.weight": _decoded(file, "output_norm.weight") - one,
+        "model.embed_tokens.weight": decoded(file, "token_embd.weight"),
+        "model.norm.weight": decoded(file, "output_norm.weight") - one,
     }
     if "output.weight" in file.tensors:
-        state["lm_head.weight"] = _decoded(file, "output.weight")
+        state["lm_head.weight"] = decoded(file, "output.weight")
     for layer in range(file.metadata[f"{architecture}.block_count"]):
         for ours, theirs in _NORMS[architecture].items():
-            values = _decoded(file, f"blk.{layer}.{ours}.weight")
+            values = decoded(file, f"blk.{layer}.{ours}.weight")
             state[f"model.layers.{layer}.{theirs}.weight"] = values - one
         for ours, theirs in (_PROJECTIONS | _FUSED.get(architecture, {})).items():
             for part in ("weight", "bias"):
                 name = f"blk.{layer}.{ours}.{part}"
                 if name in file.tensors:
-                    values = _decoded(file, name)
+                    values = decoded(file, name)
                     if architecture in _NEIGHBOURS and ours in ("attn_q", "attn_k"):
                         heads = "head_count" if ours == "attn_q" else "head_count_kv"
-                        values = _neighbours_to_halves(
+                        values = neighbours_to_halves(
                             values, file.metadata[f"{architecture}.attention.{heads}"]
                         )
                     state[f"model.layers.{layer}.{theirs}.{part}"] = values
     return state
 
 
-def _decoded(file: GGUF, name: str) -> torch.Tensor:
+def decoded(file: GGUF, name: str) -> torch.Tensor:
     info = file.tensors[name]
     values = gguf.quants.dequantize(file.raw(name), info.type) if info.type.name != "F32" else file.raw(name)
     return torch.from_numpy(np.array(values.view(np.float32)).reshape(info.shape))
 
 
-def _neighbours_to_halves(values: torch.Tensor, heads: int) -> torch.Tensor:
+def neighbours_to_halves(values: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows whose rope turns neighbours, in the order whose rope turns halves."""
     pairs = values.reshape(heads, -1, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)

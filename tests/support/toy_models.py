@@ -50,7 +50,7 @@ def toy_llama(
     wide = block_type in _SCALE_AT
     d, f, heads = (256, 512, 4) if wide else (64, 128, 4)
     width = head_width or d // heads
-    toy = _Toy(path, "llama", pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed)
+    toy = Toy(path, "llama", pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed)
     toy.sizes(layers, d, f, heads, kv_heads, context=512)
     toy.value("rope.freq_base", 10_000.0)
     toy.value("rope.dimension_count", width)
@@ -118,7 +118,7 @@ def toy_gemma3(
     wide = block_type in _SCALE_AT
     d, f, heads = (256, 512, 4) if wide else (64, 128, 4)
     width = head_width or d // heads
-    toy = _Toy(path, "gemma3", spm_metadata(), GGMLType[block_type], seed)
+    toy = Toy(path, "gemma3", spm_metadata(), GGMLType[block_type], seed)
     toy.sizes(layers, d, f, heads, kv_heads, context=512)
     toy.value("rope.freq_base", 1_000_000.0)
     toy.value("attention.sliding_window", window)
@@ -206,9 +206,7 @@ def toy_decoder(
     wide = block_type in _SCALE_AT
     d, f, heads, kv_heads = (256, 512, 4, 2) if wide else (64, 128, 4, 2)
     width = options.get("width", d // heads)
-    toy = _Toy(
-        path, architecture, pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed
-    )
+    toy = Toy(path, architecture, pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed)
     toy.sizes(layers, d, f, heads, kv_heads, context=512)
     toy.value("rope.freq_base", 10_000.0)
     toy.value("attention.key_length", width)
@@ -244,7 +242,7 @@ def toy_decoder(
     return toy.write()
 
 
-class _Toy:
+class Toy:
     """A GGUF file in the making."""
 
     def __init__(
@@ -291,13 +289,19 @@ class _Toy:
 
     def matrix(self, name: str, rows: int, columns: int, gain: float = 1.0) -> None:
         """Random weights in the file's block type; `gain` is the spread of the products of unit inputs."""
+        self._writer.add_tensor(name, self._blocks(rows, columns, gain), raw_dtype=self._type)
+
+    def stack(self, name: str, count: int, rows: int, columns: int, gain: float = 1.0) -> None:
+        """The same for `count` matrices in one tensor."""
+        data = self._blocks(count * rows, columns, gain).reshape(count, rows, -1)
+        self._writer.add_tensor(name, data, raw_dtype=self._type)
+
+    def _blocks(self, rows: int, columns: int, gain: float) -> np.ndarray:
         spread = gain * columns**-0.5
         if self._type.name in _SCALE_AT:
-            data = self._random_blocks(rows, columns, spread)
-        else:
-            values = self.generator.normal(scale=spread, size=(rows, columns)).astype(np.float32)
-            data = gguf.quants.quantize(values, self._type)
-        self._writer.add_tensor(name, data, raw_dtype=self._type)
+            return self._random_blocks(rows, columns, spread)
+        values = self.generator.normal(scale=spread, size=(rows, columns)).astype(np.float32)
+        return gguf.quants.quantize(values, self._type)
 
     def write(self) -> Path:
         """Writes the file."""

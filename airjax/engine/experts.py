@@ -1,0 +1,202 @@
+"""A layer whose experts come through the pool: attention and router, then those experts that were chosen."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from airjax import layers, models, quants
+from airjax.engine.step import jit
+from airjax.gguf import ExpertSlot, Layout
+from airjax.models import Buffers, Config
+from airjax.types import Array, KVCache, LayerKV, PagedKV
+
+if TYPE_CHECKING:
+    from airjax.engine.model import Model
+
+
+@flax.struct.dataclass
+class Routed:
+    """Tokens between attention and their experts.
+
+    Attributes:
+      x: hidden states after attention, `[B, T, D]`.
+      h: what the experts take, `[B, T, D]`.
+      ids: `[B, T, k]` int32.
+      gates: `[B, T, k]`.
+      beside: what shared experts gave, `[B, T, D]`, or None.
+      picks: `[B * T, k]` int32, and beside them the experts that the next layer's router would choose now.
+    """
+
+    x: Array
+    h: Array
+    ids: Array
+    gates: Array
+    beside: Array | None
+    picks: Array
+
+
+def attend_and_route(
+    model: Model, layer: int, weights: Buffers, x: Array, cache: KVCache, positions: Array, length: int | None
+) -> tuple[Routed, LayerKV]:
+    """The first half of a layer, which looks at nothing that the pool holds.
+
+    Args:
+      model: the open model.
+      layer: which.
+      weights: buffers of the layer without its experts.
+      x: `[B, T, D]`.
+      cache: the layer's cache, or its pages with a table; donated.
+      positions: `[B, T]` on the device.
+      length: as in `Architecture.block`.
+    """
+    spans = model.manifest.layers
+    after = layer + 1
+    following = model.weights.take(after) if after < len(spans) and model.pool_holds(after) else None
+    layout = spans[after].layout if following is not None else None
+    step = _route_step(spans[layer].layout, layout, model.config, model.kinds[layer], length)
+    kv, table = (cache.pages, cache.table) if isinstance(cache, PagedKV) else (cache, None)
+    routed, kv = step(weights, following, x, kv, table, positions)
+    return routed, kv
+
+
+def run_experts(
+    model: Model, layer: int, routed: Sequence[Routed], positions: Sequence[np.ndarray]
+) -> list[Array]:
+    """The second half: looks at what was chosen, fetches what is not there, and computes.
+
+    Args:
+      model: the open model.
+      layer: which.
+      routed: of each call of the sweep.
+      positions: `[B, T]` of each, negative for padding rows.
+
+    Returns:
+      The new hidden states of each, `[B, T, D]`.
+    """
+    pool, config = model.pool, model.config
+    assert pool is not None
+    experts, used = config.experts.count, config.experts.routing.used
+    for part in routed:
+        part.picks.copy_to_host_async()
+    # Everything before is dispatched, so what is waited for now are experts of earlier layers, and then the router.
+    pool.wait()
+    picks = np.concatenate(
+        [np.asarray(part.picks)[at.reshape(-1) >= 0] for part, at in zip(routed, positions, strict=True)]
+    )
+    groups = pool.need(layer, np.bincount(picks[:, :used].reshape(-1), minlength=experts))
+    slots = model.expert_slots(layer)
+    before: list[Array | None] = [None] * len(routed)
+    for group in groups[:-1]:
+        pool.fetch(layer, group)
+        active = _mask(group, experts)
+        products = _products_step(slots, config)
+        before = [
+            products(*pool.place(layer), part.h, part.ids, own, active)
+            for part, own in zip(routed, before, strict=True)
+        ]
+    last = groups[-1] if groups else np.zeros(0, np.int64)
+    pool.fetch(layer, last)
+    only = _mask(last, experts) if len(groups) > 1 else None
+    finish = _finish_step(slots, config)
+    xs = [finish(*pool.place(layer), part, own, only) for part, own in zip(routed, before, strict=True)]
+    if picks.shape[1] > used:
+        likely = np.bincount(picks[:, used:].reshape(-1), minlength=experts)
+        order = np.argsort(-likely, kind="stable")
+        pool.predict(layer + 1, order[: np.count_nonzero(likely)])
+    return xs
+
+
+def _mask(group: np.ndarray, experts: int) -> np.ndarray:
+    active = np.zeros(experts, bool)
+    active[group] = True
+    return active
+
+
+@functools.cache
+def _route_step(
+    layout: Layout, following: Layout | None, config: Config, kind: str, length: int | None
+) -> Callable[..., tuple[Routed, LayerKV]]:
+    """jitted `(buffers, buffers of the next layer, x, kv or pages, table or None, positions) -> (Routed, kv)`."""
+    architecture: Any = models.get(config.architecture)
+
+    @functools.partial(jit, donate_argnames="kv")
+    def route(
+        buffers: Buffers, after: Buffers | None, x: Array, kv: LayerKV, table: Array | None, positions: Array
+    ) -> tuple[Routed, LayerKV]:
+        weights = models.unpack(buffers, layout)
+        cache: KVCache = kv if table is None else PagedKV(kv, table)
+        q, k, v = architecture.attend_inputs(weights, x, positions, config, kind)
+        cache = layers.write_rows(cache, k, v, positions)
+        form = architecture.attention_form(config, kind)
+        attended = layers.attention(q, cache, positions, **form._asdict(), length=length)
+        x, h = architecture.feed_forward_input(weights, x, attended, config)
+        ids, gates = models.route(h, weights, config)
+        picks = ids.reshape(-1, ids.shape[-1])
+        if following is not None and after is not None:
+            likely, _ = models.route(
+                architecture.feed_forward_norm(models.unpack(after, following), x, config),
+                models.unpack(after, following),
+                config,
+            )
+            picks = jnp.concatenate([picks, likely.reshape(picks.shape)], axis=1)
+        routed = Routed(x, h, ids, gates, models.shared(h, weights, config), picks)
+        return routed, cache.pages if isinstance(cache, PagedKV) else cache
+
+    return route
+
+
+@functools.cache
+def _products_step(slots: tuple[ExpertSlot, ...], config: Config) -> Callable[..., Array]:
+    """jitted `(pool, table, first unit, h, ids, before or None, active [E]) -> products [B, T, k, D]`."""
+
+    @jit
+    def run(
+        pool: Array, table: Array, first: Array, h: Array, ids: Array, before: Array | None, active: Array
+    ) -> Array:
+        return _products(pool, table, first, h, ids, before, active, slots, config)
+
+    return run
+
+
+@functools.cache
+def _finish_step(slots: tuple[ExpertSlot, ...], config: Config) -> Callable[..., Array]:
+    """jitted `(pool, table, first unit, Routed, products before or None, active [E] or None) -> x [B, T, D]`."""
+    architecture: Any = models.get(config.architecture)
+
+    @jit
+    def run(
+        pool: Array, table: Array, first: Array, routed: Routed, before: Array | None, active: Array | None
+    ) -> Array:
+        made = _products(pool, table, first, routed.h, routed.ids, before, active, slots, config)
+        down = models.combined(made, routed.gates, routed.beside)
+        return architecture.feed_forward_output({}, routed.x, down, config)
+
+    return run
+
+
+def _products(
+    pool: Array,
+    table: Array,
+    first: Array,
+    h: Array,
+    ids: Array,
+    before: Array | None,
+    active: Array | None,
+    slots: tuple[ExpertSlot, ...],
+    config: Config,
+) -> Array:
+    where = jax.lax.dynamic_slice(table, (first,), (config.experts.count,))
+    if active is not None:
+        where = jnp.where(active, where, -1)
+    parts = {
+        slot.name.removesuffix(".weight"): quants.Stacked(pool, slot.type, slot.shape, slot.offset)
+        for slot in slots
+    }
+    return models.expert_products(h, ids, parts, where, before, config)

@@ -1,0 +1,241 @@
+"""The feed-forward part of a mixture of experts: router, the chosen experts' products, shared experts.
+
+The products look at nothing but a token and its experts: wherever these lie, and in however many passes they come,
+the numbers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from airjax import layers, quants
+from airjax.gguf import GGUF, GGUFError
+from airjax.models.architecture import Config, TensorSpec, Weights, project, project_many
+from airjax.types import Array
+
+ROUTER = "ffn_gate_inp"
+EXPERT_MATRICES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+# As in `quants.matmul`: up to this many rows each goes to its experts alone.
+_FEW_ROWS = 8
+# Weights of experts that are decoded at once where there are more rows, and bytes that are gathered where not.
+TILE_WEIGHTS = 32 << 20
+GATHERED_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What a mixture of experts adds to a configuration; hashable.
+
+    Attributes:
+      count: E, routed experts of a layer.
+      d_ff: F, width of each.
+      routing: how a token's experts are chosen.
+      shared_d_ff: width of what every token goes through beside them; 0 for none.
+      shared_gate: a token's own weight for that (Qwen 2).
+      activation: of the gates.
+    """
+
+    count: int
+    d_ff: int
+    routing: layers.Routing
+    shared_d_ff: int = 0
+    shared_gate: bool = False
+    activation: layers.Activation = "silu"
+
+
+def read_experts(gguf: GGUF, sizes: Mapping[str, Any], *, normalized: bool, width: str) -> Experts:
+    """The experts of a file by the keys that most files share.
+
+    Args:
+      gguf: the open file.
+      sizes: from `common_sizes`.
+      normalized: whether the chosen experts' weights sum to one, where the file does not say it.
+      width: key of an expert's width.
+
+    Raises:
+      GGUFError: a number makes no mixture of experts.
+    """
+    arch = sizes["architecture"]
+
+    def key(name: str) -> int:
+        value = int(gguf.get(f"{arch}.{name}", int))
+        if not 0 < value < 2**31:
+            raise GGUFError(
+                f"{gguf.path}: {arch}.{name} must be a positive number, got {value}: convert the model again"
+            )
+        return value
+
+    count, used = key("expert_count"), key("expert_used_count")
+    if used > count:
+        raise GGUFError(
+            f"{gguf.path}: {arch}.expert_used_count must be at most expert_count, got {used} of {count}: "
+            "convert the model again"
+        )
+    normalized = gguf.get(f"{arch}.expert_weights_norm", bool, normalized)
+    scale = gguf.get(f"{arch}.expert_weights_scale", float, 1.0)
+    return Experts(count, key(width), layers.Routing(used, normalized=normalized, scale=scale or 1.0))
+
+
+def expert_specs(config: Config) -> dict[str, TensorSpec]:
+    """The tensors of a layer's feed-forward part."""
+    experts, d = config.experts, config.d_model
+    shapes: dict[str, tuple[int, ...]] = {
+        ROUTER: (experts.count, d),
+        "ffn_gate_exps": (experts.count, experts.d_ff, d),
+        "ffn_up_exps": (experts.count, experts.d_ff, d),
+        "ffn_down_exps": (experts.count, d, experts.d_ff),
+    }
+    if experts.shared_d_ff:
+        shapes |= {"ffn_gate_shexp": (experts.shared_d_ff, d), "ffn_up_shexp": (experts.shared_d_ff, d)}
+        shapes["ffn_down_shexp"] = (d, experts.shared_d_ff)
+    if experts.shared_gate:
+        shapes["ffn_gate_inp_shexp"] = (d,)
+    return {f"{name}.weight": TensorSpec(shape) for name, shape in shapes.items()}
+
+
+def feed_forward(h: Array, weights: Weights, config: Config) -> Array:
+    """A layer's feed-forward part with all of its experts at hand: `[B, T, D]` to `[B, T, D]`."""
+    ids, gates = route(h, weights, config)
+    products = expert_products(h, ids, stacks(weights), None, None, config)
+    return combined(products, gates, shared(h, weights, config))
+
+
+def route(h: Array, weights: Weights, config: Config) -> tuple[Array, Array]:
+    """The experts `[B, T, k]` int32 of each token and their weights `[B, T, k]`; always in float32."""
+    logits = quants.matmul(h, weights[f"{ROUTER}.weight"], dtype=np.dtype(np.float32))
+    return layers.choose(logits, config.experts.routing)
+
+
+def shared(h: Array, weights: Weights, config: Config) -> Array | None:
+    """What every token goes through, `[B, T, D]`; None without."""
+    experts = config.experts
+    if not experts.shared_d_ff:
+        return None
+    gate, up = project_many(h, weights, ("ffn_gate_shexp", "ffn_up_shexp"), config)
+    down = project(layers.gated(gate, up, experts.activation), weights, "ffn_down_shexp", config)
+    if not experts.shared_gate:
+        return down
+    own = jnp.sum(h * quants.dequantize(weights["ffn_gate_inp_shexp.weight"]), axis=-1, keepdims=True)
+    return jax.nn.sigmoid(own) * down
+
+
+def stacks(weights: Weights) -> dict[str, quants.Stacked]:
+    """The expert tensors of a layer, by name."""
+    return {name: quants.stacked(weights[f"{name}.weight"]) for name in EXPERT_MATRICES}
+
+
+def expert_products(
+    h: Array,
+    ids: Array,
+    parts: Mapping[str, quants.Stacked],
+    slots: Array | None,
+    before: Array | None,
+    config: Config,
+) -> Array:
+    """What each chosen expert makes of its token.
+
+    Args:
+      h: `[B, T, D]`.
+      ids: `[B, T, k]`.
+      parts: the experts' matrices.
+      slots: int32 `[E]`: where in them an expert lies, negative if it is not there; None where each has its place.
+      before: `[B, T, k, D]`, what earlier passes made of experts that are not there now; None for the only pass.
+      config: of the model.
+
+    Returns:
+      float32 `[B, T, k, D]`.
+    """
+    *lead, used = ids.shape
+    rows = h.reshape(-1, h.shape[-1])
+    pairs = ids.reshape(-1)
+    out = jnp.zeros((len(pairs), rows.shape[1])) if before is None else before.reshape(len(pairs), -1)
+    product = _by_pair if len(rows) <= _FEW_ROWS else _by_expert
+    return product(rows, pairs, parts, slots, out, config).reshape(*lead, used, -1)
+
+
+def combined(products: Array, gates: Array, beside: Array | None) -> Array:
+    """The weighted sum of the experts' products `[B, T, k, D]`, and what the shared experts gave."""
+    # Written out: with a reduction here, whose sum a product is added to, XLA's CPU backend (JAX 0.10.2) gave wrong
+    # numbers.
+    total = jnp.zeros((), jnp.float32)
+    for rank in range(products.shape[-2]):
+        total = total + products[..., rank, :] * gates[..., rank, None]
+    return total if beside is None else total + beside
+
+
+def block_rows(rows: int) -> int:
+    """Rows of a block of one expert: from 64 on XLA's CPU backend sums in the same order however a prompt is cut."""
+    return 64 if rows >= 64 else 16
+
+
+def _by_pair(
+    rows: Array,
+    pairs: Array,
+    parts: Mapping[str, quants.Stacked],
+    slots: Array | None,
+    out: Array,
+    config: Config,
+) -> Array:
+    """Each token with each of its experts alone."""
+    dtype, experts = np.dtype(config.compute_dtype), config.experts
+    where = pairs if slots is None else slots[pairs]
+    inputs = jnp.repeat(rows, len(pairs) // len(rows), axis=0)
+
+    def some(x: Array, index: Array) -> Array:
+        gate, up = (quants.matmul_each(x, parts[name], index, dtype=dtype) for name in EXPERT_MATRICES[:2])
+        hidden = layers.gated(gate, up, experts.activation)
+        return quants.matmul_each(hidden, parts[EXPERT_MATRICES[2]], index, dtype=dtype)
+
+    at_once = max(GATHERED_BYTES // sum(part.nbytes for part in parts.values()), 1)
+    pieces = next(n for n in range(1, len(pairs) + 1) if len(pairs) % n == 0 and len(pairs) // n <= at_once)
+    if pieces == 1:
+        products = some(inputs, where)
+    else:
+        split = (inputs.reshape(pieces, -1, inputs.shape[1]), where.reshape(pieces, -1))
+        products = jax.lax.map(lambda piece: some(*piece), split).reshape(out.shape)
+    return products if slots is None else jnp.where(where[:, None] >= 0, products, out)
+
+
+def _by_expert(
+    rows: Array,
+    pairs: Array,
+    parts: Mapping[str, quants.Stacked],
+    slots: Array | None,
+    out: Array,
+    config: Config,
+) -> Array:
+    """Tokens grouped by expert; a few experts are decoded at once, so that the workspace does not grow with them."""
+    dtype, experts = np.dtype(config.compute_dtype), config.experts
+    used = len(pairs) // len(rows)
+    if slots is not None:
+        pairs = jnp.where(slots[pairs] >= 0, pairs, experts.count)
+    groups = layers.group_by_expert(pairs, experts.count, block_rows(len(rows)))
+    blocks = len(groups.expert)
+    at_once = min(decoded_experts(config), blocks)
+    missing = -blocks % at_once
+    held = jnp.pad(groups.pairs, ((0, missing), (0, 0)), constant_values=len(pairs))
+    expert = jnp.pad(groups.expert, (0, missing))
+    where = expert if slots is None else jnp.maximum(slots[expert], 0)
+
+    def some(step: Array, out: Array) -> Array:
+        begin = step * at_once
+        own = jax.lax.dynamic_slice_in_dim(held, begin, at_once)  # [G, M]
+        index = jax.lax.dynamic_slice_in_dim(where, begin, at_once)
+        x = rows.at[own // used].get(mode="clip")  # [G, M, D]
+        gate, up = (quants.matmul_blocks(x, parts[name], index, dtype=dtype) for name in EXPERT_MATRICES[:2])
+        hidden = layers.gated(gate, up, experts.activation)
+        made = quants.matmul_blocks(hidden, parts[EXPERT_MATRICES[2]], index, dtype=dtype)
+        return out.at[own.reshape(-1)].set(made.reshape(-1, made.shape[-1]), mode="drop")
+
+    return jax.lax.fori_loop(0, -(-groups.used // at_once), some, out)
+
+
+def decoded_experts(config: Config) -> int:
+    """How many experts are decoded at once."""
+    return max(TILE_WEIGHTS // (config.experts.d_ff * config.d_model), 1)

@@ -1,0 +1,227 @@
+"""Streaming by the expert: the numbers never depend on the pool, and little more crosses the link than was chosen."""
+
+import jax
+import numpy as np
+import pytest
+from toy_experts import random_ids, toy_mixture
+from toy_models import toy_llama
+
+import airjax
+from airjax import engine, models, sampling
+from airjax.engine import drafting
+from airjax.gguf import build_manifest, open_gguf
+from airjax.plan import PlanError, make_plan
+
+_EXPERTS, _USED, _LAYERS = 16, 3, 4
+_RAM = 1 << 34
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return toy_mixture(
+        tmp_path_factory.mktemp("experts") / "toy.gguf",
+        "qwen3moe",
+        block_type="Q4_0",
+        layers=_LAYERS,
+        count=_EXPERTS,
+        used=_USED,
+    )
+
+
+def _budget(path, slots, **options):
+    """The device memory with which the pool has so many slots."""
+    with open_gguf(path) as file:
+        _, config = models.from_gguf(file, "float32")
+        manifest = build_manifest(file)
+
+        def planned(budget):
+            try:
+                return sum(
+                    make_plan(
+                        file,
+                        manifest,
+                        config,
+                        backend="cpu",
+                        vram_budget_bytes=budget,
+                        ram_budget_bytes=_RAM,
+                        context=256,
+                        resident="dense",
+                        **options,
+                    ).expert_slots
+                )
+            except PlanError:
+                return 0
+
+        low, high = 0, 1 << 31
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if planned(middle) >= slots else (middle, high)
+        assert planned(high) == slots
+        return high
+
+
+def _load(path, slots=None, max_batch=None, **options):
+    budget = 1 << 31 if slots is None else _budget(path, slots, max_batch=max_batch)
+    if slots is not None:
+        options["resident"] = "dense"
+    return airjax.load(
+        path,
+        vram_budget_gib=budget / 2**30,
+        ram_budget_gib=options.pop("ram_budget_gib", 16),
+        context=256,
+        compute_dtype="float32",
+        max_batch=max_batch,
+        **options,
+    )
+
+
+def _results(loaded):
+    ids = random_ids(loaded.model.config.vocab_size, 150)
+    logits = loaded.logits(ids)
+    draws = loaded.generate(ids[:11], max_tokens=12, key=jax.random.key(1), ignore_eos=True)
+    return logits, [(token.id, token.logprob) for token in draws]
+
+
+@pytest.fixture(scope="module")
+def resident(path):
+    with _load(path, resident="all") as loaded:
+        assert loaded.model.pool is None
+        return _results(loaded)
+
+
+@pytest.mark.parametrize("slots", [_USED, 7, 20, _EXPERTS * _LAYERS])
+def test_a_pool_of_any_size_gives_the_numbers_of_resident_layers(path, resident, slots):
+    with _load(path, slots) as loaded:
+        logits, tokens = _results(loaded)
+        np.testing.assert_array_equal(logits, resident[0])
+        assert tokens == resident[1]
+        # What is in the pool now makes no difference either.
+        np.testing.assert_array_equal(_results(loaded)[0], resident[0])
+
+
+@pytest.mark.parametrize("tier", ["ring", "pageable mapping"])
+def test_tiers_give_the_same_numbers(path, resident, tier):
+    with _load(path, 20, tier=tier) as loaded:
+        assert loaded.plan.tier == tier
+        logits, tokens = _results(loaded)
+        np.testing.assert_array_equal(logits, resident[0])
+        assert tokens == resident[1]
+
+
+def test_a_file_beyond_the_ram_budget_is_read_expert_by_expert(path):
+    with open_gguf(path) as file:
+        _, config = models.from_gguf(file, "float32")
+        plan = make_plan(
+            file,
+            build_manifest(file),
+            config,
+            backend="cpu",
+            vram_budget_bytes=_budget(path, 20),
+            ram_budget_bytes=100_000,
+            context=256,
+            resident="dense",
+        )
+    assert plan.tier == "ring" and plan.expert_slots == (20,)
+    assert plan.host_slots * plan.host_slot_bytes <= 100_000
+
+
+def _decode_bytes(loaded, count, seed):
+    ids = random_ids(loaded.model.config.vocab_size, 5, seed)
+    list(loaded.generate(ids, max_tokens=count, ignore_eos=True))
+    return loaded.stats
+
+
+@pytest.mark.parametrize("slots", [_USED, 12, 40])
+def test_little_more_crosses_the_link_than_was_chosen_and_not_there(path, slots):
+    with _load(path, slots) as loaded:
+        (unit_bytes,) = {span.unit_bytes for span in loaded.model.experts}
+        needed = moved = 0
+        for seed in range(4):
+            stats = _decode_bytes(loaded, 12, seed)
+            experts = stats.experts
+            missed = experts.misses * unit_bytes + experts.prefetch_used_bytes
+            assert experts.demand_bytes == experts.misses * unit_bytes
+            assert experts.bytes == stats.bytes_streamed
+            needed, moved = needed + missed, moved + experts.bytes
+        assert needed <= moved <= 1.1 * needed
+        assert 0 < experts.predicted_right <= experts.predicted
+
+
+def test_a_pool_of_everything_fetches_each_expert_once(path):
+    with _load(path, _EXPERTS * _LAYERS) as loaded:
+        ids = random_ids(loaded.model.config.vocab_size, 200)
+        loaded.logits(ids)
+        first = loaded.stats.experts
+        assert first.misses > 0 and first.prefetch_wasted_bytes <= 0.1 * first.bytes
+        loaded.logits(ids)
+        second = loaded.stats.experts
+        assert second.bytes == 0 and second.hit_rate == 1
+
+
+def _batch(loaded, prompts):
+    scheduler = engine.Scheduler(loaded.model, sampler=airjax.sampling.greedy())
+    numbers = [
+        scheduler.submit(
+            engine.Request(tuple(ids), airjax.sampling.greedy(), jax.random.key(0), 8, frozenset())
+        )
+        for ids in prompts
+    ]
+    out = {number: [] for number in numbers}
+    while scheduler.busy:
+        for event in scheduler.step():
+            assert not event.error
+            out[event.request].append((event.token, event.logprob))
+    stats = scheduler.stats
+    scheduler.close()
+    return list(out.values()), stats
+
+
+def test_a_batch_gives_the_numbers_of_resident_layers_and_shares_experts(path):
+    prompts = [random_ids(100, 4 + 17 * n, n) for n in range(5)]
+    with _load(path, resident="all", max_batch=5) as loaded:
+        expected, _ = _batch(loaded, prompts)
+    for slots in (5, 30):
+        with _load(path, slots, max_batch=5) as loaded:
+            drawn, stats = _batch(loaded, prompts)
+            assert drawn == expected
+            # An expert that several tokens of a sweep chose counts and travels once.
+            assert stats.experts.hits + stats.experts.misses <= stats.sweeps * _LAYERS * _EXPERTS
+            assert stats.bytes_streamed == stats.experts.bytes > 0
+
+
+def test_a_generation_left_in_the_middle_leaves_the_pool_usable(path, resident):
+    with _load(path, 12) as loaded:
+        draws = loaded.generate(random_ids(100, 9), max_tokens=20, ignore_eos=True)
+        next(draws)
+        draws.close()
+        np.testing.assert_array_equal(_results(loaded)[0], resident[0])
+
+
+def test_dense_is_refused_where_it_makes_no_sense(path, tmp_path):
+    with pytest.raises(PlanError, match=r"all but the experts does not fit in 0\.10 GiB"):
+        airjax.load(path, vram_budget_gib=0.1, context=256, resident="dense", compute_dtype="float32")
+    toy = toy_llama(tmp_path / "toy.gguf")
+    with pytest.raises(PlanError, match="resident=dense is for mixtures of experts"):
+        airjax.load(toy, vram_budget_gib=1, context=256, resident="dense")
+
+
+def test_a_checked_draft_gives_the_draws_of_plain_decoding(path):
+    options = {"max_tokens": 16, "stop_ids": frozenset(), "key": jax.random.key(1)}
+    options["sampler"] = sampling.temperature(0.3)
+    prompt = [5, 6, 7, 8] * 4
+    with _load(path, 12) as loaded:
+        expected = _draws(loaded, engine.generate, prompt, **options)
+        drafter = drafting.Lookup()
+        drafter.push([*prompt, *(draw.id for draw in expected[:6]), 9, 9])
+        more = {"drafter": drafter, "draft_max": 3}
+        assert _draws(loaded, drafting.generate_drafted, prompt, **options, **more) == expected
+        assert 0 < loaded.stats.accepted_tokens < loaded.stats.drafted_tokens
+
+
+def _draws(loaded, generate, prompt, **options):
+    loaded.model.stats = engine.Stats()
+    state = engine.new_state(loaded.model)
+    draws = list(generate(loaded.model, state, prompt, **options))
+    loaded.model.wait()
+    state.close()
+    return draws

@@ -1,0 +1,103 @@
+"""Mixtures of experts against transformers, on random models."""
+
+import gguf
+import numpy as np
+import pytest
+from divergence import max_kl
+from other_ways import bare_logits, logits_in_pieces, stepwise_logits
+from torch_experts import torch_mixture_logits
+from toy_experts import MIXTURES, random_ids, toy_mixture
+
+import airjax
+from airjax.gguf import GGUFError
+
+_EVERY = pytest.mark.parametrize("model", sorted(MIXTURES))
+
+
+def _load(path, **options):
+    return airjax.load(path, vram_budget_gib=1, context=256, compute_dtype="float32", **options)
+
+
+@_EVERY
+def test_a_random_model_gives_the_logits_of_transformers(tmp_path, model):
+    path = toy_mixture(tmp_path / "toy.gguf", model)
+    with _load(path) as loaded:
+        ids = random_ids(loaded.model.config.vocab_size, 100)
+        assert max_kl(torch_mixture_logits(path, ids), loaded.logits(ids)) < 1e-6
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_weights_that_sum_to_one_are_the_files_own_matter(tmp_path, normalized):
+    path = toy_mixture(tmp_path / "toy.gguf", "qwen3moe", values={"expert_weights_norm": normalized})
+    with _load(path) as loaded:
+        ids = random_ids(loaded.model.config.vocab_size, 70)
+        assert max_kl(torch_mixture_logits(path, ids), loaded.logits(ids)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("model", "block_type"), [("qwen2moe", "Q4_0"), ("mixtral", "Q8_0"), ("qwen3moe", "Q4_K")]
+)
+def test_quantized_experts_give_the_logits_of_transformers(tmp_path, model, block_type):
+    path = toy_mixture(tmp_path / "toy.gguf", model, block_type=block_type, layers=2)
+    with _load(path) as loaded:
+        ids = random_ids(loaded.model.config.vocab_size, 80)
+        assert max_kl(torch_mixture_logits(path, ids), loaded.logits(ids)) < 1e-6
+
+
+@_EVERY
+def test_token_by_token_and_in_pieces_equals_the_full_forward(tmp_path, model):
+    with _load(toy_mixture(tmp_path / "toy.gguf", model)) as loaded:
+        ids = random_ids(loaded.model.config.vocab_size, 24)
+        whole = loaded.logits(ids)
+        assert max_kl(whole, stepwise_logits(loaded, ids, prompt=8)) < 1e-5
+        np.testing.assert_allclose(logits_in_pieces(loaded, ids, cuts=(1, 2, 17)), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model", "block_type"), [("qwen2moe", "Q4_0"), ("qwen3moe", "Q4_K")])
+def test_streamed_with_the_shuttle_equals_resident(tmp_path, model, block_type):
+    path = toy_mixture(tmp_path / "toy.gguf", model, block_type=block_type, layers=2)
+    with _load(path, resident="all") as loaded:
+        ids = random_ids(loaded.model.config.vocab_size, 40)
+        expected = loaded.logits(ids)
+        tokens = [token.id for token in loaded.generate(ids[:9], max_tokens=8, ignore_eos=True)]
+    with _load(path, resident="none", stream_depth=2, kv_shuttle="on") as loaded:
+        np.testing.assert_array_equal(loaded.logits(ids), expected)
+        assert [token.id for token in loaded.generate(ids[:9], max_tokens=8, ignore_eos=True)] == tokens
+
+
+@_EVERY
+def test_the_bare_functions_give_the_logits_of_the_engine(tmp_path, model):
+    path = toy_mixture(tmp_path / "toy.gguf", model)
+    with _load(path) as loaded:
+        ids = random_ids(loaded.model.config.vocab_size, 20)
+        np.testing.assert_allclose(bare_logits(path, ids), loaded.logits(ids), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stacked": 5}, r"ffn_gate_inp.weight must have shape \(8, 64\) by the metadata, got \(5, 64\)"),
+        ({"left_out": ("ffn_gate_inp",)}, r"tensor blk.0.ffn_gate_inp.weight is missing: a qwen3moe model"),
+        ({"left_out": ("ffn_up_exps",)}, r"tensor blk.0.ffn_up_exps.weight is missing"),
+        ({"used": 9}, r"expert_used_count must be at most expert_count, got 9 of 8"),
+        ({"used": 0}, r"expert_used_count must be a positive number, got 0"),
+        ({"values": {"expert_count": "many"}}, r"expert_count must be of type int"),
+    ],
+)
+def test_a_file_that_makes_no_mixture_is_refused_by_name(tmp_path, options, message):
+    with pytest.raises(GGUFError, match=message):
+        _load(toy_mixture(tmp_path / "toy.gguf", "qwen3moe", layers=1, **options))
+
+
+@pytest.mark.parametrize("architecture", ["jamba", "mamba2", "qwen3next"])
+def test_a_hybrid_is_refused_by_name(tmp_path, architecture):
+    writer = gguf.GGUFWriter(tmp_path / "toy.gguf", architecture)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        GGUFError, match=f"'{architecture}' has state-space or linear-attention layers.*qwen3moe"
+    ):
+        _load(tmp_path / "toy.gguf")

@@ -1,0 +1,95 @@
+"""Mixtures of experts by transformers, in float32, with weights that the gguf package decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch_models import decoded, model_sizes, neighbours_to_halves, rope_parameters
+
+from airjax.gguf import GGUF, open_gguf
+
+_PROJECTIONS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+
+
+def torch_mixture_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
+    """Teacher-forced logits of every position, float32 `[T, V]`."""
+    with open_gguf(path) as file:
+        model = _model(file)
+        missing, unexpected = model.load_state_dict(_state(file), strict=False)
+        assert not unexpected and not missing, (missing, unexpected)
+    with torch.inference_mode():
+        return model.eval()(torch.tensor([list(ids)])).logits[0].numpy()
+
+
+def _model(file: GGUF) -> Any:
+    architecture = file.metadata["general.architecture"]
+
+    def key(name: str, default: Any = None) -> Any:
+        return file.metadata.get(f"{architecture}.{name}", default)
+
+    options: dict[str, Any] = {
+        "num_experts_per_tok": key("expert_used_count"),
+        "rope_parameters": rope_parameters(file, architecture, key("rope.freq_base")),
+    }
+    if architecture == "llama":
+        kind = "Mixtral"
+        options |= {"num_local_experts": key("expert_count"), "sliding_window": None}
+    else:
+        kind = {"qwen2moe": "Qwen2Moe", "qwen3moe": "Qwen3Moe"}[architecture]
+        options |= {
+            "num_experts": key("expert_count"),
+            "moe_intermediate_size": key("expert_feed_forward_length"),
+            "norm_topk_prob": key("expert_weights_norm", architecture == "qwen3moe"),
+        }
+        if architecture == "qwen2moe":
+            options["shared_expert_intermediate_size"] = key("expert_shared_feed_forward_length")
+    config = getattr(transformers, f"{kind}Config")(**model_sizes(file, architecture), **options)
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
+def _state(file: GGUF) -> dict[str, torch.Tensor]:
+    architecture = file.metadata["general.architecture"]
+    state = {
+        "model.embed_tokens.weight": decoded(file, "token_embd.weight"),
+        "model.norm.weight": decoded(file, "output_norm.weight"),
+        "lm_head.weight": decoded(file, "output.weight"),
+    }
+    for layer in range(file.metadata[f"{architecture}.block_count"]):
+        there = f"model.layers.{layer}"
+        for ours, theirs in _PROJECTIONS.items():
+            for part in ("weight", "bias"):
+                name = f"blk.{layer}.{ours}.{part}"
+                if name in file.tensors:
+                    values = decoded(file, name)
+                    if architecture == "llama" and ours in ("attn_q", "attn_k"):
+                        heads = "head_count" if ours == "attn_q" else "head_count_kv"
+                        heads = file.metadata[f"llama.attention.{heads}"]
+                        values = neighbours_to_halves(values, heads)
+                    if ours == "ffn_gate_inp_shexp":
+                        values = values[None]
+                    state[f"{there}.{theirs}.{part}"] = values
+        gate, up, down = (
+            decoded(file, f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up", "down")
+        )
+        state[f"{there}.mlp.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        state[f"{there}.mlp.experts.down_proj"] = down
+    return state

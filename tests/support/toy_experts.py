@@ -1,0 +1,116 @@
+"""Tiny mixtures of experts with random weights as GGUF files, the same bytes for the same options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType as GGMLType
+from toy_models import Toy
+from toy_vocabularies import pairs_metadata
+
+# Of each model: its architecture, metadata of its own, and what its layers have.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"architecture": "llama", "count": 6, "used": 2},
+    "qwen2moe": {
+        "count": 8,
+        "used": 3,
+        "shared": 96,
+        "biases": ("attn_q", "attn_k", "attn_v"),
+    },
+    "qwen3moe": {"count": 8, "used": 3, "qk_norm": True},
+}
+
+
+def toy_mixture(
+    path: Path,
+    model: str,
+    *,
+    block_type: str = "F32",
+    layers: int = 3,
+    seed: int = 0,
+    values: dict[str, Any] | None = None,
+    left_out: tuple[str, ...] = (),
+    stacked: int | None = None,
+    **sizes: int,
+) -> Path:
+    """Writes one of `MIXTURES`.
+
+    Args:
+      path: the file.
+      model: its name.
+      block_type: of all matrices but the router.
+      layers: how many.
+      seed: of the weights.
+      values: metadata of the architecture that replaces its own.
+      left_out: tensors of each layer that are not written.
+      stacked: experts in the tensors, other than the metadata says.
+      **sizes: "count" and "used", other than the model's own.
+    """
+    options = MIXTURES[model] | sizes
+    architecture = options.get("architecture", model)
+    wide = block_type.endswith("_K")
+    d, f, heads, kv_heads = (256, 256, 4, 2) if wide else (64, 32, 4, 2)
+    count, used, shared = (
+        options["count"],
+        options["used"],
+        options.get("shared", 0) * (256 // 32 if wide else 1),
+    )
+    width = d // heads
+    toy = Toy(path, architecture, pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed)
+    toy.sizes(layers, d, f, heads, kv_heads, context=512)
+    metadata: dict[str, Any] = {
+        "rope.freq_base": 10_000.0,
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "expert_count": count,
+        "expert_used_count": used,
+    }
+    if architecture != "llama":
+        metadata["expert_feed_forward_length"] = f
+    if shared:
+        metadata["expert_shared_feed_forward_length"] = shared
+    for key, value in (metadata | (values or {})).items():
+        toy.value(key, value)
+    toy.outside(d, separate_output=True)
+    q, kv, count = heads * width, kv_heads * width, stacked or count
+    for layer in range(layers):
+        for name, rows, columns, gain in (
+            ("attn_q", q, d, 1.5),
+            ("attn_k", kv, d, 1.5),
+            ("attn_v", kv, d, 1.0),
+            ("attn_output", d, q, 1.0),
+        ):
+            toy.matrix(f"blk.{layer}.{name}.weight", rows, columns, gain)
+            if name in options.get("biases", ()):
+                toy.tensor(f"blk.{layer}.{name}.bias", toy.generator.normal(scale=0.5, size=rows))
+        for name in ("attn_norm", "ffn_norm"):
+            toy.norm(f"blk.{layer}.{name}.weight", d)
+        if options.get("qk_norm"):
+            for name in ("attn_q_norm", "attn_k_norm"):
+                toy.norm(f"blk.{layer}.{name}.weight", width)
+        if "ffn_gate_inp" not in left_out:
+            router = toy.generator.normal(scale=2 * d**-0.5, size=(count, d))
+            toy.tensor(f"blk.{layer}.ffn_gate_inp.weight", router)
+        for name, rows, columns in (
+            ("ffn_gate_exps", f, d),
+            ("ffn_up_exps", f, d),
+            ("ffn_down_exps", d, f),
+        ):
+            if name not in left_out:
+                toy.stack(f"blk.{layer}.{name}.weight", count, rows, columns, 2.0)
+        if shared:
+            for name, rows, columns in (
+                ("ffn_gate_shexp", shared, d),
+                ("ffn_up_shexp", shared, d),
+                ("ffn_down_shexp", d, shared),
+            ):
+                toy.matrix(f"blk.{layer}.{name}.weight", rows, columns)
+            toy.tensor(f"blk.{layer}.ffn_gate_inp_shexp.weight", toy.generator.normal(scale=d**-0.5, size=d))
+    return toy.write()
+
+
+def random_ids(vocabulary: int, count: int, seed: int = 0) -> list[int]:
+    """Tokens."""
+    return np.random.default_rng(seed).integers(0, vocabulary, count).tolist()
