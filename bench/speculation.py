@@ -33,88 +33,17 @@ from airjax.engine.drafting.verify import answer, ask
 
 _ROWS = (1, 2, 4, 8, 16, 32)
 
-_CODE = (
-    "def mean(values):\n    total = 0\n    for each in values:\n        total += each\n    return total / len(values)\n",
-    (
-        "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        "
-        "self.items.append(item)\n\n    def pop(self):\n        return self.items.pop()\n"
-    ),
-    (
-        "function area(width, height) {\n  if (width < 0 || height < 0) {\n    throw new Error('negative size');\n  }\n"
-        "  return width * height;\n}\n"
-    ),
-    (
-        "def read_lines(path):\n    with open(path) as file:\n        lines = file.readlines()\n    return [line.strip() "
-        "for line in lines if line.strip()]\n"
-    ),
-)
-_EDITS = (
-    "Add a docstring to this code and write all of it again:",
-    "Rename the variables to single letters and repeat the whole code:",
-    "Repeat this code exactly as it is:",
-)
-_PASSAGES = (
-    (
-        "The harbour of Vell was built in 1831 by the engineer Ruth Aldane. It has three basins, of which the northern one "
-        "freezes in winter. About 240 boats are moored there, and most of them belong to families from the village."
-    ),
-    (
-        "Order 7731 was placed on 4 March by Tomas Brandt, Mill Lane 12, Ostrow. It holds two lamps (39.90 each), one oak "
-        "shelf (120.00) and a box of screws (4.50). It was sent on 6 March and arrived on 9 March."
-    ),
-    (
-        "The red kite nests in tall trees near open land. It lays two or three eggs in April, which hatch after 32 days. "
-        "Young kites leave the nest after seven weeks. The adults weigh about one kilogram and feed on mice and worms."
-    ),
-    (
-        "To restart the pump, close valve A, wait ten seconds, then open valve B by a quarter turn. Press the green button "
-        "until the lamp shines. If the lamp stays dark, check fuse F3 and the cable behind the panel."
-    ),
-)
-_QUESTIONS = (
-    "Copy the passage word by word.",
-    "List every number in the passage, each with the words around it.",
-    "Quote the sentence of the passage that you find most important.",
-)
-_CHAT = (
-    "What is the difference between a lake and a pond?",
-    "How do I keep basil alive in winter?",
-    "Explain what a hash table is.",
-    "Why is the sky red in the evening?",
-    "Give me three ideas for a birthday present for my uncle.",
-    "How does a bicycle stay upright?",
-    "What should I see in Lisbon in two days?",
-    "Is it bad to drink coffee late in the day?",
-    "What does the word serendipity mean?",
-    "How can I learn to sleep earlier?",
-    "Why do cats purr?",
-    "What is compound interest?",
-    "Tell me about the moons of Jupiter.",
-)
-_STORIES = (
-    "Write a story about a lighthouse keeper who finds a bottle.",
-    "Tell a tale of two brothers and a stubborn mule.",
-    "Write a story that begins in an empty railway station.",
-    "Tell a story about a robot that learns to bake bread.",
-    "Write a ghost story without a ghost.",
-    "Tell a story about the last day of summer.",
-    "Write about a girl who collects the sounds of rain.",
-    "Tell a story about a chess game between strangers.",
-    "Write a story about a map with one place too many.",
-    "Tell a tale about a baker, a thief and a golden spoon.",
-    "Write about an astronaut who grows tomatoes.",
-    "Tell a story about a door that opens only at noon.",
-    "Write a story about a dog who could count.",
-)
-
 
 def prompts() -> dict[str, list[str]]:
     """Fifty prompts of four kinds."""
+    parts = json.loads((Path(__file__).parent / "speculation_prompts.json").read_text())
     return {
-        "code edit": [f"{edit}\n\n{code}" for code in _CODE for edit in _EDITS],
-        "extraction": [f"{text}\n\n{question}" for text in _PASSAGES for question in _QUESTIONS],
-        "chat": list(_CHAT),
-        "story": list(_STORIES),
+        "code edit": [f"{edit}\n\n{code}" for code in parts["code"] for edit in parts["edits"]],
+        "extraction": [
+            f"{text}\n\n{question}" for text in parts["passages"] for question in parts["questions"]
+        ],
+        "chat": parts["chat"],
+        "story": parts["stories"],
     }
 
 
@@ -301,7 +230,8 @@ def measure_runs(options: argparse.Namespace) -> None:
             )
             print(
                 f"{kind:<12}{same}/{len(chosen)} the same, "
-                f"plain {rate['plain']:.2f}, drafted {rate['drafted']:.2f} tok/s ({rows[-1]['gain']:.2f} x), {rows[-1]['tokens_per_sweep']:.2f} tokens per sweep, "
+                f"plain {rate['plain']:.2f}, drafted {rate['drafted']:.2f} tok/s "
+                f"({rows[-1]['gain']:.2f} x), {rows[-1]['tokens_per_sweep']:.2f} tokens per sweep, "
                 f"{rows[-1]['acceptance']:.1%} right",
                 file=sys.stderr,
             )
