@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from airjax.engine.batch import Group
 from airjax.engine.request import Request
 from airjax.streaming import PoolStats
@@ -52,6 +54,7 @@ class BatchSequence:
     drawn: int = 0
     slot: int = -1  # row of the sampler's state; -1 while waiting
     kept: Kept | None = None
+    total: np.ndarray | float = 0.0  # of a pooled request: the sum of its hidden states so far
 
     @property
     def pending(self) -> int:

@@ -7,7 +7,8 @@ from toy_experts import random_ids, toy_mixture
 from toy_models import toy_llama
 
 import airjax
-from airjax import engine, models
+from airjax import engine, models, sampling
+from airjax.engine import drafting
 from airjax.engine.workspace import compiled_workspace
 from airjax.gguf import build_manifest, open_gguf
 from airjax.plan import PlanError, make_plan
@@ -220,3 +221,25 @@ def test_the_workspace_by_the_compiler_is_less_than_was_planned(path):
         model = loaded.model
         compiled = compiled_workspace(model.manifest, model.config, model.plan, model.experts)
         assert 64 * _USED * model.config.d_model * 4 < compiled < model.plan.workspace_bytes
+
+
+def test_a_checked_draft_gives_the_draws_of_plain_decoding(path):
+    options = {"max_tokens": 16, "stop_ids": frozenset(), "key": jax.random.key(1)}
+    options["sampler"] = sampling.temperature(0.3)
+    prompt = [5, 6, 7, 8] * 4
+    with _load(path, 12) as loaded:
+        expected = _draws(loaded, engine.generate, prompt, **options)
+        drafter = drafting.Lookup()
+        drafter.push([*prompt, *(draw.id for draw in expected[:6]), 9, 9])
+        more = {"drafter": drafter, "draft_max": 3}
+        assert _draws(loaded, drafting.generate_drafted, prompt, **options, **more) == expected
+        assert 0 < loaded.stats.accepted_tokens < loaded.stats.drafted_tokens
+
+
+def _draws(loaded, generate, prompt, **options):
+    loaded.model.stats = engine.Stats()
+    state = engine.new_state(loaded.model)
+    draws = list(generate(loaded.model, state, prompt, **options))
+    loaded.model.wait()
+    state.close()
+    return draws

@@ -50,6 +50,11 @@ class Drafts:
                 "draft=self needs layers that stay on the device beside streamed ones, got "
                 f"{len(plan.resident)} and {len(plan.streamed)}: pass --draft=lookup or another --vram_budget_gib"
             )
+        if kind == "self" and model.pool is not None:
+            raise ValueError(
+                "draft=self needs layers that stay on the device whole, but experts are streamed one by one: "
+                "pass --draft=lookup"
+            )
         if kind == "self" and plan.shuttle:
             raise ValueError("draft=self needs the KV cache on the device: pass --kv_shuttle=off")
         self.draft_max = draft_max

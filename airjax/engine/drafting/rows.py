@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from airjax import layers
+from airjax.engine.experts import attend_and_route, run_experts
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.step import block_step, shuttled_row
@@ -88,7 +89,7 @@ def sweep_rows(model: Model, state: State, ids: Sequence[int], first: int) -> Sw
 def may_run_ahead(model: Model) -> bool:
     """Whether a sweep may be dispatched before the host looks at its token: nothing waits for the link."""
     plan = model.plan
-    return not plan.streamed and not plan.shuttle and not plan.host_embedding
+    return not plan.streamed and model.pool is None and not plan.shuttle and not plan.host_embedding
 
 
 def rows_apart(model: Model, state: State, last: int) -> bool:
@@ -113,7 +114,7 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
     lengths = [lengths_at(model, position[None, None]) for position in positions]
     xs = [embed(model, np.array([[token]], np.int32)) for token in ids]
     placed = jax.device_put([position[None, None] for position in positions], model.device)
-    model.weights.begin_sweep()
+    model.begin_sweep()
     shuttle = state.shuttle
     if shuttle is not None:
         shuttle.begin_sweep(lengths[-1])
@@ -127,6 +128,10 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
             (piece,) = shuttle.pieces(layer)
             kv = _unpack_step(model.config)(piece.kv)
         for row, x in enumerate(xs):
+            if model.pool_holds(layer):
+                routed, kv = attend_and_route(model, layer, weights, x, kv, placed[row], lengths[row][layer])
+                (xs[row],) = run_experts(model, layer, [routed], [positions[row : row + 1, None]])
+                continue
             step = block_step(layout, model.config, kind, lengths[row][layer])
             xs[row], kv = step(weights, x, kv, placed[row])
         if shuttle is None:
