@@ -13,7 +13,7 @@ import numpy as np
 from airjax import layers, models, quants
 from airjax.gguf import GGUF, ExpertSpan, Manifest, Span, split_experts
 from airjax.models import Architecture, Config
-from airjax.streaming import CALL_BYTES, CALLS_AHEAD
+from airjax.streaming import CALL_BYTES, STAGED_BYTES
 
 GIB = 1 << 30
 PREFILL_CHUNK = 512
@@ -367,7 +367,7 @@ def _plan_by_expert(
     workspace = int(_experts_workspace(config, chunk, _decoded_bytes(config)))
     workspace += _GAP_BYTES if relaid else 0
     expert_bytes = sum(span.experts * span.unit_bytes for span in spans)
-    staged = (CALLS_AHEAD + 1) * max(CALL_BYTES, *(span.unit_bytes for span in spans))
+    staged = max(STAGED_BYTES, *(span.unit_bytes for span in spans))
     staged = min(staged, expert_bytes)
     left = vram_budget_bytes - fixed_bytes - globals_bytes - dense_bytes - workspace - staged
     kinds: dict[Any, list[ExpertSpan]] = {}
