@@ -1,5 +1,7 @@
 """Streaming by the expert: the numbers never depend on the pool, and little more crosses the link than was chosen."""
 
+import io
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from toy_models import toy_llama
 import airjax
 from airjax import engine, models, sampling
 from airjax.engine import drafting
+from airjax.commands.meter import report
 from airjax.engine.workspace import compiled_workspace
 from airjax.gguf import build_manifest, open_gguf
 from airjax.plan import PlanError, make_plan
@@ -198,6 +201,15 @@ def test_a_batch_gives_the_numbers_of_resident_layers_and_shares_experts(path):
             # An expert that several tokens of a sweep chose counts and travels once.
             assert stats.experts.hits + stats.experts.misses <= stats.sweeps * _LAYERS * _EXPERTS
             assert stats.bytes_streamed == stats.experts.bytes > 0
+
+
+def test_the_meter_reports_experts(path):
+    out = io.StringIO()
+    with _load(path, 12) as loaded:
+        stats = _decode_bytes(loaded, 4, 0)
+        report(stats, out)
+    hits = f"experts: {100 * stats.experts.hit_rate:.1f} % of the needed ones were there"
+    assert hits in out.getvalue() and "GB in vain" in out.getvalue()
 
 
 def test_a_generation_left_in_the_middle_leaves_the_pool_usable(path, resident):
