@@ -80,6 +80,7 @@ class Plan:
       host_slot_bytes: of one host slot that experts are read into.
       expert_slots: slots of the pool of experts, for each kind of expert; empty where layers are streamed whole or not
         at all. Then all that is not an expert is resident, and `bytes_per_sweep` is what one token's sweep misses.
+      expert_bytes: all routed experts of the file, where they are streamed one by one.
       expert_pool_bytes: the pool, and what is on its way there.
       expert_hit_rate: share of the chosen experts that are assumed to be in the pool: that of all experts it holds, as
         if every choice were equally likely.
@@ -114,6 +115,7 @@ class Plan:
     kv_pieces: int = 0
     host_slot_bytes: int = 0
     expert_slots: tuple[int, ...] = ()
+    expert_bytes: int = 0
     expert_pool_bytes: int = 0
     expert_hit_rate: float = 1.0
 
@@ -356,6 +358,10 @@ def _plan_by_expert(
     spans = [span for span in experts if span is not None]
     relaid = backend in _KERNEL_BACKENDS
     globals_bytes = sum(_relaid_bytes(span) if relaid else span.nbytes for span in _device_globals(manifest))
+    # A table that serves for single rows leaves its place to experts.
+    host_embedding = relaid and "output.weight" in manifest.globals
+    if host_embedding:
+        globals_bytes -= manifest.globals[EMBEDDING].nbytes
     dense_bytes = sum(_relaid_bytes(span) if relaid else span.nbytes for span in manifest.layers)
     # One layer's experts may still be at work while the next one attends.
     workspace = int(_experts_workspace(config, chunk, _decoded_bytes(config)))
@@ -387,7 +393,7 @@ def _plan_by_expert(
         "streamed": (),
         "shuttle": False,
         "relaid": relaid,
-        "host_embedding": False,
+        "host_embedding": host_embedding,
         "globals_bytes": globals_bytes,
         "kv_host_bytes": 0,
         "slots_bytes": 0,
@@ -397,6 +403,7 @@ def _plan_by_expert(
         "host_slots": host_slots,
         "host_slot_bytes": host_slot_bytes,
         "expert_slots": slots,
+        "expert_bytes": expert_bytes,
         "expert_pool_bytes": pool + staged,
         "expert_hit_rate": hit_rate,
         "more_workspace_bytes": workspace,

@@ -60,7 +60,7 @@ def attend_and_route(
     after = layer + 1
     following = model.weights.take(after) if after < len(spans) and model.pool_holds(after) else None
     layout = spans[after].layout if following is not None else None
-    step = _route_step(spans[layer].layout, layout, model.config, model.kinds[layer], length)
+    step = route_step(spans[layer].layout, layout, model.config, model.kinds[layer], length)
     kv, table = (cache.pages, cache.table) if isinstance(cache, PagedKV) else (cache, None)
     routed, kv = step(weights, following, x, kv, table, positions)
     return routed, kv
@@ -96,7 +96,7 @@ def run_experts(
     for group in groups[:-1]:
         pool.fetch(layer, group)
         active = _mask(group, experts)
-        products = _products_step(slots, config)
+        products = products_step(slots, config)
         before = [
             products(*pool.place(layer), part.h, part.ids, own, active)
             for part, own in zip(routed, before, strict=True)
@@ -104,7 +104,7 @@ def run_experts(
     last = groups[-1] if groups else np.zeros(0, np.int64)
     pool.fetch(layer, last)
     only = _mask(last, experts) if len(groups) > 1 else None
-    finish = _finish_step(slots, config)
+    finish = finish_step(slots, config)
     xs = [finish(*pool.place(layer), part, own, only) for part, own in zip(routed, before, strict=True)]
     if picks.shape[1] > used:
         likely = np.bincount(picks[:, used:].reshape(-1), minlength=experts)
@@ -120,7 +120,7 @@ def _mask(group: np.ndarray, experts: int) -> np.ndarray:
 
 
 @functools.cache
-def _route_step(
+def route_step(
     layout: Layout, following: Layout | None, config: Config, kind: str, length: int | None
 ) -> Callable[..., tuple[Routed, LayerKV]]:
     """jitted `(buffers, buffers of the next layer, x, kv or pages, table or None, positions) -> (Routed, kv)`."""
@@ -153,7 +153,7 @@ def _route_step(
 
 
 @functools.cache
-def _products_step(slots: tuple[ExpertSlot, ...], config: Config) -> Callable[..., Array]:
+def products_step(slots: tuple[ExpertSlot, ...], config: Config) -> Callable[..., Array]:
     """jitted `(pool, table, first unit, h, ids, before or None, active [E]) -> products [B, T, k, D]`."""
 
     @jit
@@ -166,7 +166,7 @@ def _products_step(slots: tuple[ExpertSlot, ...], config: Config) -> Callable[..
 
 
 @functools.cache
-def _finish_step(slots: tuple[ExpertSlot, ...], config: Config) -> Callable[..., Array]:
+def finish_step(slots: tuple[ExpertSlot, ...], config: Config) -> Callable[..., Array]:
     """jitted `(pool, table, first unit, Routed, products before or None, active [E] or None) -> x [B, T, D]`."""
     architecture: Any = models.get(config.architecture)
 

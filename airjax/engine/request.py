@@ -70,6 +70,7 @@ class Event(NamedTuple):
       finish_reason: "" while it goes on.
       error: a sentence, with the reasons "error" and "grammar".
       cached_tokens: how many tokens of the prompt came from shared pages.
+      accepted_tokens, rejected_tokens: tokens of drafts that were right, and that were not, up to now.
       entropy: of the model's distribution, in nats; None where nobody asked for the most probable tokens.
     """
 
@@ -81,3 +82,5 @@ class Event(NamedTuple):
     error: str = ""
     cached_tokens: int = 0
     entropy: float | None = None
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0

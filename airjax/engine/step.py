@@ -289,6 +289,31 @@ def top_step(layouts: GlobalLayouts, config: Config, top: int) -> Callable[..., 
     return best
 
 
+@functools.partial(jax.jit, static_argnames="spare")
+def next_rows(drawn: Array, rows: Any, positions: Array, spare: int) -> tuple[Array, Any, Array]:
+    """What the next decoding call of the same sequences takes, once their tokens are drawn and before they are read.
+
+    Args:
+      drawn: `[B]`.
+      rows: last position, slot, last token and draws so far of each row, `[B]` each, as a tuple of any kind.
+      positions: `[B, T]` of the call before, negative for padding.
+      spare: slot of rows that draw for nobody; it is also for those that could not draw.
+
+    Returns:
+      ids `[B, 1]`, rows, and positions `[B, 1]`.
+    """
+    last, slots, tokens, counts = rows
+    could = drawn >= 0
+    after = (
+        jnp.zeros_like(last),
+        jnp.where(could, slots, spare),
+        jnp.where(could, drawn, tokens),
+        counts + 1,
+    )
+    past = jnp.max(positions, axis=1, keepdims=True)
+    return jnp.maximum(drawn, 0)[:, None], after, jnp.where(past < 0, past, past + 1)
+
+
 @functools.partial(jax.jit, donate_argnames="state")
 def put_row(state: Any, row: Any, slot: Array) -> Any:
     """Puts one sequence's row, with a leading axis of 1, into a pytree with a row per slot, which is donated."""

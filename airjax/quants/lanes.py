@@ -1,9 +1,9 @@
-"""Products of few rows with the 256-weight blocks on a CPU, in a shape that XLA compiles to vector code.
+"""Products of few rows with K-quants and ternary blocks on a CPU, in a shape that XLA compiles to vector code.
 
 A float sum has a fixed order, so a compiler makes no vector code of a sum along contiguous weights, and the groups
 of 16 and the packed scales of these formats are slow as integer sums too. Here the 16 neighbours of a piece of
 weights stay apart, in 16 lanes; the pieces of a block are added lane by lane, in one written-out expression, and
-only then are the lanes summed. The layouts are those of `kquants`.
+only then are the lanes summed. The layouts are those of `kquants` and `ternary`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from airjax.quants.groups import signed
 from airjax.quants.qtensor import QTensor
+from airjax.quants.ternary import digit
 from airjax.types import Array
 
 _LANES = 16
@@ -154,6 +155,17 @@ def _q6_k(b: _Blocks) -> Iterator[_Group]:
         yield _Group(d * signed(b.byte(192 + i)).astype(jnp.float32), None, [(q, 16 * i)])
 
 
+def _tq1_0(b: _Blocks) -> Iterator[_Group]:
+    pieces = [(digit(b.bytes(16 * i), place), 32 * place + 16 * i) for place in range(5) for i in range(2)]
+    pieces += [(digit(b.bytes(32), place), 160 + 16 * place) for place in range(5)]
+    last = jnp.concatenate([digit(b.bytes(48)[..., :4], place) for place in range(4)], axis=-1)
+    yield _Group(_half(b, 52), None, [*pieces, (last, 240)])
+
+
+def _tq2_0(b: _Blocks) -> Iterator[_Group]:
+    yield _Group(_half(b, 64), None, [(signed(_two_bits(b, 0, i)) - 1, 16 * i) for i in range(16)])
+
+
 # From blocks to the groups of each.
 TYPES: dict[GGMLType, Callable[[_Blocks], Iterator[_Group]]] = {
     GGMLType.Q2_K: _q2_k,
@@ -161,4 +173,6 @@ TYPES: dict[GGMLType, Callable[[_Blocks], Iterator[_Group]]] = {
     GGMLType.Q4_K: _q4_k,
     GGMLType.Q5_K: _q5_k,
     GGMLType.Q6_K: _q6_k,
+    GGMLType.TQ1_0: _tq1_0,
+    GGMLType.TQ2_0: _tq2_0,
 }

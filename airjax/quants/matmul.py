@@ -8,16 +8,19 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gguf import GGMLQuantizationType as GGMLType
 
 from airjax.quants import kernels, lanes
 from airjax.quants.dense import decoded_product
 from airjax.quants.groups import Groups
 from airjax.quants.packed import PackedTensor
-from airjax.quants.qtensor import QTensor, dequantize, groups
+from airjax.quants.qtensor import FLOATS, QTensor, dequantize, groups
 from airjax.types import Array
 
 # Up to this many rows decoding a matrix costs more than multiplying with it.
 _FEW_ROWS = 8
+# Formats that XLA's CPU backend decodes one weight at a time: their integers are written to memory, once for all rows.
+_SLOW = frozenset(t for t in GGMLType if t.name.startswith(("IQ1", "IQ2", "IQ3")))
 
 
 def matmul(x: Array, w: QTensor | PackedTensor, *, dtype: np.dtype) -> Array:
@@ -76,7 +79,7 @@ def matmul_many(x: Array, ws: Sequence[QTensor | PackedTensor], *, dtype: np.dty
 
 def groups_of(w: QTensor) -> bool:
     """Whether the format has integer groups."""
-    return w.type.name.startswith("Q")
+    return w.type not in FLOATS
 
 
 def _decoded(x: Array, w: QTensor, dtype: np.dtype) -> Array:
@@ -104,31 +107,49 @@ def _by_integers(x: Array, w: QTensor) -> Array:
 
 
 def _all_by_integers(x: Array, ws: Sequence[QTensor]) -> list[Array]:
+    kept = [_written(w, x) if w.type in _SLOW else w for w in ws]
     if len(x) == 1:
-        return [y[None] for y in _row_by_integers(x[0], ws)]
+        return [y[None] for y in _row_by_integers(x[0], kept)]
     # A branch for each row, always taken, which XLA can't know: else it decodes the matrix once for all rows, and
     # that has to be written to memory.
     rows = [
         jax.lax.cond(
             ~(row[0] * row[0] < 0),
             _row_by_integers,
-            lambda row, ws: [jnp.zeros(w.shape[0]) for w in ws],
+            lambda row, ws: [jnp.zeros(len(w.q) if isinstance(w, Groups) else w.shape[0]) for w in ws],
             row,
-            ws,
+            kept,
         )
         for row in x
     ]
     return [jnp.stack(column) for column in zip(*rows, strict=True)]
 
 
-def _row_by_integers(row: Array, ws: Sequence[QTensor]) -> list[Array]:
-    decoded = [None if w.type in lanes.TYPES else groups(w) for w in ws]
-    rounded = {width: _round_activations(row, width) for width in {p.q.shape[-1] for p in decoded if p}}
-    kept = _kept(row) if None in decoded else row
+def _written(w: QTensor, x: Array) -> Groups:
+    """The groups, in memory: a branch is never fused into its consumers."""
+    decoded = jax.eval_shape(groups, w)
+    zeros = functools.partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype), decoded)
+    # Always true, which XLA can't know.
+    return jax.lax.cond(~(x[0, 0] * x[0, 0] < 0), groups, lambda w: zeros(), w)
+
+
+def _row_by_integers(row: Array, ws: Sequence[QTensor | Groups]) -> list[Array]:
+    decoded = [_grouped(w) for w in ws]
+    rounded = {
+        width: _round_activations(row, width)
+        for width in {w.q.shape[-1] for w in decoded if isinstance(w, Groups)}
+    }
+    kept = row if all(isinstance(w, Groups) for w in decoded) else _kept(row)
     return [
-        lanes.product(kept, w) if part is None else _integer_row(*rounded[part.q.shape[-1]], part)
-        for w, part in zip(ws, decoded, strict=True)
+        _integer_row(*rounded[w.q.shape[-1]], w) if isinstance(w, Groups) else lanes.product(kept, w)
+        for w in decoded
     ]
+
+
+def _grouped(w: QTensor | Groups) -> QTensor | Groups:
+    """The groups of a matrix, unless it is multiplied lane by lane."""
+    found = None if isinstance(w, Groups) or w.type in lanes.TYPES else groups(w)
+    return w if found is None else found
 
 
 def _kept(x: Array) -> Array:

@@ -9,11 +9,11 @@ import flax.struct
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as GGMLType
 
-from airjax.quants import kquants, legacy
+from airjax.quants import codebooks, kquants, legacy, microscaling, ternary
 from airjax.quants.groups import Groups, expand
 from airjax.types import Array
 
-_FLOATS: dict[GGMLType, Callable[[Array], Array]] = {
+FLOATS: dict[GGMLType, Callable[[Array], Array]] = {
     GGMLType.F32: legacy.float32,
     GGMLType.F16: legacy.float16,
     GGMLType.BF16: legacy.bfloat16,
@@ -29,6 +29,19 @@ _BLOCKS: dict[GGMLType, Callable[[Array], Groups]] = {
     GGMLType.Q4_K: kquants.q4_k,
     GGMLType.Q5_K: kquants.q5_k,
     GGMLType.Q6_K: kquants.q6_k,
+    GGMLType.MXFP4: microscaling.mxfp4,
+    GGMLType.NVFP4: microscaling.nvfp4,
+    GGMLType.IQ1_S: codebooks.iq1_s,
+    GGMLType.IQ1_M: codebooks.iq1_m,
+    GGMLType.IQ2_XXS: codebooks.iq2_xxs,
+    GGMLType.IQ2_XS: codebooks.iq2_xs,
+    GGMLType.IQ2_S: codebooks.iq2_s,
+    GGMLType.IQ3_XXS: codebooks.iq3_xxs,
+    GGMLType.IQ3_S: codebooks.iq3_s,
+    GGMLType.IQ4_NL: codebooks.iq4_nl,
+    GGMLType.IQ4_XS: codebooks.iq4_xs,
+    GGMLType.TQ1_0: ternary.tq1_0,
+    GGMLType.TQ2_0: ternary.tq2_0,
 }
 
 
@@ -53,7 +66,7 @@ class QTensor:
 
 def supported() -> frozenset[GGMLType]:
     """The block formats that can be decoded."""
-    return frozenset(_FLOATS) | frozenset(_BLOCKS)
+    return frozenset(FLOATS) | frozenset(_BLOCKS)
 
 
 def row_bytes(type: GGMLType, n: int) -> int:
@@ -104,8 +117,8 @@ def groups(w: QTensor) -> Groups | None:
 
 def dequantize(w: QTensor) -> Array:
     """The weights as float32 `[*shape]`, bit for bit those of gguf's own decoders."""
-    if w.type in _FLOATS:
-        return _FLOATS[w.type](blocks(w))
+    if w.type in FLOATS:
+        return FLOATS[w.type](blocks(w))
     return expand(_BLOCKS[w.type](blocks(w)))
 
 

@@ -27,6 +27,8 @@ CALL_BYTES = 32 << 20
 CALLS_AHEAD = 4
 # Runs of one call: more would make more programs.
 _RUNS = (1, 2, 4, 8)
+# Neighbouring experts that are put as one.
+_LENGTHS = (1, 4, 16)
 # Experts whose products are computed while the next ones are on the link.
 _PASS_UNITS = 32
 # Bytes of wrong predictions stay below this share of those that were needed.
@@ -76,6 +78,11 @@ class PoolStats:
         """Counts what another one counted too."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def since(self, before: PoolStats | None) -> PoolStats:
+        """What was counted after `before`."""
+        before = before or PoolStats()
+        return PoolStats(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
 
     @property
     def bytes(self) -> int:
@@ -286,7 +293,7 @@ class Pool:
         self._slot[evicted[evicted >= 0]] = -1
         self._slot[first + experts] = slots
         held[slots] = first + experts
-        most = max(min(self._call_bytes // self._unit_bytes(layer), 16), 1)
+        most = max(min(self._call_bytes // self._unit_bytes(layer), _LENGTHS[-1]), 1)
         at = 0
         for runs in _calls(layer, experts, most):
             while len(self._on_the_way) >= CALLS_AHEAD:
@@ -317,16 +324,14 @@ class Pool:
 
 
 def _calls(layer: int, experts: np.ndarray, most: int) -> list[list[Run]]:
-    """Rising experts as calls of runs: neighbours in runs of a power of two, single ones several in a call."""
+    """Rising experts as calls of runs: many neighbours in a run, single ones several in a call."""
     calls: list[list[Run]] = []
     single: list[Run] = []
     ends = np.flatnonzero(np.diff(experts) != 1) + 1
     for part in np.split(experts, ends):
         at = 0
         while at < len(part):
-            count = 1
-            while count * 2 <= min(len(part) - at, most):
-                count *= 2
+            count = max(n for n in _LENGTHS if n <= min(len(part) - at, most))
             single.append(Run(layer, int(part[at]), count))
             at += count
     # In the order of the experts, so that slots and runs go together.

@@ -44,6 +44,14 @@ def test_every_bit_of_a_block_counts(kind):
     assert same.all()
 
 
+def test_the_subnormal_scales_of_mxfp4_count_as_zero():
+    data = random_rows(GGMLType.MXFP4, 3, 32, seed=2)
+    data[:, 0] = [0, 1, 2]
+    got = np.asarray(_decode(GGMLType.MXFP4, data, 32))
+    assert (got[:2] == 0).all()
+    assert np.abs(oracle.dequantize(data, GGMLType.MXFP4)[:2]).max() < 2.0**-123
+
+
 def test_a_view_starts_at_its_offset():
     data = random_rows(GGMLType.Q8_0, 4, 64, seed=0, scales=[0x3C00])
     buffer = jnp.concatenate(
@@ -61,8 +69,8 @@ def test_take_rows_equals_rows_of_the_decoded_matrix():
 
 
 def test_an_unsupported_type_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"block type must be one of BF16, F16.*got IQ2_XXS"):
-        quants.row_bytes(GGMLType.IQ2_XXS, 256)
+    with pytest.raises(ValueError, match=r"block type must be one of BF16, F16.*got Q8_K"):
+        quants.row_bytes(GGMLType.Q8_K, 256)
 
 
 def test_a_row_that_is_no_whole_number_of_blocks_is_refused():

@@ -14,16 +14,36 @@ _SCALES_AT = {
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
+    "IQ1_S": (0,),
+    "IQ2_XXS": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ3_S": (0,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
 }
 
 
 def random_rows(kind, rows, n, seed, scales=None):
-    """Random bytes; each block's float16 scales are random too, or drawn from `scales`."""
+    """Random bytes; each block's float16 scales are random too, or drawn from `scales`.
+
+    MXFP4's scales are powers of two: any but the subnormal ones, or some about 1 where `scales` are given.
+    """
     generator = np.random.default_rng(seed)
     block, nbytes = GGML_QUANT_SIZES[kind]
     data = generator.integers(0, 256, (rows * n // block, nbytes), np.uint8)
+    if kind.name == "MXFP4":
+        data[:, 0] = generator.integers(*((2, 256) if scales is None else (118, 128)), len(data), np.uint8)
     if scales is not None:
         for at in _SCALES_AT.get(kind.name, ()):
             chosen = generator.choice(np.asarray(scales, np.uint16), len(data))
             data[:, at : at + 2] = chosen[:, None].view(np.uint8)
+        if kind.name == "IQ1_M":  # four bits of the scale in the highest bits of each of four words
+            chosen = generator.choice(np.asarray(scales, np.uint16), len(data))
+            for i in range(4):
+                part = (chosen >> 4 * i & 15).astype(np.uint8) << 4
+                data[:, 49 + 2 * i] = data[:, 49 + 2 * i] & 15 | part
     return data.reshape(rows, -1)

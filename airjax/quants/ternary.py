@@ -1,0 +1,39 @@
+"""Blocks of weights -1, 0 and 1: TQ1_0 and TQ2_0.
+
+Source: the block structs of ggml, as gguf's numpy decoders read them.
+Each function takes the bytes of whole blocks, uint8 `[..., blocks, block bytes]`.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from airjax.quants.groups import Groups, half, signed
+from airjax.types import Array
+
+
+def tq1_0(b: Array) -> Groups:
+    """48 bytes of five weights each, 4 bytes of four, d; a byte is a fraction of 256 whose digits have base 3."""
+    digits = [
+        digit(part, place)
+        for part, count in ((b[..., :32], 5), (b[..., 32:48], 5), (b[..., 48:52], 4))
+        for place in range(count)
+    ]
+    return _grouped(jnp.concatenate(digits, axis=-1), half(b[..., 52:54]))
+
+
+def tq2_0(b: Array) -> Groups:
+    """64 bytes of four weights each, d."""
+    parts = [(b[..., at : at + 32] >> shift) & 3 for at in (0, 32) for shift in (0, 2, 4, 6)]
+    return _grouped(signed(jnp.concatenate(parts, axis=-1)) - 1, half(b[..., 64:66]))
+
+
+def digit(b: Array, place: int) -> Array:
+    """The digit behind `place` others, less 1."""
+    rest = b * jnp.uint8(3**place)  # what lies before the digit overflows
+    return signed((rest.astype(jnp.uint16) * 3 >> 8).astype(jnp.uint8)) - 1
+
+
+def _grouped(q: Array, scale: Array) -> Groups:
+    """`[..., blocks, 256]` as groups of 32, so that activations are rounded as finely as in other formats."""
+    return Groups(q.reshape(*q.shape[:-2], -1, 32), jnp.repeat(scale, 8, axis=-1), None)
