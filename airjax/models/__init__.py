@@ -13,6 +13,7 @@ from airjax.models import (
     gemma2,
     gemma3,
     glm4,
+    gpt_oss,
     granite,
     llama,
     olmo2,
@@ -32,6 +33,7 @@ from airjax.models.architecture import check_tensors as check_tensors
 from airjax.models.architecture import unpack as unpack
 from airjax.models.experts import EXPERT_MATRICES as EXPERT_MATRICES
 from airjax.models.experts import GATHERED_BYTES as GATHERED_BYTES
+from airjax.models.experts import biases as biases
 from airjax.models.experts import block_rows as block_rows
 from airjax.models.experts import combined as combined
 from airjax.models.experts import decoded_experts as decoded_experts
@@ -39,9 +41,23 @@ from airjax.models.experts import expert_products as expert_products
 from airjax.models.experts import route as route
 from airjax.models.experts import shared as shared
 
-_MODULES = (gemma2, gemma3, glm4, granite, llama, olmo2, phi3, qwen2, qwen2moe, qwen3, qwen3moe, smollm3)
+_MODULES = (
+    gemma2,
+    gemma3,
+    glm4,
+    gpt_oss,
+    granite,
+    llama,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen2moe,
+    qwen3,
+    qwen3moe,
+    smollm3,
+)
 _ARCHITECTURES: dict[str, Architecture] = {
-    module.__name__.rpartition(".")[2]: module.ARCHITECTURE for module in _MODULES
+    module.__name__.rpartition(".")[2].replace("_", "-"): module.ARCHITECTURE for module in _MODULES
 }
 # Of those that gguf names: layers of another kind than attention stand between or in the place of attention.
 _OTHER_KINDS = {

@@ -54,6 +54,8 @@ class DecoderConfig(Config):
       embedding_scale: factor of the embedding.
       residual_scale: factor of what is added to the hidden states (Granite).
       logit_divisor: of the logits (Granite).
+      sinks: each head has a score that takes its part of the softmax (gpt-oss).
+      feed_forward_name: of the norm before the feed-forward part.
     """
 
     rope_frequencies: tuple[float, ...]
@@ -75,6 +77,8 @@ class DecoderConfig(Config):
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
+    sinks: bool = False
+    feed_forward_name: str = "ffn_norm"
 
 
 @dataclass(frozen=True)
@@ -112,12 +116,14 @@ class Decoder:
             matrices |= {"ffn_up": (2 * f if config.fused_gate else f, d), "ffn_down": (d, f)}
             if not config.fused_gate:
                 matrices["ffn_gate"] = (f, d)
-        norms = {"attn_norm": d, "ffn_norm": d} if config.pre_norms else {}
+        norms = {"attn_norm": d, config.feed_forward_name: d} if config.pre_norms else {}
         if config.post_norms:
             norms |= {"post_attention_norm": d, "post_ffw_norm": d}
         if config.qk_norm:
             whole = config.qk_norm == "whole"
             norms["attn_q_norm"], norms["attn_k_norm"] = (q, kv) if whole else (config.head_dim,) * 2
+        if config.sinks:
+            norms["attn_sinks"] = config.n_heads
         specs = {f"{name}.weight": TensorSpec((size,)) for name, size in norms.items()}
         for name, shape in matrices.items():
             specs[f"{name}.weight"] = TensorSpec(shape)
@@ -147,6 +153,10 @@ class Decoder:
             softcap=config.attention_softcap,
             dtype=np.dtype(config.compute_dtype),
         )
+
+    def attention_sinks(self, weights: Weights, config: DecoderConfig) -> Array | None:
+        """A score of each head that gives nothing, `[N]`; None without."""
+        return vector(weights, "attn_sinks.weight") if config.sinks else None
 
     def attend_inputs(
         self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str
@@ -196,7 +206,7 @@ class Decoder:
 
     def feed_forward_norm(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """What the feed-forward part takes of hidden states."""
-        return _norm(x, weights, "ffn_norm", config) if config.pre_norms else x
+        return _norm(x, weights, config.feed_forward_name, config) if config.pre_norms else x
 
     def feed_forward_output(self, weights: Weights, x: Array, down: Array, config: DecoderConfig) -> Array:
         """The hidden states with what the feed-forward part gave."""
@@ -229,7 +239,8 @@ class Decoder:
         q, k, v = self.attend_inputs(weights, x, positions, config, kind)
         kv = layers.write_rows(kv, k, v, positions)
         form = self.attention_form(config, kind)
-        attended = layers.attention(q, kv, positions, **form._asdict(), length=length)
+        sinks = self.attention_sinks(weights, config)
+        attended = layers.attention(q, kv, positions, **form._asdict(), length=length, sinks=sinks)
         return self.attend_output(weights, x, attended, config), kv
 
     def unembed(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:

@@ -100,6 +100,16 @@ def test_a_pool_of_any_size_gives_the_numbers_of_resident_layers(path, resident,
         np.testing.assert_array_equal(_results(loaded)[0], resident[0])
 
 
+def test_biases_sinks_and_windows_come_through_the_pool_too(tmp_path):
+    toy = toy_mixture(tmp_path / "toy.gguf", "gpt-oss", block_type="MXFP4", layers=2)
+    with _load(toy, resident="all") as loaded:
+        expected = _results(loaded)
+    with _load(toy, 5) as loaded:
+        logits, tokens = _results(loaded)
+        np.testing.assert_array_equal(logits, expected[0])
+        assert tokens == expected[1]
+
+
 @pytest.mark.parametrize("tier", ["ring", "pageable mapping"])
 def test_tiers_give_the_same_numbers(path, resident, tier):
     with _load(path, 20, tier=tier) as loaded:
