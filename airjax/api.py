@@ -333,7 +333,12 @@ class Engine:
         """
         if not self.plan.max_batch:
             raise RequestError("this engine runs one sequence at a time: pass max_batch to airjax.load")
-        return engine.Scheduler(self.model, sampler=sampler, batch_invariant=batch_invariant)
+        return engine.Scheduler(
+            self.model,
+            sampler=sampler,
+            batch_invariant=batch_invariant,
+            draft_max=0 if self.drafts is None else self.drafts.draft_max,
+        )
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extra: Any
@@ -493,7 +498,8 @@ def load(
       draft: how `generate` and `chat` guess the next tokens, which one sweep then checks: "none"; "lookup" for what
         followed in prompt and output where the newest tokens stood before; "self" for the layers that stay on the
         device; or the path of a smaller GGUF model, all of which stays on the device, within the budget. The last two
-        are asked where lookup promises less. The tokens are the same with and without.
+        are asked where lookup promises less. Batches are guessed by lookup alone. The tokens are the same with and
+        without.
       draft_max: tokens of a draft at most.
       trace: record a timeline.
       device: None for JAX's first.

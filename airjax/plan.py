@@ -60,7 +60,8 @@ class Plan:
       streamed: the others, in the order of a sweep.
       shuttle: the KV cache lives on the host.
       kv_slots: S of each layer's cache.
-      relaid: what stays on the device is re-laid for the fused kernels; where layers are streamed only for batches and drafts.
+      relaid: what stays on the device is re-laid for the fused kernels; where layers are streamed only for batches and
+        drafts.
       host_embedding: rows of the embedding are gathered on the host, so that its table needs no device memory.
       globals_bytes: embedding (unless on the host), output and final norm on the device.
       workspace_bytes: activations, logits, decoded weights and the allocator's gaps, at most.

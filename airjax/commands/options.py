@@ -221,9 +221,11 @@ def make_sampler(values: Flags) -> Transform:
 
 
 def load_engine(values: Flags, **options: Any) -> Engine:
-    """Loads the model as the flags of `define_plan` say, with further options of `airjax.load`."""
+    """Loads the model as the flags of `define_plan` and `define_draft` say, with further options of `airjax.load`."""
     from airjax import api
 
+    if "draft" in values:
+        options |= {"draft": values.draft, "draft_max": values.draft_max}
     return api.load(
         values.model,
         vram_budget_gib=values.vram_budget_gib,
@@ -247,8 +249,6 @@ def open_engine(values: Flags, max_batch: int | None = None) -> Iterator[Engine]
       max_batch: sequences that may share a sweep; None for one alone.
     """
     options: dict[str, Any] = {"context": values.context, "max_batch": max_batch, "trace": bool(values.trace)}
-    if "draft" in values:
-        options |= {"draft": values.draft, "draft_max": values.draft_max}
     with load_engine(values, **options) as engine:
         try:
             yield engine

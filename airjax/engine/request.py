@@ -72,6 +72,7 @@ class Event(NamedTuple):
       finish_reason: "" while it goes on.
       error: a sentence, with the reasons "error" and "grammar".
       cached_tokens: how many tokens of the prompt came from shared pages.
+      accepted_tokens, rejected_tokens: tokens of drafts that were right, and that were not, up to now.
       entropy: of the model's distribution, in nats; None where nobody asked for the most probable tokens.
       hidden: float32 `[D]` of a pooled request.
     """
@@ -85,3 +86,5 @@ class Event(NamedTuple):
     cached_tokens: int = 0
     entropy: float | None = None
     hidden: np.ndarray | None = None
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0

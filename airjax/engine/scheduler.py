@@ -27,6 +27,8 @@ from airjax.engine.batch import (
     table_of,
     write_pages,
 )
+from airjax.engine.drafting.batch import BatchDrafts, still_right
+from airjax.engine.drafting.rows import padded
 from airjax.engine.draws import Draws
 from airjax.engine.generation import padded_rows
 from airjax.engine.model import Model
@@ -53,24 +55,30 @@ class Scheduler:
       model: an open model whose plan has `max_batch` sequences.
       sampler: a transform of the structure that all requests will have.
       batch_invariant: decode each sequence in a call of its own. Weights still cross the link once for all.
+      draft_max: tokens that may be guessed for a sequence and checked in one sweep; 0 for none, and none where
+        `batch_invariant`, since the rows of a draft share a call.
 
     Attributes:
       stats: what was measured.
     """
 
-    def __init__(self, model: Model, *, sampler: Transform, batch_invariant: bool = False) -> None:
+    def __init__(
+        self, model: Model, *, sampler: Transform, batch_invariant: bool = False, draft_max: int = 0
+    ) -> None:
         plan = model.plan
         self.model = model
         self.stats = BatchStats()
         self.max_batch = plan.max_batch
         self._rows_per_call = 1 if batch_invariant else self.max_batch
         self._sampler = sampler
+        self._mask_words = -(-model.config.vocab_size // 32)
         self._open_state()
         self._slots = list(range(self.max_batch - 1, -1, -1))
         self._waiting: list[BatchSequence] = []
         self._running: list[BatchSequence] = []
         self._numbers = itertools.count()
         self._flight: Flight | None = None
+        self._drafts = BatchDrafts(model, draft_max) if draft_max and not batch_invariant else None
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="airjax-masks")
 
     @property
@@ -135,9 +143,13 @@ class Scheduler:
         batch: Sequence[BatchSequence] = flight.sequences if flight is not None else ()
         try:
             if flight is not None and any(sequence.slot >= 0 for sequence in batch):
+                if self._drafts is not None:
+                    self._drafts.propose(())
                 events += self._land(flight)
             else:
                 events += self._admit()
+                if self._drafts is not None:
+                    self._drafts.propose([s for s in self._running if s.decodes])
                 batch = self._choose()
                 if batch:
                     events += self._sweep(batch)
@@ -253,7 +265,10 @@ class Scheduler:
                 if rows > left and left < chunk:
                     continue
                 left -= rows
-            new = 1 if sequence.decodes else min(sequence.pending, chunk)
+            # A draft sends nobody away.
+            if sequence.draft and not self._has_pages(sequence, len(sequence.ids) + len(sequence.draft)):
+                sequence.draft = ()
+            new = 1 + len(sequence.draft) if sequence.decodes else min(sequence.pending, chunk)
             if self._make_room(sequence, _pages_for(sequence.filled + new)):
                 batch.append(sequence)
         return [sequence for sequence in batch if sequence.slot >= 0]
@@ -297,36 +312,52 @@ class Scheduler:
             self._slots.append(sequence.slot)
             sequence.slot = -1
         self._pages.release(sequence.pages)
-        sequence.pages = []
+        sequence.pages, sequence.draft = [], ()
 
     def _sweep(self, batch: Sequence[BatchSequence]) -> list[Event]:
+        start, waited, before = time.perf_counter(), self.model.stats.wait_s, len(batch)
+        drafted = [sequence for sequence in batch if sequence.draft]
         masks = {
             sequence.number: self._masks.submit(_mask, sequence.request.constraint)
             for sequence in batch
-            if sequence.request.constraint is not None
+            if sequence.request.constraint is not None and not sequence.draft
         }
-        members = [*_split([s for s in batch if s.decodes], self._rows_per_call)]
-        members += self._prompts([s for s in batch if not s.decodes])
-        groups = [self._group(group) for group in members]
+        members = [*_split([s for s in batch if s.decodes and not s.draft], self._rows_per_call)]
+        prompts = self._prompts([s for s in batch if not s.decodes])
+        members += prompts
+        groups = [self._group(group, self._width(group[0])) for group in members]
         # What the draws need goes up now: after the sweep it would wait behind the layers fetched for the next one.
         rows = [self._rows(group, sequences) for group, sequences in zip(groups, members, strict=True)]
+        checks: list[Rows] = []
+        if drafted:
+            before += sum(len(sequence.draft) for sequence in drafted)
+            width = padded(1 + max(len(sequence.draft) for sequence in drafted))
+            groups.append(self._group(drafted, width))
+            checks = self._checks(len(groups[-1].ids), drafted)
         placed = place(self.model, groups)
         xs = shared_sweep(self.model, groups, self._state, placed)
-        for group, sequences in zip(groups, members, strict=True):
+        for group, sequences in zip(groups, members, strict=False):
             for row, sequence in enumerate(sequences):
-                full = sequence.filled // KV_PAGE
-                sequence.filled += int((group.positions[row] >= 0).sum())
-                if sequence.filled // KV_PAGE > full:
-                    self._pages.publish(sequence.pages, sequence.ids[: sequence.filled])
+                self._fill(sequence, int((group.positions[row] >= 0).sum()))
+        for sequence in drafted:
+            self._fill(sequence, 1)
         self._count()
         events = self._pool(members, xs, placed)
-        if len(groups) == 1 and not masks and all(s.pending == 0 and s.slot >= 0 for s in members[0]):
+        alone = len(groups) == 1 and not masks and not drafted
+        if alone and all(s.pending == 0 and s.slot >= 0 for s in members[0]):
             out = self._launch(xs[0], rows[0], members[0], None)
-            return self._land(Flight(list(members[0]), groups[0], placed[0], xs[0], rows[0], out))
-        for x, sequences, arguments in zip(xs, members, rows, strict=True):
-            finished = [(row, s) for row, s in enumerate(sequences) if s.pending == 0 and s.slot >= 0]
-            if finished:
-                events += self._draw(x, finished, arguments, masks)
+            events += self._land(Flight(list(members[0]), groups[0], placed[0], xs[0], rows[0], out))
+        else:
+            for x, sequences, arguments in zip(xs, members, rows, strict=False):
+                finished = [(row, s) for row, s in enumerate(sequences) if s.pending == 0 and s.slot >= 0]
+                if finished:
+                    events += self._draw(x, finished, arguments, masks)
+            if drafted:
+                events += self._check_drafts(xs[-1], drafted, checks)
+        if self._drafts is not None and not prompts:
+            program = tuple((group.ids.shape, group.table.shape) for group in groups)
+            seconds = time.perf_counter() - start
+            self._drafts.observe(before, seconds, self.model.stats.wait_s - waited, program)
         return sorted(events, key=lambda event: event.request)
 
     def _pool(
@@ -337,7 +368,7 @@ class Scheduler:
     ) -> list[Event]:
         """Adds to the means of pooled requests; those whose prompt is in are done and leave."""
         events = []
-        for sequences, x, (positions, _) in zip(members, xs, placed, strict=True):
+        for sequences, x, (positions, _) in zip(members, xs, placed, strict=False):
             pooled = [(row, s) for row, s in enumerate(sequences) if s.request.pooled]
             if not pooled:
                 continue
@@ -348,6 +379,57 @@ class Scheduler:
                     mean = np.asarray(sequence.total / len(sequence.ids), np.float32)
                     events.append(Event(sequence.number, None, 0.0, (), "stop", hidden=mean))
                     self._leave(sequence)
+        return events
+
+    def _fill(self, sequence: BatchSequence, count: int) -> None:
+        """Takes note that the next `count` tokens of a sequence are in the cache."""
+        full = sequence.filled // KV_PAGE
+        sequence.filled += count
+        if sequence.filled // KV_PAGE > full:
+            self._pages.publish(sequence.pages, sequence.ids[: sequence.filled])
+
+    def _checks(self, rows: int, sequences: Sequence[BatchSequence]) -> list[Rows]:
+        """What the draws after the certain token take, then those after each token of the drafts."""
+        checks = []
+        for at in range(1 + max(len(sequence.draft) for sequence in sequences)):
+            slots = np.full(rows, self._draws.spare, np.int32)
+            tokens, counts = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
+            for row, sequence in enumerate(sequences):
+                if at <= len(sequence.draft):
+                    slots[row], counts[row] = sequence.slot, sequence.drawn + at
+                    tokens[row] = sequence.draft[at - 1] if at else sequence.ids[-1]
+            checks.append((np.full(rows, at, np.int32), slots, tokens, counts))
+        return [Rows(*each) for each in jax.device_put(checks, self.model.device)]
+
+    def _check_drafts(
+        self, x: Array, sequences: Sequence[BatchSequence], checks: Sequence[Rows]
+    ) -> list[Event]:
+        """Draws after the certain token of each sequence, and goes on while the draws are its draft's tokens."""
+        assert self._drafts is not None
+        events: list[Event] = []
+        masks = {s.number: s.masks for s in sequences if s.masks is not None}
+        self.stats.drafted_tokens += sum(len(sequence.draft) for sequence in sequences)
+        rows = checks[0]
+        for at in range(len(checks)):
+            right = [(row, s) for row, s in enumerate(sequences) if s.slot >= 0 and s.pending == 0]
+            if not right:
+                break
+            allowed = None
+            if masks:
+                allowed = np.full((len(rows.slots), self._mask_words), np.uint32(0xFFFFFFFF))
+                for row, sequence in right:
+                    if sequence.number in masks:
+                        allowed[row] = masks[sequence.number][at]
+            out = self._launch(x, rows, [sequence for _, sequence in right], allowed)
+            accepted = sum(sequence.accepted for _, sequence in right)
+            events += self._read(x, right, rows, out, {}, allowed)
+            self.stats.accepted_tokens += sum(sequence.accepted for _, sequence in right) - accepted
+            if at + 1 < len(checks):
+                later = checks[at + 1]
+                slots = still_right(
+                    later.slots, rows.slots, out[0], later.tokens, np.int32(self._draws.spare)
+                )
+                rows = later._replace(slots=slots)
         return events
 
     def _land(self, flight: Flight) -> list[Event]:
@@ -371,6 +453,8 @@ class Scheduler:
         """
         plan = self.model.plan
         if plan.streamed or plan.expert_slots or plan.host_embedding:
+            return False
+        if self._drafts is not None and not self._drafts.asleep:
             return False
         if len(flight.sequences) != len(self._running) or (self._waiting and self._slots):
             return False
@@ -421,13 +505,13 @@ class Scheduler:
         chunk = self.model.plan.prefill_chunk
         return 1 if sequence.decodes else padded_rows(min(sequence.pending, chunk), chunk)
 
-    def _group(self, sequences: Sequence[BatchSequence]) -> Group:
-        """The tokens of one call, of sequences of one width."""
-        rows, width = self.rows_of(len(sequences)), self._width(sequences[0])
+    def _group(self, sequences: Sequence[BatchSequence], width: int) -> Group:
+        """The tokens of one call: the next `width` of each sequence, or as many as it has, its draft included."""
+        rows = self.rows_of(len(sequences))
         ids = np.zeros((rows, width), np.int32)
         positions = np.full((rows, width), -1, np.int32)
         for row, sequence in enumerate(sequences):
-            part = sequence.ids[sequence.filled : sequence.filled + width]
+            part = [*sequence.ids[sequence.filled : sequence.filled + width], *sequence.draft]
             ids[row, : len(part)] = part
             positions[row, : len(part)] = np.arange(sequence.filled, sequence.filled + len(part))
         return Group(ids, positions, table_of([sequence.pages for sequence in sequences], rows))
@@ -498,8 +582,7 @@ class Scheduler:
         constrained = [(row, sequence.number) for row, sequence in finished if sequence.number in masks]
         if not constrained:
             return {}, None
-        words = -(-self.model.config.vocab_size // 32)
-        allowed = np.full((rows, words), np.uint32(0xFFFFFFFF))
+        allowed = np.full((rows, self._mask_words), np.uint32(0xFFFFFFFF))
         failed = {}
         for row, number in constrained:
             try:
@@ -520,6 +603,8 @@ class Scheduler:
         sequence.ids.append(token)
         sequence.drawn += 1
         self.stats.generated_tokens += 1
+        if sequence.draft and self._drafts is not None and self._drafts.take(sequence, token):
+            self._fill(sequence, 1)
         reason: Finish = ""
         if token in request.stop_ids or (request.constraint is not None and request.constraint.finished):
             reason = "stop"
@@ -530,7 +615,16 @@ class Scheduler:
             reason = "context"
         if reason:
             self._leave(sequence)
-        return Event(sequence.number, token, logprob, top, reason, cached_tokens=sequence.cached)
+        return Event(
+            sequence.number,
+            token,
+            logprob,
+            top,
+            reason,
+            cached_tokens=sequence.cached,
+            accepted_tokens=sequence.accepted,
+            rejected_tokens=sequence.rejected,
+        )
 
     def _undrawn(self, sequence: BatchSequence, x: Array, last: Array, allowed: np.ndarray | None) -> Event:
         """Ends a sequence for which no token could be drawn, and says why."""

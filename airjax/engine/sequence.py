@@ -20,6 +20,7 @@ class BatchStats:
     Attributes:
       prompt_tokens, cached_tokens: tokens of prompts, and how many of them came from shared pages.
       generated_tokens: drawn tokens.
+      drafted_tokens, accepted_tokens: tokens of drafts that were checked, and how many of them were right.
       sweeps: passes of all layers.
       bytes_streamed: that went over the link to the device.
       wait_s: time in which the device had done all earlier work and waited for weights.
@@ -32,6 +33,8 @@ class BatchStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     sweeps: int = 0
     bytes_streamed: int = 0
     wait_s: float = 0.0
@@ -43,18 +46,43 @@ class BatchStats:
 
 @dataclass
 class BatchSequence:
-    """A request and how far it is."""
+    """A request and how far it is.
+
+    Attributes:
+      number: of the request.
+      request: what was asked.
+      ids: the prompt and what was drawn.
+      pages: of its cache.
+      filled: positions in the cache.
+      cached: how many of them came from shared pages.
+      drawn: tokens that were drawn.
+      slot: row of the sampler's state; -1 while waiting.
+      kept: what it left with when it had to.
+      total: of a pooled request, the sum of its hidden states so far.
+      draft: tokens that the next sweep checks; those that were right are taken off one by one.
+      marks: of the draft.
+      masks: of its constraint, for the draw after each token of the draft; None without one.
+      drafter, acceptance: what guesses its tokens, and how often that was right; None before the first guess.
+      accepted, rejected: tokens of drafts that were right, and that were not.
+    """
 
     number: int
     request: Request
     ids: list[int]
     pages: list[int] = field(default_factory=list)
-    filled: int = 0  # positions in the cache
+    filled: int = 0
     cached: int = 0
     drawn: int = 0
-    slot: int = -1  # row of the sampler's state; -1 while waiting
+    slot: int = -1
     kept: Kept | None = None
-    total: np.ndarray | float = 0.0  # of a pooled request: the sum of its hidden states so far
+    total: np.ndarray | float = 0.0
+    draft: tuple[int, ...] = ()
+    marks: tuple[Any, ...] = ()
+    masks: np.ndarray | None = None
+    drafter: Any = None
+    acceptance: Any = None
+    accepted: int = 0
+    rejected: int = 0
 
     @property
     def pending(self) -> int:

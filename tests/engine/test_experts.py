@@ -10,8 +10,8 @@ from toy_models import toy_llama
 
 import airjax
 from airjax import engine, models, sampling
-from airjax.engine import drafting
 from airjax.commands.meter import report
+from airjax.engine import drafting
 from airjax.engine.workspace import compiled_workspace
 from airjax.gguf import build_manifest, open_gguf
 from airjax.plan import PlanError, make_plan

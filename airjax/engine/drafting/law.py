@@ -15,7 +15,7 @@ from typing import Any
 # The mark of a token that a grammar forces.
 FORCED = "forced"
 # A draft must promise so much more than no draft: estimates err.
-_MARGIN = 1.03
+MARGIN = 1.03
 # Guesses before anything was seen count as so many tokens.
 _PRIOR_WEIGHT = 4.0
 # Older tokens count less: a text changes.
@@ -61,14 +61,14 @@ class Costs:
         times = self._times.setdefault(rows, collections.deque(maxlen=9))
         times.append(seconds)
         self._seconds[rows] = statistics.median(times)
-        if rows == 1:
+        if rows == min(self._seconds):
             self._waits.append(wait_s)
         return True
 
     @property
     def known(self) -> bool:
-        """Whether a sweep of one row was measured: without it nothing can be said."""
-        return 1 in self._seconds
+        """Whether any sweep was measured: without one nothing can be said."""
+        return bool(self._seconds)
 
     def seconds(self, rows: int) -> float:
         """Of a sweep of so many rows: measured, or guessed between what was."""
@@ -76,11 +76,14 @@ class Costs:
         measured = self._seconds
         if rows in measured:
             return measured[rows]
-        one = measured[1]
-        busy = max(one - statistics.median(self._waits), 0.0)
-        guess = max(one, busy * (rows if self._apart else 1 + rows / 64))
+        fewest = min(measured)
+        least = measured[fewest]
+        busy = max(least - statistics.median(self._waits), 0.0)
+        guess = least
+        if rows > fewest:
+            guess = max(least, busy * (rows / fewest if self._apart else 1 + (rows - fewest) / 64))
         # More rows never take less time.
-        guess = max(guess, *(seconds for count, seconds in measured.items() if count < rows))
+        guess = max([guess, *(seconds for count, seconds in measured.items() if count < rows)])
         return min([guess, *(seconds for count, seconds in measured.items() if count > rows)])
 
 
@@ -153,7 +156,7 @@ class Law:
             return 0
         plain = self.costs.seconds(1)
         counts = range(1, most + 1)
-        worth = [count for count in counts if (count + 1) * plain > self.costs.seconds(count + 1) * _MARGIN]
+        worth = [count for count in counts if (count + 1) * plain > self.costs.seconds(count + 1) * MARGIN]
         if not worth:
             self._idle += _LONGEST_SLEEP
             self._rest()
@@ -162,7 +165,7 @@ class Law:
 
     def keep(self, marks: Sequence[Any]) -> int:
         """How many tokens of a draft to check: those with which a sweep gives the most tokens per second."""
-        best, best_rate = 0, _MARGIN / self.costs.seconds(1)
+        best, best_rate = 0, MARGIN / self.costs.seconds(1)
         chance = expected = 1.0
         for count, mark in enumerate(marks, 1):
             chance *= self.acceptance.of(mark)

@@ -28,6 +28,10 @@ class Lookup:
         self._ids: list[int] = []
         self._tables: dict[int, dict[tuple[int, ...], int]] = {length: {} for length in _LENGTHS}
 
+    def __len__(self) -> int:
+        """How many tokens were pushed."""
+        return len(self._ids)
+
     def push(self, tokens: Sequence[int]) -> None:
         """Takes note of tokens. An n-gram is entered when its follower comes: so the end never finds itself."""
         ids = self._ids
