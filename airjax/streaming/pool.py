@@ -226,9 +226,7 @@ class Pool:
         missing = np.sort(experts[self._slot[units] < 0])
         if not len(missing):
             return
-        self._keep[units] = True
-        self._bring(layer, missing, demanded=True)
-        self._keep[units] = False
+        self._bring(layer, missing, units, demanded=True)
         self.stats.demand_bytes += len(missing) * self._unit_bytes(layer)
 
     def predict(self, layer: int, experts: np.ndarray) -> None:
@@ -252,9 +250,7 @@ class Pool:
         missing = np.sort(missing[: shape.slots // 2])
         if not len(missing):
             return
-        self._keep[units] = True
-        self._bring(layer, missing, demanded=False)
-        self._keep[units] = False
+        self._bring(layer, missing, units, demanded=False)
         self._ahead[layer] = missing
 
     def take_stats(self) -> PoolStats:
@@ -286,15 +282,31 @@ class Pool:
             self.stats.prefetch_used_bytes += used
             self.stats.prefetch_wasted_bytes += len(experts) * self._unit_bytes(layer) - used
 
-    def _bring(self, layer: int, experts: np.ndarray, demanded: bool) -> None:
+    def _bring(self, layer: int, experts: np.ndarray, kept: np.ndarray, demanded: bool) -> None:
+        """Puts experts in the place of others, but not of the units `kept`."""
         kind = int(self._kind[layer])
-        shape, held = self._shapes[kind], self._held[kind]
+        held = self._held[kind]
+        self._keep[kept] = True
         slots = self._room(kind, len(experts))
+        self._keep[kept] = False
         first = layer * self._experts
         evicted = held[slots]
         self._slot[evicted[evicted >= 0]] = -1
         self._slot[first + experts] = slots
         held[slots] = first + experts
+        try:
+            self._write(layer, experts, slots, evicted, demanded)
+        except BaseException:
+            # None of them counts as there; the device's table is only asked for experts that are.
+            self._slot[first + experts] = -1
+            held[slots] = -1
+            raise
+
+    def _write(
+        self, layer: int, experts: np.ndarray, slots: np.ndarray, evicted: np.ndarray, demanded: bool
+    ) -> None:
+        kind, first = int(self._kind[layer]), layer * self._experts
+        shape = self._shapes[kind]
         most = max(min(self._call_bytes // self._unit_bytes(layer), _LENGTHS[-1]), 1)
         at = 0
         for runs in _calls(layer, experts, most):
