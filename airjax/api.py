@@ -557,6 +557,7 @@ def load(
                 prefill_chunk=prefill_chunk,
                 max_batch=max_batch,
                 kv_tokens=kv_tokens,
+                drafts=kind != "none",
                 timeline=Timeline() if trace else None,
             )
         except PlanError as error:

@@ -3,11 +3,12 @@
     python bench/moe_levels.py [--folder=/dev/shm] [--shapes=30b-a3b,120b-a5b] [--skews=0,1] [--budgets_gb=8,20]
         [--batches=1,8,32] [--deadline_s=540] [--reports=FOLDER]
 
-Writes random models of these shapes (18 GB in Q4_K and 66 GB in Q4_0), one at a time, and removes them. A router's
-logit is normal noise of the token plus -skew * log(rank) with another order of experts in each layer: with 0 all
-choices are equally likely, the worst case; how skewed another is shows in the column "top 10 %", the share of choices
-that went to a tenth of the experts. Prompts and draws are random tokens, others in each pass. One sequence has a prompt
-of 512 tokens, several have 64 each. GB are 10^9 bytes.
+Writes random models of these shapes (18 GB in Q4_K, and gpt-oss-120b's 64 GB), one at a time, and removes them. A
+router's logit is normal noise of the token plus -skew * log(rank) with another order of experts in each layer: with 0
+all choices are equally likely, the worst case; how skewed another is shows in the column "top 10 %", the share of
+choices that went to a tenth of the experts. Layers add little to the hidden states of such a model, so the next layer's
+experts are easier to predict ("right") than those of a trained one. Prompts and draws are random tokens, others in each
+pass. One sequence has a prompt of 512 tokens, several have 64 each. GB are 10^9 bytes.
 
 "law" is the link's time for the bytes that were missed, as a share of the measured time: 100 % means that nothing but
 the link can make it faster. The link's rate is probed with pinned memory in the same process.
@@ -28,7 +29,7 @@ import gguf
 import numpy as np
 import synthetic
 
-_TYPES = {"30b-a3b": "Q4_K", "120b-a5b": "Q4_0", "tiny-moe": "Q4_K"}
+_TYPES = {"30b-a3b": "Q4_K", "120b-a5b": "MXFP4", "tiny-moe": "Q4_K", "tiny-oss": "MXFP4"}
 _RAM_GIB = 110.0
 _COLUMNS = (
     "shape",

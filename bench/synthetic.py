@@ -36,7 +36,7 @@ class _Part(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Sizes of a llama-architecture model, or with experts of a qwen3moe one."""
+    """Sizes of a llama-architecture model, or with experts of the one that is named."""
 
     layers: int
     d_model: int
@@ -48,6 +48,7 @@ class Shape(NamedTuple):
     head_dim: int = 0
     experts: int = 0
     experts_used: int = 0
+    architecture: str = "llama"
 
     @property
     def head_width(self) -> int:
@@ -62,10 +63,11 @@ SHAPES = {
     "32b": Shape(64, 5120, 27_648, 40, 8, 152_064, 131_072),
     "70b": Shape(80, 8192, 28_672, 64, 8, 128_256, 131_072),
     "120b": Shape(88, 12_288, 28_672, 96, 8, 32_768, 131_072),
-    "tiny-moe": Shape(4, 256, 256, 4, 2, 512, 2048, 64, 16, 3),
-    "30b-a3b": Shape(48, 2048, 768, 32, 4, 151_936, 40_960, 128, 128, 8),
-    # The sizes of gpt-oss-120b in qwen3moe's form: for a block type of 32 weights.
-    "120b-a5b": Shape(36, 2880, 2880, 64, 8, 201_088, 131_072, 64, 128, 4),
+    "tiny-moe": Shape(4, 256, 256, 4, 2, 512, 2048, 64, 16, 3, "qwen3moe"),
+    "30b-a3b": Shape(48, 2048, 768, 32, 4, 151_936, 40_960, 128, 128, 8, "qwen3moe"),
+    # gpt-oss-120b: its experts in a type of blocks of 32 weights, the rest in Q8_0.
+    "120b-a5b": Shape(36, 2880, 2880, 64, 8, 201_088, 131_072, 64, 128, 4, "gpt-oss"),
+    "tiny-oss": Shape(4, 128, 128, 4, 2, 512, 2048, 32, 16, 3, "gpt-oss"),
 }
 
 
@@ -159,23 +161,22 @@ def _tensors(shape: Shape, kind: Type, output_kind: Type) -> list[tuple[str, tup
 
 def _mixture(shape: Shape, layer: int, kind: Type) -> list[tuple[str, tuple[int, ...], Type]]:
     d, f, e, width = shape.d_model, shape.d_ff, shape.experts, shape.head_width
-    return [
-        (f"blk.{layer}.{name}.weight", size, Type.F32 if len(size) == 1 or name == "ffn_gate_inp" else kind)
-        for name, size in (
-            ("attn_norm", (d,)),
-            ("attn_q", (width * shape.heads, d)),
-            ("attn_k", (width * shape.kv_heads, d)),
-            ("attn_v", (width * shape.kv_heads, d)),
-            ("attn_output", (d, width * shape.heads)),
-            ("attn_q_norm", (width,)),
-            ("attn_k_norm", (width,)),
-            ("ffn_norm", (d,)),
-            ("ffn_gate_inp", (e, d)),
-            ("ffn_gate_exps", (e, f, d)),
-            ("ffn_up_exps", (e, f, d)),
-            ("ffn_down_exps", (e, d, f)),
-        )
-    ]
+    q, kv = width * shape.heads, width * shape.kv_heads
+    routed = {"ffn_gate_exps": (e, f, d), "ffn_up_exps": (e, f, d), "ffn_down_exps": (e, d, f)}
+    dense = {"attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d), "attn_output": (d, q)}
+    plain: dict[str, tuple[int, ...]] = {"attn_norm.weight": (d,), "ffn_gate_inp.weight": (e, d)}
+    dense_kind = kind
+    if shape.architecture == "gpt-oss":
+        plain |= {"post_attention_norm.weight": (d,), "attn_sinks.weight": (shape.heads,)}
+        biased = {**routed, **dense, "ffn_gate_inp": (e, d)}
+        plain |= {f"{name}.bias": size[:-1] for name, size in biased.items()}
+        dense_kind = Type.Q8_0
+    else:
+        plain |= {"ffn_norm.weight": (d,), "attn_q_norm.weight": (width,), "attn_k_norm.weight": (width,)}
+    rows: list[tuple[str, tuple[int, ...], Type]] = [(name, size, Type.F32) for name, size in plain.items()]
+    rows += [(f"{name}.weight", size, dense_kind) for name, size in dense.items()]
+    rows += [(f"{name}.weight", size, kind) for name, size in routed.items()]
+    return [(f"blk.{layer}.{name}", size, block) for name, size, block in rows]
 
 
 def _add_metadata(writer: gguf.GGUFWriter, shape: Shape) -> None:
@@ -194,6 +195,11 @@ def _add_metadata(writer: gguf.GGUFWriter, shape: Shape) -> None:
         writer.add_expert_count(shape.experts)
         writer.add_expert_used_count(shape.experts_used)
         writer.add_expert_feed_forward_length(shape.d_ff)
+    if shape.architecture == "gpt-oss":
+        writer.add_sliding_window(128)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(32.0)
+        writer.add_rope_scaling_orig_ctx_len(4096)
     # Byte-level BPE whose first tokens are the 256 bytes as GPT-2 spells them; the others never arise from text.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -225,7 +231,8 @@ def write_header(
     """
     if output_kind is None:
         output_kind = Type.Q6_K if kind.name.endswith("_K") else kind
-    writer = gguf.GGUFWriter(path, "qwen3moe" if shape.experts else "llama")
+        output_kind = Type.Q8_0 if shape.architecture == "gpt-oss" else output_kind
+    writer = gguf.GGUFWriter(path, shape.architecture)
     _add_metadata(writer, shape)
     tensors = _tensors(shape, kind, output_kind)
     sizes = []
@@ -280,7 +287,8 @@ def write(
     kinds = sorted({block for _, size, block in tensors if len(size) > 1})
     pools = {block: _pool(block, shape.d_model**-0.5, generator) for block in kinds}
     # Attention adds much the same to every token, which would skew the routers by itself.
-    quiet = _pool(kind, 0.1 * shape.d_model**-0.5, generator) if shape.experts else ones
+    quiet = {block: _pool(block, 0.1 * shape.d_model**-0.5, generator) for block in kinds if shape.experts}
+    zeros = np.zeros(4096, np.uint8)
     parts: list[_Part] = []
     silent: list[_Part] = []
     at = os.path.getsize(path)
@@ -288,12 +296,14 @@ def write(
     for (name, size, block), nbytes in zip(tensors, sizes, strict=True):
         pool, start = ones, 0
         adds = shape.experts and name.endswith(("attn_output.weight", "ffn_down_exps.weight"))
-        if name.endswith("ffn_gate_inp.weight"):
+        if name.endswith((".bias", "attn_sinks.weight")):
+            pool = zeros
+        elif name.endswith("ffn_gate_inp.weight"):
             pool = _router(shape, skew, generator)
         elif shape.experts and name == "token_embd.weight":
             pool = _constant_place(shape, generator)
         elif len(size) > 1:
-            pool = quiet if adds else pools[block]
+            pool = quiet[block] if adds else pools[block]
             _, block_bytes = gguf.GGML_QUANT_SIZES[block]
             start = int(generator.integers(0, pool.size // block_bytes)) * block_bytes
         parts.append(_Part(at, nbytes, pool, start))

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from airjax.engine.model import Model
 
 
+# The beginnings of the names of a router's tensors and of the norms before it.
+_READ_BY_ROUTER = ("ffn_gate_inp.", "ffn_norm.", "post_attention_norm.")
+
+
 @flax.struct.dataclass
 class Routed:
     """Tokens between attention and their experts.
@@ -57,13 +61,26 @@ def attend_and_route(
       length: as in `Architecture.block`.
     """
     spans = model.manifest.layers
-    after = layer + 1
-    following = model.weights.take(after) if after < len(spans) and model.pool_holds(after) else None
-    layout = spans[after].layout if following is not None else None
+    following, layout = _router_of(model, layer + 1)
     step = route_step(spans[layer].layout, layout, model.config, model.kinds[layer], length)
     kv, table = (cache.pages, cache.table) if isinstance(cache, PagedKV) else (cache, None)
     routed, kv = step(weights, following, x, kv, table, positions)
     return routed, kv
+
+
+def _router_of(model: Model, layer: int) -> tuple[Buffers | None, Layout | None]:
+    """What the router of a layer reads, alone where it can be had so: a call takes longer with more arguments."""
+    if layer >= model.config.n_layers or not model.pool_holds(layer):
+        return None, None
+    buffers, layout = model.weights.take(layer), model.manifest.layers[layer].layout
+    if isinstance(buffers, dict):
+        if layer not in model.routers:
+            ((capability, arrays),) = buffers.items()
+            some = tuple(item for item in layout.tensors if item[0].startswith(_READ_BY_ROUTER))
+            part = {capability: {name: arrays[name] for name, _ in some}}
+            model.routers[layer] = part, layout._replace(tensors=some)
+        return model.routers[layer]
+    return buffers, layout
 
 
 def run_experts(

@@ -36,7 +36,7 @@ from airjax.engine.pages import Pages
 from airjax.engine.request import MAX_TOP_LOGPROBS, Constraint, Event, Finish, Request
 from airjax.engine.sequence import BatchSequence, BatchStats, Flight, Kept, Rows
 from airjax.engine.stats import peak_device_bytes
-from airjax.engine.step import next_rows
+from airjax.engine.step import next_rows, sum_rows
 from airjax.plan import KV_PAGE
 from airjax.sampling import Transform
 from airjax.types import Array
@@ -217,7 +217,8 @@ class Scheduler:
         failures: list[Event] = []
         while self._waiting and self._slots:
             sequence = self._waiting[0]
-            if sequence.kept is None:
+            # What is shared is not computed again, so a mean could not be taken over it.
+            if sequence.kept is None and not sequence.request.pooled:
                 sequence.pages = self._pages.share(sequence.ids)
                 sequence.filled = sequence.cached = len(sequence.pages) * KV_PAGE
             needed = _pages_for(len(sequence.ids)) - len(sequence.pages)
@@ -341,13 +342,14 @@ class Scheduler:
         for sequence in drafted:
             self._fill(sequence, 1)
         self._count()
-        if len(groups) == 1 and not masks and not drafted and all(s.pending == 0 for s in members[0]):
+        events = self._pool(members, xs, placed)
+        alone = len(groups) == 1 and not masks and not drafted
+        if alone and all(s.pending == 0 and s.slot >= 0 for s in members[0]):
             out = self._launch(xs[0], rows[0], members[0], None)
-            events = self._land(Flight(list(members[0]), groups[0], placed[0], xs[0], rows[0], out))
+            events += self._land(Flight(list(members[0]), groups[0], placed[0], xs[0], rows[0], out))
         else:
-            events = []
             for x, sequences, arguments in zip(xs, members, rows, strict=False):
-                finished = [(row, s) for row, s in enumerate(sequences) if s.pending == 0]
+                finished = [(row, s) for row, s in enumerate(sequences) if s.pending == 0 and s.slot >= 0]
                 if finished:
                     events += self._draw(x, finished, arguments, masks)
             if drafted:
@@ -357,6 +359,27 @@ class Scheduler:
             seconds = time.perf_counter() - start
             self._drafts.observe(before, seconds, self.model.stats.wait_s - waited, program)
         return sorted(events, key=lambda event: event.request)
+
+    def _pool(
+        self,
+        members: Sequence[Sequence[BatchSequence]],
+        xs: Sequence[Array],
+        placed: Sequence[tuple[Array, Array]],
+    ) -> list[Event]:
+        """Adds to the means of pooled requests; those whose prompt is in are done and leave."""
+        events = []
+        for sequences, x, (positions, _) in zip(members, xs, placed, strict=False):
+            pooled = [(row, s) for row, s in enumerate(sequences) if s.request.pooled]
+            if not pooled:
+                continue
+            sums = np.asarray(sum_rows(x, positions))
+            for row, sequence in pooled:
+                sequence.total = sequence.total + sums[row].astype(np.float64)
+                if sequence.pending == 0:
+                    mean = np.asarray(sequence.total / len(sequence.ids), np.float32)
+                    events.append(Event(sequence.number, None, 0.0, (), "stop", hidden=mean))
+                    self._leave(sequence)
+        return events
 
     def _fill(self, sequence: BatchSequence, count: int) -> None:
         """Takes note that the next `count` tokens of a sequence are in the cache."""
@@ -621,7 +644,7 @@ class Scheduler:
         """
         for sequence in list(self._running):
             self._leave(sequence)
-            sequence.filled = 0
+            sequence.filled, sequence.total = 0, 0.0
             bisect.insort(self._waiting, sequence, key=lambda s: s.number)
         self._flight = None
         self.model.wait()

@@ -58,6 +58,7 @@ class BatchSequence:
       drawn: tokens that were drawn.
       slot: row of the sampler's state; -1 while waiting.
       kept: what it left with when it had to.
+      total: of a pooled request, the sum of its hidden states so far.
       draft: tokens that the next sweep checks; those that were right are taken off one by one.
       marks: of the draft.
       masks: of its constraint, for the draw after each token of the draft; None without one.
@@ -74,6 +75,7 @@ class BatchSequence:
     drawn: int = 0
     slot: int = -1
     kept: Kept | None = None
+    total: np.ndarray | float = 0.0
     draft: tuple[int, ...] = ()
     marks: tuple[Any, ...] = ()
     masks: np.ndarray | None = None

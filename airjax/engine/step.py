@@ -289,6 +289,12 @@ def top_step(layouts: GlobalLayouts, config: Config, top: int) -> Callable[..., 
     return best
 
 
+@jax.jit
+def sum_rows(x: Array, positions: Array) -> Array:
+    """The sum of the rows of each sequence `[B, D]`, float32, of `x [B, T, D]` but for padding."""
+    return jnp.sum(jnp.where(positions[..., None] < 0, 0.0, x.astype(jnp.float32)), axis=1)
+
+
 @functools.partial(jax.jit, static_argnames="spare")
 def next_rows(drawn: Array, rows: Any, positions: Array, spare: int) -> tuple[Array, Any, Array]:
     """What the next decoding call of the same sequences takes, once their tokens are drawn and before they are read.

@@ -22,9 +22,9 @@ from airjax.streaming.timeline import Timeline
 from airjax.streaming.units import Run, UnitSource
 from airjax.types import Array
 
-# Bytes of one call's transfers, and how many such calls may be on their way.
+# Bytes of one call's transfers, and of all that are on their way or wait to be written into their slots.
 CALL_BYTES = 32 << 20
-CALLS_AHEAD = 4
+STAGED_BYTES = 160 << 20
 # Runs of one call: more would make more programs.
 _RUNS = (1, 2, 4, 8)
 # Neighbouring experts that are put as one.
@@ -154,7 +154,8 @@ class Pool:
         self._first = jax.device_put([np.int32(layer * experts) for layer in range(layers)], device)
         self._ahead: dict[int, np.ndarray] = {}
         self._predicted: dict[int, np.ndarray] = {}
-        self._on_the_way: collections.deque[Any] = collections.deque()
+        self._on_the_way: collections.deque[tuple[Array, int]] = collections.deque()
+        self._staged = 0
         self._demanded: tuple[Array, ...] = ()
         self._totals = PoolStats()
         self._sweeps = 0
@@ -265,9 +266,10 @@ class Pool:
     def close(self) -> None:
         """Waits for what is on the way, frees the slots and closes the tier."""
         try:
-            jax.block_until_ready((list(self._on_the_way), self._demanded))
+            jax.block_until_ready(([done for done, _ in self._on_the_way], self._demanded))
         finally:
             self._on_the_way.clear()
+            self._staged = 0
             self._demanded = ()
             for part in (*self._buffers, *self._tables, *self._first):
                 part.delete()
@@ -296,10 +298,13 @@ class Pool:
         most = max(min(self._call_bytes // self._unit_bytes(layer), _LENGTHS[-1]), 1)
         at = 0
         for runs in _calls(layer, experts, most):
-            while len(self._on_the_way) >= CALLS_AHEAD:
-                jax.block_until_ready(self._on_the_way.popleft())
-            arrays = self._source.put(runs)
             count = sum(run.length for run in runs)
+            nbytes = count * self._unit_bytes(layer)
+            while self._on_the_way and self._staged + nbytes > STAGED_BYTES:
+                oldest, freed = self._on_the_way.popleft()
+                jax.block_until_ready(oldest)
+                self._staged -= freed
+            arrays = self._source.put(runs)
             where = slice(at, at + count)
             at += count
             index = np.stack([slots[where], first + experts[where], evicted[where]]).astype(np.int32)
@@ -307,12 +312,12 @@ class Pool:
             self._buffers[kind], self._tables[kind], done = write(
                 self._buffers[kind], self._tables[kind], index, arrays
             )
-            self._on_the_way.append(done)
+            self._on_the_way.append((done, nbytes))
+            self._staged += nbytes
             if demanded:
                 # The link keeps their order, so the last ones stand for all.
                 self._demanded = arrays[-1]
             if self.timeline is not None:
-                nbytes = count * self._unit_bytes(layer)
                 self.timeline.watch("host to device", f"layer {layer}", arrays, nbytes)
 
     def _room(self, kind: int, count: int) -> np.ndarray:

@@ -73,12 +73,13 @@ def _choices(path):
         return np.stack([counted[layer] for layer in range(4)])
 
 
-def test_the_routers_of_a_mixture_are_as_skewed_as_asked(tmp_path):
+@pytest.mark.parametrize(("shape", "kind"), [("tiny-moe", "Q4_K"), ("tiny-oss", "MXFP4")])
+def test_the_routers_of_a_mixture_are_as_skewed_as_asked(tmp_path, shape, kind):
     shares = []
     for skew in (0.0, 1.0):
         path = tmp_path / "tiny.gguf"
         nbytes = synthetic.write(
-            str(path), synthetic.SHAPES["tiny-moe"], gguf.GGMLQuantizationType.Q4_K, skew=skew
+            str(path), synthetic.SHAPES[shape], gguf.GGMLQuantizationType[kind], skew=skew
         )
         assert path.stat().st_size == nbytes
         chosen = _choices(path)

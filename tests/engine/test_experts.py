@@ -1,5 +1,7 @@
 """Streaming by the expert: the numbers never depend on the pool, and little more crosses the link than was chosen."""
 
+import io
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from toy_models import toy_llama
 
 import airjax
 from airjax import engine, models, sampling
+from airjax.commands.meter import report
 from airjax.engine import drafting
 from airjax.engine.workspace import compiled_workspace
 from airjax.gguf import build_manifest, open_gguf
@@ -200,6 +203,15 @@ def test_a_batch_gives_the_numbers_of_resident_layers_and_shares_experts(path):
             assert stats.bytes_streamed == stats.experts.bytes > 0
 
 
+def test_the_meter_reports_experts(path):
+    out = io.StringIO()
+    with _load(path, 12) as loaded:
+        stats = _decode_bytes(loaded, 4, 0)
+        report(stats, out)
+    hits = f"experts: {100 * stats.experts.hit_rate:.1f} % of the needed ones were there"
+    assert hits in out.getvalue() and "GB in vain" in out.getvalue()
+
+
 def test_a_generation_left_in_the_middle_leaves_the_pool_usable(path, resident):
     with _load(path, 12) as loaded:
         draws = loaded.generate(random_ids(100, 9), max_tokens=20, ignore_eos=True)
@@ -214,6 +226,13 @@ def test_dense_is_refused_where_it_makes_no_sense(path, tmp_path):
     toy = toy_llama(tmp_path / "toy.gguf")
     with pytest.raises(PlanError, match="resident=dense is for mixtures of experts"):
         airjax.load(toy, vram_budget_gib=1, context=256, resident="dense")
+
+
+def test_the_workspace_by_the_compiler_is_less_than_was_planned(path):
+    with _load(path, 20, prefill_chunk=64) as loaded:
+        model = loaded.model
+        compiled = compiled_workspace(model.manifest, model.config, model.plan, model.experts)
+        assert 64 * _USED * model.config.d_model * 4 < compiled < model.plan.workspace_bytes
 
 
 def test_a_checked_draft_gives_the_draws_of_plain_decoding(path):
@@ -236,10 +255,3 @@ def _draws(loaded, generate, prompt, **options):
     loaded.model.wait()
     state.close()
     return draws
-
-
-def test_the_workspace_by_the_compiler_is_less_than_was_planned(path):
-    with _load(path, 20, prefill_chunk=64) as loaded:
-        model = loaded.model
-        compiled = compiled_workspace(model.manifest, model.config, model.plan, model.experts)
-        assert 64 * _USED * model.config.d_model * 4 < compiled < model.plan.workspace_bytes

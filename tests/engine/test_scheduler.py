@@ -7,6 +7,7 @@ from toy_models import toy_gemma3, toy_llama
 
 import airjax
 from airjax import engine, sampling
+from airjax.engine.generation import prefill
 
 _CONTEXT = 512
 # Prompts of one size share a call, whose products may sum in another order; decoding rounds activations behind it.
@@ -281,6 +282,32 @@ def test_a_row_that_could_not_draw_leaves_its_state_alone(toy):
         (event,) = scheduler.step()
         assert event.finish_reason == "error" and "no token can be drawn" in event.error
         assert not scheduler.busy
+        scheduler.close()
+
+
+def test_a_pooled_request_gives_the_mean_of_the_last_layers_output(toy):
+    prompts = _prompts()
+    with airjax.load(toy, vram_budget_gib=1, context=_CONTEXT) as single:
+        expected = []
+        for ids in prompts:
+            state = engine.new_state(single.model)
+            pieces = [np.asarray(x[0, :rows]) for x, rows in prefill(single.model, state, ids)]
+            expected.append(np.concatenate(pieces).mean(axis=0, dtype=np.float64))
+            state.close()
+    with _open(toy, prefill_chunk=64, kv_tokens=512) as batch:
+        scheduler = batch.scheduler(_SAMPLER)
+        # The first ones decode on while the others pass, and have the same beginnings.
+        talking = [scheduler.submit(_request(ids, n, max_tokens=40)) for n, ids in enumerate(prompts[:2])]
+        for _ in range(4):
+            scheduler.step()
+        numbers = [scheduler.submit(_request(ids, n, pooled=True)) for n, ids in enumerate(prompts)]
+        found = _run(scheduler)
+        for number, mean in zip(numbers, expected, strict=True):
+            (event,) = found[number]
+            assert event.token is None and event.finish_reason == "stop"
+            np.testing.assert_allclose(event.hidden, mean, atol=1e-3 * np.abs(mean).max())
+        assert all(found[number][-1].finish_reason == "length" for number in talking)
+        assert scheduler.pages_held == 0
         scheduler.close()
 
 
