@@ -136,6 +136,7 @@ class _Run:
         self._keys = jax.device_put(key[None], model.device)
         self.sequel = Sequel([], None, key, 0)
         self.masks: np.ndarray | None = None
+        self._draft_s = 0.0  # of the draft that the sweep checks
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Reads the prompt."""
@@ -179,7 +180,7 @@ class _Run:
             return
         program = tuple(lengths_at(self._model, np.full((1, 1), len(self.sequel.ids) - 1, np.int32)))
         law.learn(self._draft.marks, right)
-        if law.costs.observe(len(self.ids), seconds, wait_s, program):
+        if law.costs.observe(len(self.ids), seconds - self._draft_s, wait_s, program):
             stats.timed_s += seconds
             stats.timed_tokens += right + 1
         if law.costs.known:
@@ -191,15 +192,17 @@ class _Run:
         sequel.sampler_state = drawn.sampler_state
         self._drafter.push([draw.id for draw in drawn.draws])
         if swept:
-            self.ids = sequel.ids[-1:]
+            self.ids, self._draft_s = sequel.ids[-1:], 0.0
             if law is not None:
                 law.ask(0)
             if self._constraint is not None:
                 self.masks = self._constraint.mask()[None]
                 self._question = self._question._replace(masks=[self.masks])
             return
+        start = time.perf_counter()
         most = most if law is None else law.ask(most)
         choice = choose(self._drafter, sequel, self._constraint, stop_ids, most, law)
+        self._draft_s = time.perf_counter() - start
         if law is not None and most:
             choice = choice.first(law.keep(choice.draft.marks))
         self.ids, self.masks = [sequel.ids[-1], *choice.draft.tokens], choice.masks

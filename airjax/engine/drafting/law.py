@@ -23,6 +23,8 @@ _DECAY = 0.98
 # After so many draws without a draft that paid, the drafter is asked less and less.
 _PATIENCE = 8
 _LONGEST_SLEEP = 64
+# A drafter is slow if a token takes it so much of a sweep.
+_DEAR = 0.005
 
 
 class Costs:
@@ -129,7 +131,8 @@ class Law:
     Args:
       costs: of the model.
       acceptance: of the sequence.
-      may_sleep: stop asking for a while where no draft paid, so that sweeps can be dispatched ahead.
+      may_sleep: stop asking for a while where no draft paid, so that sweeps can be dispatched ahead. A slow drafter is
+        left in peace in any case.
     """
 
     def __init__(self, costs: Costs, acceptance: Acceptance, may_sleep: bool = False) -> None:
@@ -138,6 +141,7 @@ class Law:
         self.acceptance = acceptance
         self._idle = 0
         self._asleep = 0
+        self._token_s = 0.0
 
     @property
     def asleep(self) -> bool:
@@ -199,6 +203,7 @@ class Law:
           A function to call with the mark of each drafted token.
         """
         chance, rows = 1.0, 1
+        self._token_s = token_s
 
         def go_on(mark: Any) -> bool:
             nonlocal chance, rows
@@ -216,7 +221,9 @@ class Law:
 
     def _rest(self) -> None:
         self._idle += 1
-        if self._may_sleep and self._idle >= _PATIENCE:
+        # A slow drafter must not be asked in vain for ever either.
+        slow = self.costs.known and self._token_s > _DEAR * self.costs.seconds(1)
+        if (self._may_sleep or slow) and self._idle >= _PATIENCE:
             self._asleep = min(self._idle, _LONGEST_SLEEP)
 
 

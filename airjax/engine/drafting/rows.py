@@ -19,8 +19,9 @@ from airjax.models import Config
 from airjax.streaming import to_cache
 from airjax.types import Array, LayerKV
 
-# Few distinct sizes, so few programs.
-_SIZES = (1, 2, 4, 8, 16, 32)
+# Few distinct sizes, so few programs: each is compiled for every layout and length of cache, and rows cost little where
+# they share a call.
+_SIZES = (1, 4, 16, 32)
 
 
 class Swept(NamedTuple):

@@ -56,48 +56,59 @@ class _Chain(NamedTuple):
     Attributes:
       model: whose output matrix and embedding are used.
       sampler: of the draws.
-      step: hidden states `[1, 1, D]` after one more token; takes its embedding where that is there.
+      step: hidden states `[1, 1, D]` after one more token; takes its embedding where that is there, and its position
+        on the device: from the host it would wait behind the layers on the link.
       meant: tokens of the sequence that a drawn one stands for; none end the draft.
       name: for the marks.
     """
 
     model: Model
     sampler: Transform
-    step: Callable[[int, Array | None], Array]
+    step: Callable[[int, Array | None, Array], Array]
     meant: Callable[[int], Sequence[int]]
     name: str
 
     def drawn(
         self,
         x: Array,
-        row: np.ndarray,
+        row: Any,
         state: Any,
-        token: Any,
+        token: int,
+        position: int,
         key: Array,
         draws: int,
         most: int,
         go_on: Callable[[Any], bool],
     ) -> Draft:
-        """A draft that begins with the draw from row `[1]` of x `[1, T, D]`, the `draws`-th of the key."""
+        """A draft that begins with the draw after `token` at `position`, the `draws`-th of the key.
+
+        It is made from row `[1]` of x `[1, T, D]`.
+        """
         model = self.model
         draw = draw_step(model.layouts, model.config, self.sampler.apply)
         tokens: list[int] = []
         marks: list[Any] = []
-        where = np.zeros((1, 1), np.int32)  # not asked for
+        last, first_row, keys, numbers = jax.device_put(
+            (
+                np.array([token], np.int32),
+                np.zeros(1, np.int32),
+                key[None],
+                (np.int32(draws), np.full((1, 1), position, np.int32)),
+            ),
+            model.device,
+        )
         while True:
-            numbers = (np.int32(draws), where)
-            token, logprob, state, embedded, _ = draw(
-                model.globals, x, row, state, token, key[None], numbers, None
+            last, logprob, state, embedded, numbers = draw(
+                model.globals, x, row, state, last, keys, numbers, None
             )
-            drawn, logprobs = jax.device_get((token, logprob))
+            drawn, logprobs = jax.device_get((last, logprob))
             meant = self.meant(int(drawn[0])) if drawn[0] >= 0 else ()
             mark = self.name, tenth(math.exp(min(float(logprobs[0]), 0.0)))
             tokens += meant
             marks += [mark] * len(meant)
             if not meant or len(tokens) >= most or not go_on(mark):
                 return Draft(tuple(tokens), tuple(marks)).first(most)
-            x, row = self.step(int(drawn[0]), embedded), np.zeros(1, np.int32)
-            draws += 1
+            x, row = self.step(int(drawn[0]), embedded, numbers[1]), first_row
 
 
 class SmallerModel:
@@ -145,13 +156,13 @@ class SmallerModel:
         else:
             state = self._sampler.init(np.zeros((1, 0), np.int32), model.config.vocab_size)
 
-        def step(token: int, x: Array | None) -> Array:
+        def step(token: int, x: Array | None, where: Array) -> Array:
             ids.append(token)
-            return self._step(ids, x)
+            return self._step(ids, x, where)
 
         chain = _Chain(model, self._sampler, step, self._meant, self.name)
         first = sequel.draws + len(after)
-        draft = chain.drawn(x, row, state, np.array([ids[-1]], np.int32), sequel.key, first, most, go_on)
+        draft = chain.drawn(x, row, state, ids[-1], len(ids) - 1, sequel.key, first, most, go_on)
         self._pace.note(time.perf_counter() - start, len(draft.tokens))
         return draft
 
@@ -180,15 +191,15 @@ class SmallerModel:
             return x, np.array([rows - 1], np.int32)
         del cached[same:]
         for at in range(same, len(ids)):
-            x = self._step(ids[: at + 1], None)
+            x = self._step(ids[: at + 1], None, None)
         return x, np.zeros(1, np.int32)
 
-    def _step(self, ids: list[int], x: Array | None) -> Array:
-        """One sweep of the last of `ids`, whose embedding x is if it is there."""
+    def _step(self, ids: list[int], x: Array | None, where: Array | None) -> Array:
+        """One sweep of the last of `ids`; its embedding and its position on the device if they are there."""
         model = self._model
         x = embed(model, np.array([ids[-1:]], np.int32)) if x is None else x
         self._cached.append(ids[-1])
-        return sweep(model, x, self._state, np.full((1, 1), len(ids) - 1, np.int32))
+        return sweep(model, x, self._state, np.full((1, 1), len(ids) - 1, np.int32), where)
 
 
 class ResidentLayers:
@@ -225,32 +236,30 @@ class ResidentLayers:
         """Draws one token after another while the law says that the next is worth its time."""
         model = self._model
         start = time.perf_counter()
-        position = len(sequel.ids) - 1
+        position = len(sequel.ids) - 2
 
-        def step(token: int, x: Array | None) -> Array:
+        def step(token: int, x: Array | None, where: Array | None) -> Array:
             nonlocal position
-            x = embed(model, np.array([[token]], np.int32)) if x is None else x
-            x = self._step(x, position)
             position += 1
-            return x
+            x = embed(model, np.array([[token]], np.int32)) if x is None else x
+            return self._step(x, position, where)
 
         for token in (sequel.ids[-1], *after):
-            x = step(token, None)
+            x = step(token, None, None)
         chain = _Chain(model, self._sampler, step, lambda token: (token,), self.name)
-        row, last = np.zeros(1, np.int32), np.array([token], np.int32)
-        first = sequel.draws + len(after)
-        draft = chain.drawn(x, row, sequel.sampler_state, last, sequel.key, first, most, go_on)
+        row, first = np.zeros(1, np.int32), sequel.draws + len(after)
+        draft = chain.drawn(x, row, sequel.sampler_state, token, position, sequel.key, first, most, go_on)
         self._pace.note(time.perf_counter() - start, len(draft.tokens))
         return draft
 
     def close(self) -> None:
         """Nothing to free: cache and model belong to the sequence."""
 
-    def _step(self, x: Array, position: int) -> Array:
+    def _step(self, x: Array, position: int, placed: Array | None) -> Array:
         """The resident layers for one token."""
         model, where = self._model, np.full((1, 1), position, np.int32)
         lengths = lengths_at(model, where)
-        placed = jax.device_put(where, model.device)
+        placed = jax.device_put(where, model.device) if placed is None else placed
         for layer in model.plan.resident:
             kv = grown(self._state.kv[layer], lengths[layer])
             layout, kind = model.manifest.layers[layer].layout, model.kinds[layer]
