@@ -82,7 +82,7 @@ def timed_drafter(slow: Any, token_s: float, costs: Assumed) -> Any:
 
 def measure_costs(options: argparse.Namespace) -> None:
     """Prints the seconds of sweeps by rows, as JSON."""
-    with load(options, "none") as loaded:
+    with load(options, "lookup") as loaded:
         model = loaded.model
         ids = np.random.default_rng(0).integers(0, model.config.vocab_size, options.position + 64).tolist()
         state = engine.new_state(model)
