@@ -144,7 +144,12 @@ class Ring:
     def _fill(self) -> None:
         while len(self._ahead) + len(self._taken) + len(self._busy) < self._depth:
             item = self._items[self._next]
-            weights = self._source.put(item)
+            try:
+                weights = self._source.put(item)
+            except BaseException:
+                # The source may have given up a part of its order: both start over together.
+                self.drop()
+                raise
             self._next = (self._next + 1) % len(self._items)
             self._ahead.append((item, weights))
             nbytes = sum(part.nbytes for part in weights)
