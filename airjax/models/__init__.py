@@ -10,18 +10,33 @@ import dataclasses
 
 from airjax.gguf import GGUF, GGUFError
 from airjax.models import (
+    arcee,
+    cohere2,
+    command_r,
+    ernie4_5,
+    exaone,
+    exaone4,
+    falcon,
     gemma2,
     gemma3,
     glm4,
+    gptneox,
     granite,
+    internlm2,
     llama,
+    mistral3,
+    nemotron,
     olmo2,
+    phi2,
     phi3,
     qwen2,
     qwen2moe,
     qwen3,
     qwen3moe,
+    seed_oss,
     smollm3,
+    stablelm,
+    starcoder2,
 )
 from airjax.models.architecture import Architecture as Architecture
 from airjax.models.architecture import Buffers as Buffers
@@ -39,9 +54,39 @@ from airjax.models.experts import expert_products as expert_products
 from airjax.models.experts import route as route
 from airjax.models.experts import shared as shared
 
-_MODULES = (gemma2, gemma3, glm4, granite, llama, olmo2, phi3, qwen2, qwen2moe, qwen3, qwen3moe, smollm3)
+_MODULES = (
+    arcee,
+    cohere2,
+    command_r,
+    ernie4_5,
+    exaone,
+    exaone4,
+    falcon,
+    gemma2,
+    gemma3,
+    glm4,
+    gptneox,
+    granite,
+    internlm2,
+    llama,
+    mistral3,
+    nemotron,
+    olmo2,
+    phi2,
+    phi3,
+    qwen2,
+    qwen2moe,
+    qwen3,
+    qwen3moe,
+    seed_oss,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
+# The names of files: one has a hyphen.
 _ARCHITECTURES: dict[str, Architecture] = {
-    module.__name__.rpartition(".")[2]: module.ARCHITECTURE for module in _MODULES
+    module.__name__.rpartition(".")[2].replace("command_r", "command-r"): module.ARCHITECTURE
+    for module in _MODULES
 }
 # Of those that gguf names: layers of another kind than attention stand between or in the place of attention.
 _OTHER_KINDS = {
