@@ -12,9 +12,10 @@ import jax
 import numpy as np
 
 from airjax import engine, sampling
+from airjax.engine import drafting
 from airjax.engine.memory import free_device_bytes as free_device_bytes
 from airjax.engine.memory import free_host_bytes as free_host_bytes
-from airjax.plan import GIB, Plan, Resident, Switch
+from airjax.plan import GIB, Plan, PlanError, Resident, Switch
 from airjax.streaming import Timeline
 from airjax.text import ChatTemplate, Grammar, StopStrings, Tokenizer
 from airjax.text import grammar as grammars
@@ -48,13 +49,21 @@ class Engine:
 
     Attributes:
       tokenizer: text to ids and back.
+      drafts: how `generate` and `chat` guess the next tokens; None where they don't.
       plan: what lives where.
       stats: what the last run measured.
     """
 
-    def __init__(self, model: engine.Model, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        model: engine.Model,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        drafts: drafting.Drafts | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.drafts = drafts
         self._template = template
         self._state: engine.State | None = None
 
@@ -149,7 +158,18 @@ class Engine:
         if beside is not None and steering:
             raise RequestError("a sequence beside another cannot be steered: give beside or steering")
         state = self._begin()
-        if beside is None:
+        if beside is None and not steering and self.drafts is not None:
+            law = self.drafts.law()
+            draws = drafting.generate_drafted(
+                self.model,
+                state,
+                ids,
+                drafter=self.drafts.drafter(state, options["sampler"], law),
+                draft_max=self.drafts.draft_max,
+                law=law,
+                **options,
+            )
+        elif beside is None:
             hook = engine.steering(self.model, steering) if steering else None
             draws = engine.generate(self.model, state, ids, hook=hook, **options)
         else:
@@ -313,7 +333,12 @@ class Engine:
         """
         if not self.plan.max_batch:
             raise RequestError("this engine runs one sequence at a time: pass max_batch to airjax.load")
-        return engine.Scheduler(self.model, sampler=sampler, batch_invariant=batch_invariant)
+        return engine.Scheduler(
+            self.model,
+            sampler=sampler,
+            batch_invariant=batch_invariant,
+            draft_max=0 if self.drafts is None else self.drafts.draft_max,
+        )
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extra: Any
@@ -355,6 +380,8 @@ class Engine:
         if self._state is not None:
             self._state.close()
             self._state = None
+        if self.drafts is not None:
+            self.drafts.close()
         self.model.close()
 
     def __enter__(self) -> Engine:
@@ -444,6 +471,8 @@ def load(
     prefill_chunk: int | None = None,
     max_batch: int | None = None,
     kv_tokens: int | None = None,
+    draft: str | os.PathLike[str] = "none",
+    draft_max: int = 15,
     trace: bool = False,
     device: jax.Device | None = None,
 ) -> Engine:
@@ -466,6 +495,12 @@ def load(
         of decoding, so its logits are bit for bit those that decoding saw.
       max_batch: sequences that may share a sweep, for `generate_batch` and `scheduler`; None for one alone.
       kv_tokens: positions that the caches of a batch hold together; None for the context of every sequence.
+      draft: how `generate` and `chat` guess the next tokens, which one sweep then checks: "none"; "lookup" for what
+        followed in prompt and output where the newest tokens stood before; "self" for the layers that stay on the
+        device; or the path of a smaller GGUF model, all of which stays on the device, within the budget. The last two
+        are asked where lookup promises less. Batches are guessed by lookup alone. The tokens are the same with and
+        without.
+      draft_max: tokens of a draft at most.
       trace: record a timeline.
       device: None for JAX's first.
 
@@ -485,33 +520,67 @@ def load(
     ):
         if value not in allowed:
             raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    model = engine.open_model(
-        Path(path),
-        device=device,
-        vram_budget_bytes=_budget("vram_budget_gib", vram_budget_gib, free_device_bytes(device)),
-        ram_budget_bytes=_budget("ram_budget_gib", ram_budget_gib, free_host_bytes()),
-        context=context,
-        stream_depth=stream_depth,
-        resident=resident,
-        kv_shuttle=kv_shuttle,
-        compute_dtype=compute_dtype,
-        kv_dtype=kv_dtype,
-        tier=tier,
-        prefill_chunk=prefill_chunk,
-        max_batch=max_batch,
-        kv_tokens=kv_tokens,
-        timeline=Timeline() if trace else None,
-    )
+    if not 1 <= draft_max <= drafting.MOST_DRAFTED:
+        raise RequestError(f"draft_max must be between 1 and {drafting.MOST_DRAFTED}, got {draft_max}")
+    vram_budget_bytes = _budget("vram_budget_gib", vram_budget_gib, free_device_bytes(device))
+    ram_budget_bytes = _budget("ram_budget_gib", ram_budget_gib, free_host_bytes())
+    kind = os.fspath(draft)
+    opened: list[engine.Model] = []
     try:
+        left = vram_budget_bytes
+        if kind not in ("none", "lookup", "self"):
+            smaller = drafting.open_draft_model(
+                Path(kind),
+                Path(path),
+                device=device,
+                vram_budget_bytes=vram_budget_bytes,
+                ram_budget_bytes=ram_budget_bytes,
+                context=context,
+                prefill_chunk=prefill_chunk,
+                compute_dtype=compute_dtype,
+            )
+            opened.append(smaller)
+            left = drafting.budget_beside(smaller, vram_budget_bytes)
+        try:
+            model = engine.open_model(
+                Path(path),
+                device=device,
+                vram_budget_bytes=left,
+                ram_budget_bytes=ram_budget_bytes,
+                context=context,
+                stream_depth=stream_depth,
+                resident=resident,
+                kv_shuttle=kv_shuttle,
+                compute_dtype=compute_dtype,
+                kv_dtype=kv_dtype,
+                tier=tier,
+                prefill_chunk=prefill_chunk,
+                max_batch=max_batch,
+                kv_tokens=kv_tokens,
+                drafts=kind != "none",
+                timeline=Timeline() if trace else None,
+            )
+        except PlanError as error:
+            if not opened:
+                raise
+            raise PlanError(f"{drafting.taken(opened[0], vram_budget_bytes)}, and {error}") from error
+        opened.append(model)
         where = str(path)
         tokenizer = Tokenizer.from_metadata(model.gguf.metadata, where)
         has_template = "tokenizer.chat_template" in model.gguf.metadata
         template = ChatTemplate.from_metadata(model.gguf.metadata, where) if has_template else None
+        drafts = None
+        if kind == "lookup" or kind == "self":
+            drafts = drafting.Drafts(model, "lookup" if kind == "lookup" else "self", draft_max)
+        elif kind != "none":
+            between = drafting.translation(opened[0], tokenizer, where)
+            drafts = drafting.Drafts(model, "model", draft_max, opened[0], between)
     except BaseException:
-        model.close()
+        for each in opened:
+            each.close()
         raise
     logging.debug("airjax: %s", model.plan)
-    return Engine(model, tokenizer, template)
+    return Engine(model, tokenizer, template, drafts)
 
 
 def _check_ends(max_tokens: int | None, stop: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from airjax import layers, models, quants
 from airjax.gguf import GGUF, ExpertSpan, Manifest, Span, split_experts
 from airjax.models import Architecture, Config
-from airjax.streaming import CALL_BYTES, CALLS_AHEAD
+from airjax.streaming import CALL_BYTES, STAGED_BYTES
 
 GIB = 1 << 30
 PREFILL_CHUNK = 512
@@ -60,7 +60,8 @@ class Plan:
       streamed: the others, in the order of a sweep.
       shuttle: the KV cache lives on the host.
       kv_slots: S of each layer's cache.
-      relaid: what stays on the device is re-laid for the fused kernels; where layers are streamed only for batches.
+      relaid: what stays on the device is re-laid for the fused kernels; where layers are streamed only for batches and
+        drafts.
       host_embedding: rows of the embedding are gathered on the host, so that its table needs no device memory.
       globals_bytes: embedding (unless on the host), output and final norm on the device.
       workspace_bytes: activations, logits, decoded weights and the allocator's gaps, at most.
@@ -80,6 +81,7 @@ class Plan:
       host_slot_bytes: of one host slot that experts are read into.
       expert_slots: slots of the pool of experts, for each kind of expert; empty where layers are streamed whole or not
         at all. Then all that is not an expert is resident, and `bytes_per_sweep` is what one token's sweep misses.
+      expert_bytes: all routed experts of the file, where they are streamed one by one.
       expert_pool_bytes: the pool, and what is on its way there.
       expert_hit_rate: share of the chosen experts that are assumed to be in the pool: that of all experts it holds, as
         if every choice were equally likely.
@@ -114,6 +116,7 @@ class Plan:
     kv_pieces: int = 0
     host_slot_bytes: int = 0
     expert_slots: tuple[int, ...] = ()
+    expert_bytes: int = 0
     expert_pool_bytes: int = 0
     expert_hit_rate: float = 1.0
 
@@ -135,6 +138,7 @@ def make_plan(
     max_batch: int | None = None,
     kv_tokens: int | None = None,
     compact: bool = False,
+    drafts: bool = False,
 ) -> Plan:
     """Decides what lives where.
 
@@ -155,6 +159,7 @@ def make_plan(
       max_batch: sequences that may share a sweep, their cache in pages on the device; None for one alone.
       kv_tokens: positions that these hold together; None for the context of every one.
       compact: the device's allocator gives no buffer more than it needs.
+      drafts: decoding sweeps check several tokens of a sequence.
 
     Raises:
       PlanError: nothing fits; the message gives the smallest budget that does.
@@ -204,7 +209,7 @@ def make_plan(
     everything = sum(_relaid_bytes(span) for span in _device_globals(manifest)) + workspace + sum(kv_rows)
     everything += sum(_relaid_bytes(span) for span in manifest.layers)
     streams = resident == "none" or (resident == "auto" and everything > vram_budget_bytes)
-    relaid = backend in _KERNEL_BACKENDS and (not streams or (max_batch or 1) > 1)
+    relaid = backend in _KERNEL_BACKENDS and (not streams or drafts or (max_batch or 1) > 1)
     if resident == "dense" and config.experts is None:
         raise PlanError(f"{gguf.path}: resident=dense is for mixtures of experts: pass --resident=auto")
     if (
@@ -356,12 +361,16 @@ def _plan_by_expert(
     spans = [span for span in experts if span is not None]
     relaid = backend in _KERNEL_BACKENDS
     globals_bytes = sum(_relaid_bytes(span) if relaid else span.nbytes for span in _device_globals(manifest))
+    # A table that serves for single rows leaves its place to experts.
+    host_embedding = relaid and "output.weight" in manifest.globals
+    if host_embedding:
+        globals_bytes -= manifest.globals[EMBEDDING].nbytes
     dense_bytes = sum(_relaid_bytes(span) if relaid else span.nbytes for span in manifest.layers)
     # One layer's experts may still be at work while the next one attends.
     workspace = int(_experts_workspace(config, chunk, _decoded_bytes(config)))
     workspace += _GAP_BYTES if relaid else 0
     expert_bytes = sum(span.experts * span.unit_bytes for span in spans)
-    staged = (CALLS_AHEAD + 1) * max(CALL_BYTES, *(span.unit_bytes for span in spans))
+    staged = max(STAGED_BYTES, *(span.unit_bytes for span in spans))
     staged = min(staged, expert_bytes)
     left = vram_budget_bytes - fixed_bytes - globals_bytes - dense_bytes - workspace - staged
     kinds: dict[Any, list[ExpertSpan]] = {}
@@ -387,7 +396,7 @@ def _plan_by_expert(
         "streamed": (),
         "shuttle": False,
         "relaid": relaid,
-        "host_embedding": False,
+        "host_embedding": host_embedding,
         "globals_bytes": globals_bytes,
         "kv_host_bytes": 0,
         "slots_bytes": 0,
@@ -397,6 +406,7 @@ def _plan_by_expert(
         "host_slots": host_slots,
         "host_slot_bytes": host_slot_bytes,
         "expert_slots": slots,
+        "expert_bytes": expert_bytes,
         "expert_pool_bytes": pool + staged,
         "expert_hit_rate": hit_rate,
         "more_workspace_bytes": workspace,

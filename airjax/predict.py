@@ -130,7 +130,7 @@ def predict(plan: Plan, config: Config, ceilings: Ceilings, batch: int, rows: in
 
 def _measured(plan: Plan, ceilings: Ceilings) -> bool:
     """Whether the ceilings that the plan's way to the device needs are known; of pageable copies none is."""
-    if not plan.streamed and not plan.shuttle:
+    if not plan.streamed and not plan.shuttle and not plan.expert_slots:
         return True
     needed = {"registered mapping": ceilings.link_up_bytes_per_s, "ring": ceilings.disk_bytes_per_s}
     return plan.tier == "aliased mapping" or needed.get(plan.tier) is not None
@@ -141,7 +141,16 @@ def _sweep(plan: Plan, config: Config, c: Ceilings, batch: int, new: int, length
     rows = batch * new
     slots = sum(min(length, size) for size in plan.kv_slots)
     kv_bytes = batch * slots * _kv_row_bytes(plan)
-    weights = config.n_layers * _layer_weights(config)
+    # The share of a layer's experts that some row chose, if every choice is equally likely; these are read, and those
+    # that the pool lacks come over the link.
+    experts, chosen = config.experts, 1.0
+    if experts is not None:
+        chosen = 1 - (1 - experts.routing.used / experts.count) ** rows
+    met = config.n_layers * _layer_weights(
+        config, 1.0 if experts is None else experts.routing.used / experts.count
+    )
+    missed_bytes = chosen * plan.expert_bytes * (1 - plan.expert_hit_rate)
+    passing_bytes = missed_bytes if plan.expert_slots else plan.bytes_per_sweep
     kernel = c.kernel_bytes_per_s if plan.relaid else None
     memory_s = kv_bytes / c.memory_bytes_per_s
     for read_bytes, layers, few_rate, few_rows in (
@@ -152,20 +161,25 @@ def _sweep(plan: Plan, config: Config, c: Ceilings, batch: int, new: int, length
             kernel or c.product_bytes_per_s,
             _FEW_ROWS_OF_KERNEL if kernel else _FEW_ROWS,
         ),
-        (plan.bytes_per_sweep, len(plan.streamed), c.product_bytes_per_s, _FEW_ROWS),
+        (
+            chosen * plan.expert_bytes if plan.expert_slots else plan.bytes_per_sweep,
+            len(plan.streamed),
+            c.product_bytes_per_s,
+            _FEW_ROWS,
+        ),
     ):
         if rows <= few_rows:
             memory_s += read_bytes / few_rate
         else:
-            decoded_bytes = _itemsize(config) * layers * _layer_weights(config)
+            decoded_bytes = _itemsize(config) * layers * _layer_weights(config, chosen)
             memory_s += (read_bytes + 2 * decoded_bytes) / c.memory_bytes_per_s
     # Each new row meets every weight of the layers, the last of a sequence the output matrix, and all the cache.
-    products = rows * weights + batch * config.vocab_size * config.d_model
+    products = rows * met + batch * config.vocab_size * config.d_model
     products += 2 * rows * slots * config.n_heads * config.head_dim
-    up_bytes = plan.bytes_per_sweep + (kv_bytes if plan.shuttle else 0)
+    up_bytes = passing_bytes + (kv_bytes if plan.shuttle else 0)
     return SweepTime(
         link_s=up_bytes / c.link_up_bytes_per_s if c.link_up_bytes_per_s else 0.0,
-        disk_s=plan.bytes_per_sweep / (c.disk_bytes_per_s or math.inf) if plan.tier == "ring" else 0.0,
+        disk_s=passing_bytes / (c.disk_bytes_per_s or math.inf) if plan.tier == "ring" else 0.0,
         memory_s=memory_s,
         compute_s=2 * products / c.flops_per_s,
         dispatch_s=(config.n_layers + 1) * c.dispatch_s,
@@ -178,10 +192,14 @@ def _kv_row_bytes(plan: Plan) -> float:
     return (plan.kv_host_bytes if plan.shuttle else plan.kv_bytes) / slots
 
 
-def _layer_weights(config: Config) -> int:
-    """Weights of a layer's matrices."""
+def _layer_weights(config: Config, experts: float) -> float:
+    """Weights of a layer's matrices, of the routed experts a share."""
     specs = models.get(config.architecture).block_specs(config)
-    return sum(math.prod(spec.shape) for spec in specs.values() if len(spec.shape) > 1)
+    return sum(
+        math.prod(spec.shape) * (experts if len(spec.shape) > 2 else 1)
+        for spec in specs.values()
+        if len(spec.shape) > 1
+    )
 
 
 def _itemsize(config: Config) -> int:

@@ -36,7 +36,7 @@ class _Part(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Sizes of a llama-architecture model."""
+    """Sizes of a llama-architecture model, or with experts of the one that is named."""
 
     layers: int
     d_model: int
@@ -45,6 +45,15 @@ class Shape(NamedTuple):
     kv_heads: int
     vocabulary: int
     context: int
+    head_dim: int = 0
+    experts: int = 0
+    experts_used: int = 0
+    architecture: str = "llama"
+
+    @property
+    def head_width(self) -> int:
+        """Of one head."""
+        return self.head_dim or self.d_model // self.heads
 
 
 SHAPES = {
@@ -54,6 +63,11 @@ SHAPES = {
     "32b": Shape(64, 5120, 27_648, 40, 8, 152_064, 131_072),
     "70b": Shape(80, 8192, 28_672, 64, 8, 128_256, 131_072),
     "120b": Shape(88, 12_288, 28_672, 96, 8, 32_768, 131_072),
+    "tiny-moe": Shape(4, 256, 256, 4, 2, 512, 2048, 64, 16, 3, "qwen3moe"),
+    "30b-a3b": Shape(48, 2048, 768, 32, 4, 151_936, 40_960, 128, 128, 8, "qwen3moe"),
+    # gpt-oss-120b: its experts in a type of blocks of 32 weights, the rest in Q8_0.
+    "120b-a5b": Shape(36, 2880, 2880, 64, 8, 201_088, 131_072, 64, 128, 4, "gpt-oss"),
+    "tiny-oss": Shape(4, 128, 128, 4, 2, 512, 2048, 32, 16, 3, "gpt-oss"),
 }
 
 
@@ -117,13 +131,17 @@ def _pool(kind: Type, spread: float, generator: np.random.Generator) -> np.ndarr
 
 def _tensors(shape: Shape, kind: Type, output_kind: Type) -> list[tuple[str, tuple[int, ...], Type]]:
     d, f = shape.d_model, shape.d_ff
-    q, kv = d, d // shape.heads * shape.kv_heads
+    q, kv = shape.head_width * shape.heads, shape.head_width * shape.kv_heads
     rows: list[tuple[str, tuple[int, ...], Type]] = [
-        ("token_embd.weight", (shape.vocabulary, d), kind),
+        # Beside experts the embedding is F16, since it also carries what skews the routers.
+        ("token_embd.weight", (shape.vocabulary, d), Type.F16 if shape.experts else kind),
         ("output_norm.weight", (d,), Type.F32),
         ("output.weight", (shape.vocabulary, d), output_kind),
     ]
     for layer in range(shape.layers):
+        if shape.experts:
+            rows += _mixture(shape, layer, kind)
+            continue
         rows += [
             (f"blk.{layer}.{name}.weight", size, Type.F32 if len(size) == 1 else kind)
             for name, size in (
@@ -141,6 +159,26 @@ def _tensors(shape: Shape, kind: Type, output_kind: Type) -> list[tuple[str, tup
     return rows
 
 
+def _mixture(shape: Shape, layer: int, kind: Type) -> list[tuple[str, tuple[int, ...], Type]]:
+    d, f, e, width = shape.d_model, shape.d_ff, shape.experts, shape.head_width
+    q, kv = width * shape.heads, width * shape.kv_heads
+    routed = {"ffn_gate_exps": (e, f, d), "ffn_up_exps": (e, f, d), "ffn_down_exps": (e, d, f)}
+    dense = {"attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d), "attn_output": (d, q)}
+    plain: dict[str, tuple[int, ...]] = {"attn_norm.weight": (d,), "ffn_gate_inp.weight": (e, d)}
+    dense_kind = kind
+    if shape.architecture == "gpt-oss":
+        plain |= {"post_attention_norm.weight": (d,), "attn_sinks.weight": (shape.heads,)}
+        biased = {**routed, **dense, "ffn_gate_inp": (e, d)}
+        plain |= {f"{name}.bias": size[:-1] for name, size in biased.items()}
+        dense_kind = Type.Q8_0
+    else:
+        plain |= {"ffn_norm.weight": (d,), "attn_q_norm.weight": (width,), "attn_k_norm.weight": (width,)}
+    rows: list[tuple[str, tuple[int, ...], Type]] = [(name, size, Type.F32) for name, size in plain.items()]
+    rows += [(f"{name}.weight", size, dense_kind) for name, size in dense.items()]
+    rows += [(f"{name}.weight", size, kind) for name, size in routed.items()]
+    return [(f"blk.{layer}.{name}", size, block) for name, size, block in rows]
+
+
 def _add_metadata(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_block_count(shape.layers)
     writer.add_context_length(shape.context)
@@ -150,7 +188,18 @@ def _add_metadata(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(500_000.0)
-    writer.add_rope_dimension_count(shape.d_model // shape.heads)
+    writer.add_rope_dimension_count(shape.head_width)
+    if shape.experts:
+        writer.add_key_length(shape.head_width)
+        writer.add_value_length(shape.head_width)
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.experts_used)
+        writer.add_expert_feed_forward_length(shape.d_ff)
+    if shape.architecture == "gpt-oss":
+        writer.add_sliding_window(128)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(32.0)
+        writer.add_rope_scaling_orig_ctx_len(4096)
     # Byte-level BPE whose first tokens are the 256 bytes as GPT-2 spells them; the others never arise from text.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -182,7 +231,8 @@ def write_header(
     """
     if output_kind is None:
         output_kind = Type.Q6_K if kind.name.endswith("_K") else kind
-    writer = gguf.GGUFWriter(path, "llama")
+        output_kind = Type.Q8_0 if shape.architecture == "gpt-oss" else output_kind
+    writer = gguf.GGUFWriter(path, shape.architecture)
     _add_metadata(writer, shape)
     tensors = _tensors(shape, kind, output_kind)
     sizes = []
@@ -211,8 +261,14 @@ def write_sparse(path: str, shape: Shape, kind: Type) -> int:
     return length
 
 
-def write(path: str, shape: Shape, kind: Type, output_kind: Type | None = None, seed: int = 0) -> int:
+def write(
+    path: str, shape: Shape, kind: Type, output_kind: Type | None = None, seed: int = 0, skew: float = 0.0
+) -> int:
     """Writes the file.
+
+    With experts, one place of the hidden states holds the same number for every token and in every layer, and the
+    router's weights for it skew its choice: a logit is normal noise of the token, plus `-skew * log(rank)`, where each
+    layer has its own order of experts. 0 makes all choices equally likely; what comes of another is measured.
 
     Args:
       path: where.
@@ -220,28 +276,74 @@ def write(path: str, shape: Shape, kind: Type, output_kind: Type | None = None, 
       kind: block type of the layers and the embedding.
       output_kind: as `write_header` has it.
       seed: of the weights.
+      skew: of the routers.
 
     Returns:
       Bytes written.
     """
     generator = np.random.default_rng(seed)
     tensors, sizes = write_header(path, shape, kind, output_kind)
-    ones = np.ones(shape.d_model, np.float32).view(np.uint8)
+    ones = np.ones(max(shape.d_model, shape.head_width), np.float32).view(np.uint8)
     kinds = sorted({block for _, size, block in tensors if len(size) > 1})
     pools = {block: _pool(block, shape.d_model**-0.5, generator) for block in kinds}
-    parts = []
+    # Attention adds much the same to every token, which would skew the routers by itself.
+    quiet = {block: _pool(block, 0.1 * shape.d_model**-0.5, generator) for block in kinds if shape.experts}
+    zeros = np.zeros(4096, np.uint8)
+    parts: list[_Part] = []
+    silent: list[_Part] = []
     at = os.path.getsize(path)
     at += -at % 32
-    for (_, size, block), nbytes in zip(tensors, sizes, strict=True):
+    for (name, size, block), nbytes in zip(tensors, sizes, strict=True):
         pool, start = ones, 0
-        if len(size) > 1:
-            pool = pools[block]
+        adds = shape.experts and name.endswith(("attn_output.weight", "ffn_down_exps.weight"))
+        if name.endswith((".bias", "attn_sinks.weight")):
+            pool = zeros
+        elif name.endswith("ffn_gate_inp.weight"):
+            pool = _router(shape, skew, generator)
+        elif shape.experts and name == "token_embd.weight":
+            pool = _constant_place(shape, generator)
+        elif len(size) > 1:
+            pool = quiet[block] if adds else pools[block]
             _, block_bytes = gguf.GGML_QUANT_SIZES[block]
             start = int(generator.integers(0, pool.size // block_bytes)) * block_bytes
         parts.append(_Part(at, nbytes, pool, start))
+        if adds:
+            silent += _silent_rows(at, size, block)
         at += nbytes + -nbytes % 32
     _write_parts(Path(path), parts, at)
+    # What adds to the hidden states leaves their first place alone.
+    _write_parts(Path(path), silent, at)
     return at
+
+
+# What the constant place of the hidden states holds, beside numbers of unit spread.
+_CONSTANT = 8.0
+
+
+def _router(shape: Shape, skew: float, generator: np.random.Generator) -> np.ndarray:
+    """Weights of a router, as bytes."""
+    d = shape.d_model
+    weights = generator.normal(scale=d**-0.5, size=(shape.experts, d)).astype(np.float32)
+    bias = -skew * np.log(1 + generator.permutation(shape.experts))
+    # After the norm the place holds the constant over the root of the mean square, about 1.
+    weights[:, 0] = (bias - bias.max()) / _CONSTANT
+    return weights.view(np.uint8).reshape(-1)
+
+
+def _constant_place(shape: Shape, generator: np.random.Generator) -> np.ndarray:
+    """Whole rows of an F16 embedding, as bytes."""
+    rows = generator.normal(size=(max(_POOL_BYTES // (2 * shape.d_model), 1), shape.d_model))
+    rows[:, 0] = _CONSTANT
+    return rows.astype(np.float16).view(np.uint8).reshape(-1)
+
+
+def _silent_rows(at: int, size: tuple[int, ...], kind: Type) -> list[_Part]:
+    """Zeros for the first row of each matrix of a tensor that begins at `at`."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    row_bytes = size[-1] // block * block_bytes
+    zeros = np.zeros(row_bytes, np.uint8)
+    matrices = size[0] if len(size) == 3 else 1
+    return [_Part(at + matrix * size[-2] * row_bytes, row_bytes, zeros, 0) for matrix in range(matrices)]
 
 
 def write_hf(folder: Path, shape: Shape, seed: int = 0) -> int:
@@ -361,12 +463,13 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skew", type=float, default=0.0, help="of the routers of a mixture of experts")
     args = parser.parse_args()
     shape = SHAPES[args.shape]
     if args.layers:
         shape = shape._replace(layers=args.layers)
     begin = time.perf_counter()
-    nbytes = write(args.out, shape, Type[args.type], seed=args.seed)
+    nbytes = write(args.out, shape, Type[args.type], seed=args.seed, skew=args.skew)
     seconds = time.perf_counter() - begin
     print(f"{args.out}: {nbytes / 2**30:.2f} GiB in {seconds:.1f} s")
 

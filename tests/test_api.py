@@ -118,7 +118,7 @@ def test_a_bad_request_is_refused_before_it_runs(engine, ids, options, sentence)
         ({"context": 1 << 30}, PlanError, "context must be between 1 and"),
         ({"stream_depth": 0}, PlanError, "stream_depth must be at least 1, got 0"),
         ({"prefill_chunk": 0}, PlanError, "prefill_chunk must be at least 1, got 0"),
-        ({"resident": "some"}, RequestError, "resident must be one of auto, none, all, got 'some'"),
+        ({"resident": "some"}, RequestError, "resident must be one of auto, none, all, dense, got 'some'"),
         ({"compute_dtype": "int8"}, RequestError, "compute_dtype must be one of"),
         ({"tier": "registered mapping"}, PlanError, "tier must be auto, aliased mapping"),
         ({"resident": "none", "ram_budget_gib": 1e-5}, PlanError, "pass --ram_budget_gib="),
@@ -158,7 +158,11 @@ def _patched(path, target, old, new):
         (b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight", "tensor blk.1.ffn_up.weight is missing"),
         (b"token_embd.weight", b"token_xxxx.weight", "tensor token_embd.weight is missing"),
         (b"blk.3.", b"blk.7.", "layer 3 has no tensors|tensor blk.3.attn_norm.weight is missing"),
-        (_ARCHITECTURE + b"llama", _ARCHITECTURE + b"mamba", "architecture 'mamba' can't be run"),
+        (
+            _ARCHITECTURE + b"llama",
+            _ARCHITECTURE + b"mamba",
+            "architecture 'mamba' has state-space or linear-attention layers, which can't be run",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_its_architecture_is_refused(path, tmp_path, old, new, sentence):

@@ -115,6 +115,16 @@ def test_a_json_schema_and_a_grammar_file_bind_the_text(run, tmp_path):
     assert err.endswith("--grammar_file must end in .gbnf, .lark or .regex, got x.txt\n")
 
 
+def test_drafts_change_no_text_and_are_metered(run, capsys):
+    args = ("generate", "--context=256", f"--prompt={PROMPT}", "--temperature=0", "--max_tokens=12")
+    plain, _ = run(*args)
+    out, err = run(*args, "--draft=lookup", "--draft_max=3")
+    assert out == plain
+    assert re.search(r"\nairjax: drafts: \S+( %)? of \d+ tokens right, [\d.]+ tokens per sweep, ", err)
+    assert run(*args, "--draft=lookup", "--draft_max=99", status=1).err.count("between 1 and 31, got 99") == 1
+    assert "none or lookup for a server" in run("serve", "--draft=self", status=1).err
+
+
 def test_chat_flag_wraps_the_prompt_by_the_template(run):
     question = "--prompt=What is the capital of France?"
     out, err = run("generate", "--context=256", "--chat", question, "--temperature=0", "--resident=none")
@@ -410,6 +420,17 @@ def test_the_meter_gives_what_was_measured(capsys):
     for columns in range(1, 120):
         assert len(line(stats, columns)) < columns
     assert line(stats, 60) == "prefill 50.0, decode 2.5 tok/s | first token 2.00 s"
+
+
+def test_the_meter_tells_what_drafts_gave(capsys):
+    stats = Stats(generated_tokens=21, decode_s=2.0, drafted_tokens=40, accepted_tokens=10, decode_sweeps=10)
+    stats.plain_token_s, stats.timed_s, stats.timed_tokens = 0.2, 2.0, 20
+    report(stats)
+    drafts = "drafts: 25.0 % of 40 tokens right, 2.00 tokens per sweep, 2.00 times as fast as without"
+    assert drafts in capsys.readouterr().err
+    stats.plain_token_s = None
+    report(stats)
+    assert "n/a times as fast" in capsys.readouterr().err
 
 
 def test_the_meter_is_not_live_where_stderr_is_no_terminal():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from airjax.bench.compilations import compilations
 from airjax.engine import Model
 from airjax.engine.stats import peak_device_bytes
 from airjax.engine.step import draw_step
+from airjax.streaming import PoolStats
 
 # Tokens of the first pass, whose numbers are thrown away: most programs are compiled in it.
 _WARMING = 2
@@ -33,6 +34,7 @@ class Phase:
       sweeps: passes of all layers.
       bytes_streamed: weights and KV that went to the device.
       wait_s: time in which the device had done all earlier work and waited for weights.
+      experts: what the pool of experts counted; None without one.
     """
 
     tokens: int
@@ -40,6 +42,7 @@ class Phase:
     sweeps: int
     bytes_streamed: int
     wait_s: float
+    experts: PoolStats | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -83,15 +86,26 @@ class Measurement:
     compiled: bool
 
 
-def measure(model: Model, *, batch: int, prompt: int, decode: int, seed: int = 0) -> Measurement:
-    """Prefills random prompts and decodes greedily, whatever tokens come, until nothing is compiled any more.
+def measure(
+    model: Model,
+    *,
+    batch: int,
+    prompt: int,
+    decode: int,
+    seed: int = 0,
+    sampler: sampling.Transform | None = None,
+) -> Measurement:
+    """Prefills random prompts and decodes, whatever tokens come, until nothing is compiled any more.
+
+    Each pass has prompts of its own, so that no pass finds the experts that the one before it used.
 
     Args:
       model: an open model with the context of `context_for`, and for a batch with its `max_batch`.
       batch: sequences together.
       prompt: tokens of each prompt.
       decode: tokens drawn of each sequence after the first, which the prefill gives.
-      seed: of the prompts.
+      seed: of the prompts and the draws.
+      sampler: None is greedy; a model of random weights soon repeats itself then, and uses the same experts.
 
     Raises:
       ValueError: a number is out of range.
@@ -108,11 +122,16 @@ def measure(model: Model, *, batch: int, prompt: int, decode: int, seed: int = 0
             f"{prompt} + {decode} tokens of {batch} sequences need a context of {needed}, got {model.plan.context}"
         )
     generator = np.random.default_rng(seed)
-    prompts = generator.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
-    if batch == 1:
-        (prefilled, decoded), compiled = _warm(lambda count: _alone(model, prompts[0], count), decode)
-    else:
-        (prefilled, decoded), compiled = _warm(lambda count: _together(model, prompts, count), decode)
+    chain = sampling.greedy() if sampler is None else sampler
+
+    def one_pass(count: int) -> tuple[Phase, Phase]:
+        prompts = generator.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
+        key = jax.random.key(int(generator.integers(1 << 31)))
+        if batch == 1:
+            return _alone(model, prompts[0], count, chain, key)
+        return _together(model, prompts, count, chain, key)
+
+    (prefilled, decoded), compiled = _warm(one_pass, decode)
     return Measurement(batch, prompt, prefilled, decoded, peak_device_bytes(model.device), compiled)
 
 
@@ -191,7 +210,9 @@ def _from_position(model: Model, state: engine.State, token: int, position: int,
     return Phase(decode, seconds, stats.sweeps, stats.bytes_streamed, stats.wait_s)
 
 
-def _alone(model: Model, ids: list[int], decode: int) -> tuple[Phase, Phase]:
+def _alone(
+    model: Model, ids: list[int], decode: int, sampler: sampling.Transform, key: jax.Array
+) -> tuple[Phase, Phase]:
     """One sequence through the engine's own generation."""
     stats = model.stats = engine.Stats()
     state = engine.new_state(model)
@@ -200,13 +221,13 @@ def _alone(model: Model, ids: list[int], decode: int) -> tuple[Phase, Phase]:
             model,
             state,
             ids,
-            sampler=sampling.greedy(),
-            key=jax.random.key(0),
+            sampler=sampler,
+            key=key,
             max_tokens=decode + 1,
             stop_ids=frozenset(),
         )
         next(draws)
-        first = (stats.sweeps, stats.bytes_streamed, stats.wait_s)
+        first = (stats.sweeps, stats.bytes_streamed, stats.wait_s, copy.copy(stats.experts))
         drawn = sum(1 for _ in draws)
     finally:
         model.wait()
@@ -219,43 +240,47 @@ def _alone(model: Model, ids: list[int], decode: int) -> tuple[Phase, Phase]:
             stats.sweeps - first[0],
             stats.bytes_streamed - first[1],
             stats.wait_s - first[2],
+            None if stats.experts is None else stats.experts.since(first[3]),
         ),
     )
 
 
-def _together(model: Model, prompts: list[list[int]], decode: int) -> tuple[Phase, Phase]:
+def _together(
+    model: Model, prompts: list[list[int]], decode: int, sampler: sampling.Transform, key: jax.Array
+) -> tuple[Phase, Phase]:
     """A batch in shared sweeps; each sequence goes on until all have decoded `decode` tokens side by side."""
     model.stats = engine.Stats()
-    scheduler = engine.Scheduler(model, sampler=sampling.greedy())
+    scheduler = engine.Scheduler(model, sampler=sampler)
     try:
         waiting = {
             scheduler.submit(
                 engine.Request(
                     ids=tuple(ids),
-                    sampler=sampling.greedy(),
-                    key=jax.random.key(0),
+                    sampler=sampler,
+                    key=jax.random.fold_in(key, number),
                     max_tokens=model.plan.context - len(ids) + 1,
                 )
             )
-            for ids in prompts
+            for number, ids in enumerate(prompts)
         }
         start = time.perf_counter()
         while waiting:
             waiting -= {event.request for event in _step(scheduler)}
-        middle, first = time.perf_counter(), dataclasses.replace(scheduler.stats)
+        middle, first = time.perf_counter(), copy.deepcopy(scheduler.stats)
         drawn = sum(len(_step(scheduler)) for _ in range(decode))
-        end, stats = time.perf_counter(), dataclasses.replace(scheduler.stats)
+        end, stats = time.perf_counter(), copy.deepcopy(scheduler.stats)
     finally:
         scheduler.close()
     tokens = sum(len(ids) for ids in prompts)
     return (
-        Phase(tokens, middle - start, first.sweeps, first.bytes_streamed, first.wait_s),
+        Phase(tokens, middle - start, first.sweeps, first.bytes_streamed, first.wait_s, first.experts),
         Phase(
             drawn,
             end - middle,
             stats.sweeps - first.sweeps,
             stats.bytes_streamed - first.bytes_streamed,
             stats.wait_s - first.wait_s,
+            None if stats.experts is None else stats.experts.since(first.experts),
         ),
     )
 

@@ -158,6 +158,10 @@ def _row(
         "link_share": _share(phase.bytes_per_s, ceilings.link_up_bytes_per_s),
         "disk_share": _share(phase.bytes_per_s, ceilings.disk_bytes_per_s) if plan.tier == "ring" else None,
         "stall_share": phase.stall_share,
+        "expert_hit_rate": None if phase.experts is None else phase.experts.hit_rate,
+        "expert_bytes": None if phase.experts is None else phase.experts.bytes,
+        "expert_bytes_wasted": None if phase.experts is None else phase.experts.prefetch_wasted_bytes,
+        "expert_predicted_right": None if phase.experts is None else phase.experts.right_share,
     }
 
 

@@ -90,7 +90,7 @@ def run(values: Flags) -> None:
             _say(f"batch {batch}: running")
             measured = _measure(values, engine, batch, values.decode)
             predicted = predict(model.plan, model.config, ceilings, batch, measured.prompt_tokens)
-            workspace = compiled_workspace(model.manifest, model.config, model.plan)
+            workspace = compiled_workspace(model.manifest, model.config, model.plan, model.experts)
             runs += bench.rows(measured, model.plan, ceilings, predicted, workspace)
             described = {
                 "file": Path(values.model).name,

@@ -47,6 +47,25 @@ def report(stats: Stats, out: TextIO | None = None, prediction: Prediction | Non
         f"peak device memory {_number(stats.peak_device_bytes, 2, ' GiB', scale=1 / GIB)}",
     ]
     lines = [speed, link]
+    if stats.experts is not None:
+        experts = stats.experts
+        lines.append(
+            [
+                f"experts: {_number(experts.hit_rate, 1, ' %', scale=100)} of the needed ones were there",
+                f"{_number(experts.demand_bytes, 2, scale=1e-9)} GB fetched on demand",
+                f"{_number(experts.prefetch_used_bytes, 2, scale=1e-9)} GB ahead",
+                f"{_number(experts.prefetch_wasted_bytes, 2, scale=1e-9)} GB in vain",
+                f"predictions {_number(experts.right_share, 0, ' %', scale=100)} right",
+            ]
+        )
+    if stats.decode_sweeps:
+        lines.append(
+            [
+                f"drafts: {_number(stats.acceptance, 1, ' %', scale=100)} of {stats.drafted_tokens} tokens right",
+                f"{_number(stats.tokens_per_sweep, 2)} tokens per sweep",
+                f"{_number(stats.draft_gain, 2)} times as fast as without",
+            ]
+        )
     if prediction is not None:
         lines.append(
             [

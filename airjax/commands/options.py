@@ -104,6 +104,18 @@ def define_run(values: Flags) -> None:
     )
 
 
+def define_draft(values: Flags) -> None:
+    """How the next tokens are guessed."""
+    flags.DEFINE_string(
+        "draft",
+        "none",
+        "Guess the next tokens and check them in one sweep: none, lookup (in prompt and output), self (by the layers "
+        "that stay on the device), or a smaller GGUF file. The text is the same.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("draft_max", 15, "Tokens to guess at most, 1 to 31.", flag_values=values)
+
+
 def define_sampler(values: Flags, max_tokens: int) -> None:
     """How tokens are drawn, and when to end."""
     flags.DEFINE_integer("max_tokens", max_tokens, "End after this many tokens.", flag_values=values)
@@ -209,9 +221,11 @@ def make_sampler(values: Flags) -> Transform:
 
 
 def load_engine(values: Flags, **options: Any) -> Engine:
-    """Loads the model as the flags of `define_plan` say, with further options of `airjax.load`."""
+    """Loads the model as the flags of `define_plan` and `define_draft` say, with further options of `airjax.load`."""
     from airjax import api
 
+    if "draft" in values:
+        options |= {"draft": values.draft, "draft_max": values.draft_max}
     return api.load(
         values.model,
         vram_budget_gib=values.vram_budget_gib,
@@ -234,7 +248,8 @@ def open_engine(values: Flags, max_batch: int | None = None) -> Iterator[Engine]
       values: the flags.
       max_batch: sequences that may share a sweep; None for one alone.
     """
-    with load_engine(values, context=values.context, max_batch=max_batch, trace=bool(values.trace)) as engine:
+    options: dict[str, Any] = {"context": values.context, "max_batch": max_batch, "trace": bool(values.trace)}
+    with load_engine(values, **options) as engine:
         try:
             yield engine
         finally:

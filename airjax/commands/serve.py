@@ -9,7 +9,14 @@ from pathlib import Path
 
 from absl import flags
 
-from airjax.commands.options import Flags, define_context, define_model, define_plan, load_engine
+from airjax.commands.options import (
+    Flags,
+    define_context,
+    define_draft,
+    define_model,
+    define_plan,
+    load_engine,
+)
 
 USES_JAX = True
 HELP = """
@@ -25,6 +32,7 @@ def define_flags(values: Flags) -> None:
     define_model(values)
     define_plan(values)
     define_context(values)
+    define_draft(values)
     flags.DEFINE_string("host", "127.0.0.1", "The address to listen on.", flag_values=values)
     flags.DEFINE_integer("port", 3000, "The port.", 0, 65535, flag_values=values)
     flags.DEFINE_string(
@@ -68,6 +76,8 @@ def define_flags(values: Flags) -> None:
 
 def run(values: Flags) -> None:
     """Runs the command."""
+    if values.draft not in ("none", "lookup"):
+        raise ValueError(f"draft must be none or lookup for a server, got {values.draft!r}")
     from airjax import api
     from airjax.server.app import make_app
     from airjax.server.listener import Listener, listen

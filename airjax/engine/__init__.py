@@ -21,13 +21,13 @@ from airjax.engine.model import open_model as open_model
 from airjax.engine.request import Constraint as Constraint
 from airjax.engine.request import Event as Event
 from airjax.engine.request import Request as Request
-from airjax.engine.scheduler import BatchStats as BatchStats
 from airjax.engine.scheduler import Scheduler as Scheduler
 from airjax.engine.search import Path as Path
 from airjax.engine.search import Sample as Sample
 from airjax.engine.search import branch_on_entropy as branch_on_entropy
 from airjax.engine.search import parallel_samples as parallel_samples
 from airjax.engine.search import ranked as ranked
+from airjax.engine.sequence import BatchStats as BatchStats
 from airjax.engine.session import Session as Session
 from airjax.engine.session import fork as fork
 from airjax.engine.session import new_session as new_session

@@ -29,12 +29,12 @@ class Group(NamedTuple):
     """Tokens that pass through each layer in one call.
 
     Attributes:
-      ids: `[B, T]` int32.
+      ids: `[B, T]` int32, on the host or on the device.
       positions: `[B, T]` int32, negative for padding rows.
       table: `[B, N]` int32 pages of each sequence, as `PagedKV` has it.
     """
 
-    ids: np.ndarray
+    ids: np.ndarray | Array
     positions: np.ndarray
     table: np.ndarray
 
@@ -103,13 +103,27 @@ def copy_pages(state: PagedState, sources: Sequence[int], targets: Sequence[int]
         state.layers[layer] = _copy(kv, index, to)
 
 
-def shared_sweep(model: Model, groups: Sequence[Group], state: PagedState) -> list[Array]:
+def place(model: Model, groups: Sequence[Group]) -> list[tuple[Array, Array]]:
+    """Positions and page tables of groups on the device."""
+    placed: list[tuple[Array, Array]] = jax.device_put(
+        [(group.positions, group.table) for group in groups], model.device
+    )
+    return placed
+
+
+def shared_sweep(
+    model: Model,
+    groups: Sequence[Group],
+    state: PagedState,
+    placed: Sequence[tuple[Array, Array]] | None = None,
+) -> list[Array]:
     """One pass of all layers for several groups: each layer's weights cross the link once for all of them.
 
     Args:
       model: the open model.
       groups: at least one.
       state: the pages, changed in place.
+      placed: what `place` gives of them; None to do it here.
 
     Returns:
       The hidden states after the last layer, `[B, T, D]` of each group.
@@ -120,7 +134,7 @@ def shared_sweep(model: Model, groups: Sequence[Group], state: PagedState) -> li
     """
     model.gguf.check_unchanged()
     config = model.config
-    placed = jax.device_put([(group.positions, group.table) for group in groups], model.device)
+    placed = place(model, groups) if placed is None else placed
     xs = [embed(model, group.ids) for group in groups]
     model.begin_sweep()
     layer = 0

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from airjax.engine.model import Model
 
 
+# The beginnings of the names of a router's tensors and of the norms before it.
+_READ_BY_ROUTER = ("ffn_gate_inp.", "ffn_norm.", "post_attention_norm.")
+
+
 @flax.struct.dataclass
 class Routed:
     """Tokens between attention and their experts.
@@ -57,13 +61,26 @@ def attend_and_route(
       length: as in `Architecture.block`.
     """
     spans = model.manifest.layers
-    after = layer + 1
-    following = model.weights.take(after) if after < len(spans) and model.pool_holds(after) else None
-    layout = spans[after].layout if following is not None else None
-    step = _route_step(spans[layer].layout, layout, model.config, model.kinds[layer], length)
+    following, layout = _router_of(model, layer + 1)
+    step = route_step(spans[layer].layout, layout, model.config, model.kinds[layer], length)
     kv, table = (cache.pages, cache.table) if isinstance(cache, PagedKV) else (cache, None)
     routed, kv = step(weights, following, x, kv, table, positions)
     return routed, kv
+
+
+def _router_of(model: Model, layer: int) -> tuple[Buffers | None, Layout | None]:
+    """What the router of a layer reads, alone where it can be had so: a call takes longer with more arguments."""
+    if layer >= model.config.n_layers or not model.pool_holds(layer):
+        return None, None
+    buffers, layout = model.weights.take(layer), model.manifest.layers[layer].layout
+    if isinstance(buffers, dict):
+        if layer not in model.routers:
+            ((capability, arrays),) = buffers.items()
+            some = tuple(item for item in layout.tensors if item[0].startswith(_READ_BY_ROUTER))
+            part = {capability: {name: arrays[name] for name, _ in some}}
+            model.routers[layer] = part, layout._replace(tensors=some)
+        return model.routers[layer]
+    return buffers, layout
 
 
 def run_experts(
@@ -92,20 +109,25 @@ def run_experts(
     )
     groups = pool.need(layer, np.bincount(picks[:, :used].reshape(-1), minlength=experts))
     slots = model.expert_slots(layer)
+    # Biases of experts are not in the pool.
+    layout = model.manifest.layers[layer].layout if config.experts.biases else None
+    buffers = model.weights.take(layer) if config.experts.biases else None
     before: list[Array | None] = [None] * len(routed)
     for group in groups[:-1]:
         pool.fetch(layer, group)
         active = _mask(group, experts)
-        products = _products_step(slots, config)
+        products = products_step(slots, layout, config)
         before = [
-            products(*pool.place(layer), part.h, part.ids, own, active)
+            products(*pool.place(layer), buffers, part.h, part.ids, own, active)
             for part, own in zip(routed, before, strict=True)
         ]
     last = groups[-1] if groups else np.zeros(0, np.int64)
     pool.fetch(layer, last)
     only = _mask(last, experts) if len(groups) > 1 else None
-    finish = _finish_step(slots, config)
-    xs = [finish(*pool.place(layer), part, own, only) for part, own in zip(routed, before, strict=True)]
+    finish = finish_step(slots, layout, config)
+    xs = [
+        finish(*pool.place(layer), buffers, part, own, only) for part, own in zip(routed, before, strict=True)
+    ]
     if picks.shape[1] > used:
         likely = np.bincount(picks[:, used:].reshape(-1), minlength=experts)
         order = np.argsort(-likely, kind="stable")
@@ -120,7 +142,7 @@ def _mask(group: np.ndarray, experts: int) -> np.ndarray:
 
 
 @functools.cache
-def _route_step(
+def route_step(
     layout: Layout, following: Layout | None, config: Config, kind: str, length: int | None
 ) -> Callable[..., tuple[Routed, LayerKV]]:
     """jitted `(buffers, buffers of the next layer, x, kv or pages, table or None, positions) -> (Routed, kv)`."""
@@ -135,7 +157,8 @@ def _route_step(
         q, k, v = architecture.attend_inputs(weights, x, positions, config, kind)
         cache = layers.write_rows(cache, k, v, positions)
         form = architecture.attention_form(config, kind)
-        attended = layers.attention(q, cache, positions, **form._asdict(), length=length)
+        sinks = architecture.attention_sinks(weights, config)
+        attended = layers.attention(q, cache, positions, **form._asdict(), length=length, sinks=sinks)
         x, h = architecture.feed_forward_input(weights, x, attended, config)
         ids, gates = models.route(h, weights, config)
         picks = ids.reshape(-1, ids.shape[-1])
@@ -153,38 +176,63 @@ def _route_step(
 
 
 @functools.cache
-def _products_step(slots: tuple[ExpertSlot, ...], config: Config) -> Callable[..., Array]:
-    """jitted `(pool, table, first unit, h, ids, before or None, active [E]) -> products [B, T, k, D]`."""
+def products_step(
+    slots: tuple[ExpertSlot, ...], layout: Layout | None, config: Config
+) -> Callable[..., Array]:
+    """jitted `(pool, table, first unit, buffers, h, ids, products before, active [E]) -> products [B, T, k, D]`."""
 
     @jit
     def run(
-        pool: Array, table: Array, first: Array, h: Array, ids: Array, before: Array | None, active: Array
+        pool: Array,
+        table: Array,
+        first: Array,
+        buffers: Buffers | None,
+        h: Array,
+        ids: Array,
+        before: Array | None,
+        active: Array,
     ) -> Array:
-        return _products(pool, table, first, h, ids, before, active, slots, config)
+        own = _biases(buffers, layout, config)
+        return _products(pool, table, first, own, h, ids, before, active, slots, config)
 
     return run
 
 
 @functools.cache
-def _finish_step(slots: tuple[ExpertSlot, ...], config: Config) -> Callable[..., Array]:
-    """jitted `(pool, table, first unit, Routed, products before or None, active [E] or None) -> x [B, T, D]`."""
+def finish_step(slots: tuple[ExpertSlot, ...], layout: Layout | None, config: Config) -> Callable[..., Array]:
+    """jitted `(pool, table, first unit, buffers, Routed, products before, active [E]) -> x [B, T, D]`; buffers,
+    products and what is active may be None."""
     architecture: Any = models.get(config.architecture)
 
     @jit
     def run(
-        pool: Array, table: Array, first: Array, routed: Routed, before: Array | None, active: Array | None
+        pool: Array,
+        table: Array,
+        first: Array,
+        buffers: Buffers | None,
+        routed: Routed,
+        before: Array | None,
+        active: Array | None,
     ) -> Array:
-        made = _products(pool, table, first, routed.h, routed.ids, before, active, slots, config)
+        own = _biases(buffers, layout, config)
+        made = _products(pool, table, first, own, routed.h, routed.ids, before, active, slots, config)
         down = models.combined(made, routed.gates, routed.beside)
         return architecture.feed_forward_output({}, routed.x, down, config)
 
     return run
 
 
+def _biases(buffers: Buffers | None, layout: Layout | None, config: Config) -> dict[str, Array]:
+    if buffers is None or layout is None:
+        return {}
+    return models.biases(models.unpack(buffers, layout), config)
+
+
 def _products(
     pool: Array,
     table: Array,
     first: Array,
+    own_biases: dict[str, Array],
     h: Array,
     ids: Array,
     before: Array | None,
@@ -199,4 +247,4 @@ def _products(
         slot.name.removesuffix(".weight"): quants.Stacked(pool, slot.type, slot.shape, slot.offset)
         for slot in slots
     }
-    return models.expert_products(h, ids, parts, where, before, config)
+    return models.expert_products(h, ids, parts, own_biases, where, before, config)

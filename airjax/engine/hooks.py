@@ -101,7 +101,8 @@ def attention_step(layout: Layout, config: Config, kind: str, length: int) -> Ca
     def attended(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Array:
         weights = models.unpack(buffers, layout)
         q, _, _ = architecture.attend_inputs(weights, x, positions, config, kind)
-        return layers.attention_weights(q, kv, positions, **form._asdict(), length=length)
+        sinks = architecture.attention_sinks(weights, config)
+        return layers.attention_weights(q, kv, positions, **form._asdict(), length=length, sinks=sinks)
 
     return attended
 

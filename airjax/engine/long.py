@@ -98,6 +98,8 @@ def end_step(layout: Layout, config: Config) -> Callable[..., Array]:
 
     @jax.jit
     def end(buffers: Buffers, x: Array, partial: Partial) -> Array:
-        return architecture.attend_output(models.unpack(buffers, layout), x, layers.finish(partial), config)
+        weights = models.unpack(buffers, layout)
+        attended = layers.finish(partial, architecture.attention_sinks(weights, config))
+        return architecture.attend_output(weights, x, attended, config)
 
     return end

@@ -14,8 +14,17 @@ from airjax import models, quants
 from airjax.engine.stats import Stats, has_compact_allocator
 from airjax.engine.step import GlobalLayouts, Globals
 from airjax.engine.weights import LayerWeights, matrix_types, open_pool, open_weights, put_span
-from airjax.gguf import GGUF, ExpertSlot, ExpertSpan, Manifest, build_manifest, open_gguf, split_experts
-from airjax.models import Architecture, Config
+from airjax.gguf import (
+    GGUF,
+    ExpertSlot,
+    ExpertSpan,
+    Layout,
+    Manifest,
+    build_manifest,
+    open_gguf,
+    split_experts,
+)
+from airjax.models import Architecture, Buffers, Config
 from airjax.plan import EMBEDDING, EXPERT_TENSORS, Plan, Resident, Switch, make_plan
 from airjax.streaming import Pool, PoolStats, Timeline
 
@@ -45,6 +54,7 @@ class Model:
       pending: the newest output of the device; when it is ready, all work given to the device is done.
       pool: of experts, where they are streamed one by one; `manifest` and `weights` are then without them.
       experts: where each layer's experts lie in the file; empty without a pool.
+      routers: buffers and layout of the tensors that a layer's router reads, as they are first needed.
     """
 
     gguf: GGUF
@@ -60,6 +70,7 @@ class Model:
     pending: Any = None
     pool: Pool | None = None
     experts: tuple[ExpertSpan | None, ...] = ()
+    routers: dict[int, tuple[Buffers, Layout]] = field(default_factory=dict)
 
     @functools.cached_property
     def kinds(self) -> list[str]:
@@ -155,6 +166,7 @@ def open_model(
     prefill_chunk: int | None = None,
     max_batch: int | None = None,
     kv_tokens: int | None = None,
+    drafts: bool = False,
     timeline: Timeline | None = None,
 ) -> Model:
     """Opens a file, checks it, plans, and only then takes memory.
@@ -184,6 +196,7 @@ def open_model(
             max_batch=max_batch,
             kv_tokens=kv_tokens,
             compact=has_compact_allocator(device),
+            drafts=drafts,
         )
         experts: tuple[ExpertSpan | None, ...] = ()
         if plan.expert_slots:

@@ -48,6 +48,7 @@ class Request:
       stop_ids: tokens that end the generation.
       top_logprobs: how many of the most probable tokens to report for each draw, at most 20.
       constraint: which tokens may come next; None for any.
+      pooled: draw nothing; the only event then carries the mean of the last layer's output over the prompt.
     """
 
     ids: tuple[int, ...]
@@ -57,6 +58,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     top_logprobs: int = 0
     constraint: Constraint | None = None
+    pooled: bool = False
 
 
 class Event(NamedTuple):
@@ -70,7 +72,9 @@ class Event(NamedTuple):
       finish_reason: "" while it goes on.
       error: a sentence, with the reasons "error" and "grammar".
       cached_tokens: how many tokens of the prompt came from shared pages.
+      accepted_tokens, rejected_tokens: tokens of drafts that were right, and that were not, up to now.
       entropy: of the model's distribution, in nats; None where nobody asked for the most probable tokens.
+      hidden: float32 `[D]` of a pooled request.
     """
 
     request: int
@@ -81,3 +85,6 @@ class Event(NamedTuple):
     error: str = ""
     cached_tokens: int = 0
     entropy: float | None = None
+    hidden: np.ndarray | None = None
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0

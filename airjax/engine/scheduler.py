@@ -11,7 +11,6 @@ import itertools
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -22,83 +21,28 @@ from airjax.engine.batch import (
     PagedState,
     grow_pages,
     new_pages,
+    place,
     read_pages,
     shared_sweep,
     table_of,
     write_pages,
 )
-from airjax.engine.generation import padded_rows, why_undrawn
+from airjax.engine.drafting.batch import BatchDrafts, still_right
+from airjax.engine.drafting.rows import padded
+from airjax.engine.draws import Draws
+from airjax.engine.generation import padded_rows
 from airjax.engine.model import Model
 from airjax.engine.pages import Pages
 from airjax.engine.request import MAX_TOP_LOGPROBS, Constraint, Event, Finish, Request
+from airjax.engine.sequence import BatchSequence, BatchStats, Flight, Kept, Rows
 from airjax.engine.stats import peak_device_bytes
-from airjax.engine.step import draw_rows_step, put_row
+from airjax.engine.step import next_rows, sum_rows
 from airjax.plan import KV_PAGE
 from airjax.sampling import Transform
-from airjax.streaming import PoolStats
-from airjax.types import Array, LayerKV
+from airjax.types import Array
 
 # The pool grows from this many pages, so that memory follows what is used.
 _FIRST_PAGES = 64
-
-
-@dataclass
-class BatchStats:
-    """What a scheduler measured since it was made.
-
-    Attributes:
-      prompt_tokens, cached_tokens: tokens of prompts, and how many of them came from shared pages.
-      generated_tokens: drawn tokens.
-      sweeps: passes of all layers.
-      bytes_streamed: that went over the link to the device.
-      wait_s: time in which the device had done all earlier work and waited for weights.
-      busy_s: time in `step`.
-      preemptions: how often a sequence had to leave its pages to older ones.
-      peak_device_bytes: peak of device memory since the process began; None where the backend does not tell.
-      experts: what the pool of experts counted; None without one.
-    """
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    sweeps: int = 0
-    bytes_streamed: int = 0
-    wait_s: float = 0.0
-    busy_s: float = 0.0
-    preemptions: int = 0
-    peak_device_bytes: int | None = None
-    experts: PoolStats | None = None
-
-
-@dataclass
-class _Sequence:
-    """A request and how far it is."""
-
-    number: int
-    request: Request
-    ids: list[int]
-    pages: list[int] = field(default_factory=list)
-    filled: int = 0  # positions in the cache
-    cached: int = 0
-    drawn: int = 0
-    slot: int = -1  # row of the sampler's state; -1 while waiting
-    kept: _Kept | None = None
-
-    @property
-    def pending(self) -> int:
-        return len(self.ids) - self.filled
-
-    @property
-    def decodes(self) -> bool:
-        return self.drawn > 0 and self.pending == 1
-
-
-@dataclass
-class _Kept:
-    """What a preempted sequence left with: its cache on the host, and its row of the sampler's state."""
-
-    content: list[LayerKV]
-    row: Any
 
 
 class Scheduler:
@@ -111,23 +55,30 @@ class Scheduler:
       model: an open model whose plan has `max_batch` sequences.
       sampler: a transform of the structure that all requests will have.
       batch_invariant: decode each sequence in a call of its own. Weights still cross the link once for all.
+      draft_max: tokens that may be guessed for a sequence and checked in one sweep; 0 for none, and none where
+        `batch_invariant`, since the rows of a draft share a call.
 
     Attributes:
       stats: what was measured.
     """
 
-    def __init__(self, model: Model, *, sampler: Transform, batch_invariant: bool = False) -> None:
+    def __init__(
+        self, model: Model, *, sampler: Transform, batch_invariant: bool = False, draft_max: int = 0
+    ) -> None:
         plan = model.plan
         self.model = model
         self.stats = BatchStats()
         self.max_batch = plan.max_batch
         self._rows_per_call = 1 if batch_invariant else self.max_batch
         self._sampler = sampler
+        self._mask_words = -(-model.config.vocab_size // 32)
         self._open_state()
         self._slots = list(range(self.max_batch - 1, -1, -1))
-        self._waiting: list[_Sequence] = []
-        self._running: list[_Sequence] = []
+        self._waiting: list[BatchSequence] = []
+        self._running: list[BatchSequence] = []
         self._numbers = itertools.count()
+        self._flight: Flight | None = None
+        self._drafts = BatchDrafts(model, draft_max) if draft_max and not batch_invariant else None
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="airjax-masks")
 
     @property
@@ -165,7 +116,7 @@ class Scheduler:
           ValueError: it cannot be run.
         """
         self._check(request)
-        sequence = _Sequence(next(self._numbers), request, list(request.ids))
+        sequence = BatchSequence(next(self._numbers), request, list(request.ids))
         self._waiting.append(sequence)
         return sequence.number
 
@@ -187,14 +138,24 @@ class Scheduler:
           took part in it, and the scheduler stays usable.
         """
         start = time.perf_counter()
-        events = self._admit()
-        batch = self._choose()
-        if not batch:
-            return events
+        events: list[Event] = []
+        flight, self._flight = self._flight, None
+        batch: Sequence[BatchSequence] = flight.sequences if flight is not None else ()
         try:
-            events += self._sweep(batch)
+            if flight is not None and any(sequence.slot >= 0 for sequence in batch):
+                if self._drafts is not None:
+                    self._drafts.propose(())
+                events += self._land(flight)
+            else:
+                events += self._admit()
+                if self._drafts is not None:
+                    self._drafts.propose([s for s in self._running if s.decodes])
+                batch = self._choose()
+                if batch:
+                    events += self._sweep(batch)
         except Exception as error:
-            events += [self._fail(sequence, f"the sweep failed: {error}") for sequence in batch]
+            failed = [sequence for sequence in batch if sequence.slot >= 0]
+            events += [self._fail(sequence, f"the sweep failed: {error}") for sequence in failed]
             self._start_over()
         self.stats.busy_s += time.perf_counter() - start
         return events
@@ -224,16 +185,7 @@ class Scheduler:
         limit = self.model.plan.kv_tokens // KV_PAGE
         self._pages = Pages(min(_FIRST_PAGES, limit), limit)
         self._state: PagedState = new_pages(self.model, self._pages.count)
-        # One row more than there are sequences: padding rows of a call use it.
-        rows = self.max_batch + 1
-        nothing = np.full((rows, 1), -1, np.int32)
-        self._samplers, self._keys = jax.device_put(
-            (
-                self._sampler.init(nothing, self.model.config.vocab_size),
-                jax.random.split(jax.random.key(0), rows),
-            ),
-            self.model.device,
-        )
+        self._draws = Draws(self.model, self._sampler, self.max_batch)
 
     def _check(self, request: Request) -> None:
         config, context = self.model.config, self.model.plan.context
@@ -253,7 +205,7 @@ class Scheduler:
             raise ValueError(
                 f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}, got {request.top_logprobs}"
             )
-        if request.sampler.apply != self._sampler.apply:
+        if not self._draws.suits(request):
             raise ValueError("the sampler must have the structure that this scheduler was made with")
 
     def _admit(self) -> list[Event]:
@@ -265,7 +217,8 @@ class Scheduler:
         failures: list[Event] = []
         while self._waiting and self._slots:
             sequence = self._waiting[0]
-            if sequence.kept is None:
+            # What is shared is not computed again, so a mean could not be taken over it.
+            if sequence.kept is None and not sequence.request.pooled:
                 sequence.pages = self._pages.share(sequence.ids)
                 sequence.filled = sequence.cached = len(sequence.pages) * KV_PAGE
             needed = _pages_for(len(sequence.ids)) - len(sequence.pages)
@@ -282,12 +235,11 @@ class Scheduler:
                 failures.append(self._fail(sequence, str(error)))
         return failures
 
-    def _bring_in(self, sequence: _Sequence) -> None:
+    def _bring_in(self, sequence: BatchSequence) -> None:
         """Gives an admitted sequence its row of the sampler's state, and a preempted one its cache again."""
         request = sequence.request
         if sequence.kept is None:
-            context = np.asarray(sequence.ids[:-1], np.int32)[None]
-            row = request.sampler.init(context, self.model.config.vocab_size)
+            row = self._draws.first_row(request, sequence.ids)
             self.stats.prompt_tokens += len(sequence.ids)
             self.stats.cached_tokens += sequence.cached
         else:
@@ -298,14 +250,13 @@ class Scheduler:
             sequence.pages = pages
             write_pages(self._state, pages, sequence.kept.content)
             sequence.kept = None
-        self._samplers = put_row(self._samplers, row, np.int32(sequence.slot))
-        self._keys = put_row(self._keys, request.key[None], np.int32(sequence.slot))
+        self._draws.put(sequence.slot, row, request.key)
 
-    def _choose(self) -> list[_Sequence]:
+    def _choose(self) -> list[BatchSequence]:
         """Who takes part in this sweep: all that decode, and prompts up to a chunk of rows; each gets its pages."""
         chunk = self.model.plan.prefill_chunk
         left = chunk
-        batch: list[_Sequence] = []
+        batch: list[BatchSequence] = []
         for sequence in list(self._running):
             if sequence.slot < 0:  # was preempted a moment ago
                 continue
@@ -314,12 +265,15 @@ class Scheduler:
                 if rows > left and left < chunk:
                     continue
                 left -= rows
-            new = 1 if sequence.decodes else min(sequence.pending, chunk)
+            # A draft sends nobody away.
+            if sequence.draft and not self._has_pages(sequence, len(sequence.ids) + len(sequence.draft)):
+                sequence.draft = ()
+            new = 1 + len(sequence.draft) if sequence.decodes else min(sequence.pending, chunk)
             if self._make_room(sequence, _pages_for(sequence.filled + new)):
                 batch.append(sequence)
         return [sequence for sequence in batch if sequence.slot >= 0]
 
-    def _make_room(self, sequence: _Sequence, count: int) -> bool:
+    def _make_room(self, sequence: BatchSequence, count: int) -> bool:
         """Gives a sequence `count` pages in all, from younger ones if need be; False if it was itself sent away."""
         while (missing := count - len(sequence.pages)) > 0:
             pages = self._take(missing)
@@ -340,16 +294,16 @@ class Scheduler:
             pages = self._pages.take(count)
         return pages
 
-    def _preempt(self, sequence: _Sequence) -> None:
+    def _preempt(self, sequence: BatchSequence) -> None:
         """Sends a sequence back to the queue with its cache on the host, so that it goes on as if never gone."""
         self.stats.preemptions += 1
         used = sequence.pages[: _pages_for(sequence.filled)]
-        row = jax.tree.map(lambda leaf: leaf[sequence.slot][None], self._samplers)
-        sequence.kept = _Kept(read_pages(self._state, used) if used else [], row)
+        content = read_pages(self._state, used) if used else []
+        sequence.kept = Kept(content, self._draws.row(sequence.slot))
         self._leave(sequence)
         bisect.insort(self._waiting, sequence, key=lambda s: s.number)
 
-    def _leave(self, sequence: _Sequence) -> None:
+    def _leave(self, sequence: BatchSequence) -> None:
         """Takes a sequence out of its queue and frees what it holds."""
         for queue in (self._waiting, self._running):
             if sequence in queue:
@@ -358,86 +312,251 @@ class Scheduler:
             self._slots.append(sequence.slot)
             sequence.slot = -1
         self._pages.release(sequence.pages)
-        sequence.pages = []
+        sequence.pages, sequence.draft = [], ()
 
-    def _sweep(self, batch: Sequence[_Sequence]) -> list[Event]:
+    def _sweep(self, batch: Sequence[BatchSequence]) -> list[Event]:
+        start, waited, before = time.perf_counter(), self.model.stats.wait_s, len(batch)
+        drafted = [sequence for sequence in batch if sequence.draft]
         masks = {
             sequence.number: self._masks.submit(_mask, sequence.request.constraint)
             for sequence in batch
-            if sequence.request.constraint is not None
+            if sequence.request.constraint is not None and not sequence.draft
         }
-        members = [*_split([s for s in batch if s.decodes], self._rows_per_call)]
-        members += self._prompts([s for s in batch if not s.decodes])
-        groups = [self._group(group) for group in members]
+        members = [*_split([s for s in batch if s.decodes and not s.draft], self._rows_per_call)]
+        prompts = self._prompts([s for s in batch if not s.decodes])
+        members += prompts
+        groups = [self._group(group, self._width(group[0])) for group in members]
         # What the draws need goes up now: after the sweep it would wait behind the layers fetched for the next one.
         rows = [self._rows(group, sequences) for group, sequences in zip(groups, members, strict=True)]
-        xs = shared_sweep(self.model, groups, self._state)
-        events: list[Event] = []
-        for group, x, sequences, arguments in zip(groups, xs, members, rows, strict=True):
+        checks: list[Rows] = []
+        if drafted:
+            before += sum(len(sequence.draft) for sequence in drafted)
+            width = padded(1 + max(len(sequence.draft) for sequence in drafted))
+            groups.append(self._group(drafted, width))
+            checks = self._checks(len(groups[-1].ids), drafted)
+        placed = place(self.model, groups)
+        xs = shared_sweep(self.model, groups, self._state, placed)
+        for group, sequences in zip(groups, members, strict=False):
             for row, sequence in enumerate(sequences):
-                full = sequence.filled // KV_PAGE
-                sequence.filled += int((group.positions[row] >= 0).sum())
-                if sequence.filled // KV_PAGE > full:
-                    self._pages.publish(sequence.pages, sequence.ids[: sequence.filled])
-            finished = [(row, s) for row, s in enumerate(sequences) if s.pending == 0]
-            if finished:
-                events += self._draw(x, finished, arguments, masks)
+                self._fill(sequence, int((group.positions[row] >= 0).sum()))
+        for sequence in drafted:
+            self._fill(sequence, 1)
         self._count()
+        events = self._pool(members, xs, placed)
+        alone = len(groups) == 1 and not masks and not drafted
+        if alone and all(s.pending == 0 and s.slot >= 0 for s in members[0]):
+            out = self._launch(xs[0], rows[0], members[0], None)
+            events += self._land(Flight(list(members[0]), groups[0], placed[0], xs[0], rows[0], out))
+        else:
+            for x, sequences, arguments in zip(xs, members, rows, strict=False):
+                finished = [(row, s) for row, s in enumerate(sequences) if s.pending == 0 and s.slot >= 0]
+                if finished:
+                    events += self._draw(x, finished, arguments, masks)
+            if drafted:
+                events += self._check_drafts(xs[-1], drafted, checks)
+        if self._drafts is not None and not prompts:
+            program = tuple((group.ids.shape, group.table.shape) for group in groups)
+            seconds = time.perf_counter() - start
+            self._drafts.observe(before, seconds, self.model.stats.wait_s - waited, program)
         return sorted(events, key=lambda event: event.request)
 
-    def _prompts(self, sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
+    def _pool(
+        self,
+        members: Sequence[Sequence[BatchSequence]],
+        xs: Sequence[Array],
+        placed: Sequence[tuple[Array, Array]],
+    ) -> list[Event]:
+        """Adds to the means of pooled requests; those whose prompt is in are done and leave."""
+        events = []
+        for sequences, x, (positions, _) in zip(members, xs, placed, strict=False):
+            pooled = [(row, s) for row, s in enumerate(sequences) if s.request.pooled]
+            if not pooled:
+                continue
+            sums = np.asarray(sum_rows(x, positions))
+            for row, sequence in pooled:
+                sequence.total = sequence.total + sums[row].astype(np.float64)
+                if sequence.pending == 0:
+                    mean = np.asarray(sequence.total / len(sequence.ids), np.float32)
+                    events.append(Event(sequence.number, None, 0.0, (), "stop", hidden=mean))
+                    self._leave(sequence)
+        return events
+
+    def _fill(self, sequence: BatchSequence, count: int) -> None:
+        """Takes note that the next `count` tokens of a sequence are in the cache."""
+        full = sequence.filled // KV_PAGE
+        sequence.filled += count
+        if sequence.filled // KV_PAGE > full:
+            self._pages.publish(sequence.pages, sequence.ids[: sequence.filled])
+
+    def _checks(self, rows: int, sequences: Sequence[BatchSequence]) -> list[Rows]:
+        """What the draws after the certain token take, then those after each token of the drafts."""
+        checks = []
+        for at in range(1 + max(len(sequence.draft) for sequence in sequences)):
+            slots = np.full(rows, self._draws.spare, np.int32)
+            tokens, counts = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
+            for row, sequence in enumerate(sequences):
+                if at <= len(sequence.draft):
+                    slots[row], counts[row] = sequence.slot, sequence.drawn + at
+                    tokens[row] = sequence.draft[at - 1] if at else sequence.ids[-1]
+            checks.append((np.full(rows, at, np.int32), slots, tokens, counts))
+        return [Rows(*each) for each in jax.device_put(checks, self.model.device)]
+
+    def _check_drafts(
+        self, x: Array, sequences: Sequence[BatchSequence], checks: Sequence[Rows]
+    ) -> list[Event]:
+        """Draws after the certain token of each sequence, and goes on while the draws are its draft's tokens."""
+        assert self._drafts is not None
+        events: list[Event] = []
+        masks = {s.number: s.masks for s in sequences if s.masks is not None}
+        self.stats.drafted_tokens += sum(len(sequence.draft) for sequence in sequences)
+        rows = checks[0]
+        for at in range(len(checks)):
+            right = [(row, s) for row, s in enumerate(sequences) if s.slot >= 0 and s.pending == 0]
+            if not right:
+                break
+            allowed = None
+            if masks:
+                allowed = np.full((len(rows.slots), self._mask_words), np.uint32(0xFFFFFFFF))
+                for row, sequence in right:
+                    if sequence.number in masks:
+                        allowed[row] = masks[sequence.number][at]
+            out = self._launch(x, rows, [sequence for _, sequence in right], allowed)
+            accepted = sum(sequence.accepted for _, sequence in right)
+            events += self._read(x, right, rows, out, {}, allowed)
+            self.stats.accepted_tokens += sum(sequence.accepted for _, sequence in right) - accepted
+            if at + 1 < len(checks):
+                later = checks[at + 1]
+                slots = still_right(
+                    later.slots, rows.slots, out[0], later.tokens, np.int32(self._draws.spare)
+                )
+                rows = later._replace(slots=slots)
+        return events
+
+    def _land(self, flight: Flight) -> list[Event]:
+        """Reads the draws of a sweep; before that the device is given the next one where nothing speaks against it."""
+        ahead = self._ahead(flight) if self._may_go_ahead(flight) else None
+        here = [(row, s) for row, s in enumerate(flight.sequences) if s.slot >= 0]
+        events = self._read(flight.x, here, flight.rows, flight.out, {}, None)
+        if ahead is not None:
+            staying = [sequence for _, sequence in here if sequence.slot >= 0]
+            for sequence in staying:
+                if sequence.filled % KV_PAGE == 0:
+                    self._pages.publish(sequence.pages, sequence.ids[: sequence.filled])
+            self._flight = ahead if staying else None
+        return sorted(events, key=lambda event: event.request)
+
+    def _may_go_ahead(self, flight: Flight) -> bool:
+        """Whether the next sweep is that of the same sequences whatever they draw, but for a stop token.
+
+        Not where the link is waited for: its next layers are under way anyhow. A sequence that then draws a stop token
+        has a row in one sweep too many, which writes behind what it leaves.
+        """
+        plan = self.model.plan
+        if plan.streamed or plan.expert_slots or plan.host_embedding:
+            return False
+        if self._drafts is not None and not self._drafts.asleep:
+            return False
+        if len(flight.sequences) != len(self._running) or (self._waiting and self._slots):
+            return False
+        return all(
+            sequence.slot >= 0
+            and sequence.request.constraint is None
+            and sequence.drawn + 1 < sequence.request.max_tokens
+            and len(sequence.ids) < plan.context
+            and self._has_pages(sequence, sequence.filled + 1)
+            for sequence in flight.sequences
+        )
+
+    def _has_pages(self, sequence: BatchSequence, positions: int) -> bool:
+        """Takes the pages for `positions` if there are any free; sends nobody away."""
+        missing = _pages_for(positions) - len(sequence.pages)
+        pages = self._take(missing) if missing > 0 else []
+        sequence.pages += pages or []
+        return pages is not None
+
+    def _ahead(self, flight: Flight) -> Flight:
+        """Dispatches the next sweep of a flight's sequences, with the tokens that are on the device."""
+        positions, table = flight.placed
+        ids, rows, positions = next_rows(flight.out[0], tuple(flight.rows), positions, self._draws.spare)
+        old = flight.group
+        pages = table_of([sequence.pages for sequence in flight.sequences], len(old.positions))
+        if pages.shape != old.table.shape or (pages != old.table).any():
+            table = jax.device_put(pages, self.model.device)
+        # Of positions that are on the device the host needs to know only which rows are padding.
+        group = Group(ids, np.minimum(old.positions[:, :1], 0), pages)
+        (x,) = shared_sweep(self.model, [group], self._state, [(positions, table)])
+        for sequence in flight.sequences:
+            sequence.filled += 1
+        self._count()
+        out = self._launch(x, Rows(*rows), flight.sequences, None)
+        return Flight(flight.sequences, group, (positions, table), x, Rows(*rows), out)
+
+    def _prompts(self, sequences: Sequence[BatchSequence]) -> list[list[BatchSequence]]:
         """Prompts whose next chunks are padded to one size share a call, and so the decoding of the weights."""
         if self._rows_per_call == 1:
             return [[sequence] for sequence in sequences]
-        by_width: dict[int, list[_Sequence]] = {}
+        by_width: dict[int, list[BatchSequence]] = {}
         for sequence in sequences:
             by_width.setdefault(self._width(sequence), []).append(sequence)
         return list(by_width.values())
 
-    def _width(self, sequence: _Sequence) -> int:
+    def _width(self, sequence: BatchSequence) -> int:
         """Rows of a sequence in this sweep: the next chunk of its prompt, padded, or one token."""
         chunk = self.model.plan.prefill_chunk
         return 1 if sequence.decodes else padded_rows(min(sequence.pending, chunk), chunk)
 
-    def _group(self, sequences: Sequence[_Sequence]) -> Group:
-        """The tokens of one call, of sequences of one width."""
-        rows, width = self.rows_of(len(sequences)), self._width(sequences[0])
+    def _group(self, sequences: Sequence[BatchSequence], width: int) -> Group:
+        """The tokens of one call: the next `width` of each sequence, or as many as it has, its draft included."""
+        rows = self.rows_of(len(sequences))
         ids = np.zeros((rows, width), np.int32)
         positions = np.full((rows, width), -1, np.int32)
         for row, sequence in enumerate(sequences):
-            part = sequence.ids[sequence.filled : sequence.filled + width]
+            part = [*sequence.ids[sequence.filled : sequence.filled + width], *sequence.draft]
             ids[row, : len(part)] = part
             positions[row, : len(part)] = np.arange(sequence.filled, sequence.filled + len(part))
         return Group(ids, positions, table_of([sequence.pages for sequence in sequences], rows))
 
-    def _rows(self, group: Group, sequences: Sequence[_Sequence]) -> tuple[Array, ...]:
-        """On the device, for each row of a call: its last position, its slot, its last token, its draws so far."""
+    def _rows(self, group: Group, sequences: Sequence[BatchSequence]) -> Rows:
+        """What the draws of a call take."""
         rows = len(group.ids)
-        slots = np.full(rows, self.max_batch, np.int32)
+        slots = np.full(rows, self._draws.spare, np.int32)
         tokens, counts = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
         for row, sequence in enumerate(sequences):
             # A prompt that is not in after this call draws nothing; its row of the sampler's state stays.
             if sequence.pending == (group.positions[row] >= 0).sum():
                 slots[row], tokens[row], counts[row] = sequence.slot, sequence.ids[-1], sequence.drawn
         last = np.maximum((group.positions >= 0).sum(axis=1).astype(np.int32) - 1, 0)
-        placed: tuple[Array, ...] = jax.device_put((last, slots, tokens, counts), self.model.device)
-        return placed
+        return Rows(*jax.device_put((last, slots, tokens, counts), self.model.device))
 
     def _draw(
         self,
         x: Array,
-        finished: Sequence[tuple[int, _Sequence]],
-        rows: tuple[Array, ...],
+        finished: Sequence[tuple[int, BatchSequence]],
+        rows: Rows,
         masks: dict[int, Future],
     ) -> list[Event]:
         """Draws the next token of those rows of a call whose sequences have nothing pending."""
-        last, slots, tokens, counts = rows
-        failed, allowed = self._allowed(len(slots), finished, masks)
-        top = MAX_TOP_LOGPROBS if any(sequence.request.top_logprobs for _, sequence in finished) else 0
-        draw = draw_rows_step(self.model.layouts, self.model.config, self._sampler.apply, top)
-        out, self._samplers = draw(
-            self.model.globals, x, last, slots, self._samplers, tokens, self._keys, counts, allowed
-        )
+        failed, allowed = self._allowed(len(rows.slots), finished, masks)
+        out = self._launch(x, rows, [sequence for _, sequence in finished], allowed)
+        return self._read(x, finished, rows, out, failed, allowed)
+
+    def _launch(
+        self, x: Array, rows: Rows, sequences: Iterable[BatchSequence], allowed: np.ndarray | None
+    ) -> Any:
+        """Dispatches the draws of a call."""
+        top = MAX_TOP_LOGPROBS if any(sequence.request.top_logprobs for sequence in sequences) else 0
+        return self._draws.launch(x, rows, allowed, top)
+
+    def _read(
+        self,
+        x: Array,
+        finished: Sequence[tuple[int, BatchSequence]],
+        rows: Rows,
+        out: Any,
+        failed: dict[int, str],
+        allowed: np.ndarray | None,
+    ) -> list[Event]:
+        """Waits for draws and takes each token to its sequence."""
         drawn, logprobs, top_ids, top_logprobs, entropies = jax.device_get(out)
         events = []
         for row, sequence in finished:
@@ -450,21 +569,20 @@ class Scheduler:
             )
             if drawn[row] < 0:
                 own = None if allowed is None else allowed[row : row + 1]
-                events.append(self._undrawn(sequence, x[row : row + 1], last[row : row + 1], own))
+                events.append(self._undrawn(sequence, x[row : row + 1], rows.last[row : row + 1], own))
                 continue
             event = self._advance(sequence, int(drawn[row]), float(logprobs[row]), alternatives)
             events.append(event._replace(entropy=float(entropies[row])) if count else event)
         return events
 
     def _allowed(
-        self, rows: int, finished: Sequence[tuple[int, _Sequence]], masks: dict[int, Future]
+        self, rows: int, finished: Sequence[tuple[int, BatchSequence]], masks: dict[int, Future]
     ) -> tuple[dict[int, str], np.ndarray | None]:
         """The packed masks `[B, W]` of the rows, None if nobody is constrained; and whose mask failed, and how."""
         constrained = [(row, sequence.number) for row, sequence in finished if sequence.number in masks]
         if not constrained:
             return {}, None
-        words = -(-self.model.config.vocab_size // 32)
-        allowed = np.full((rows, words), np.uint32(0xFFFFFFFF))
+        allowed = np.full((rows, self._mask_words), np.uint32(0xFFFFFFFF))
         failed = {}
         for row, number in constrained:
             try:
@@ -474,7 +592,7 @@ class Scheduler:
         return failed, allowed
 
     def _advance(
-        self, sequence: _Sequence, token: int, logprob: float, top: tuple[tuple[int, float], ...]
+        self, sequence: BatchSequence, token: int, logprob: float, top: tuple[tuple[int, float], ...]
     ) -> Event:
         request = sequence.request
         if request.constraint is not None:
@@ -485,6 +603,8 @@ class Scheduler:
         sequence.ids.append(token)
         sequence.drawn += 1
         self.stats.generated_tokens += 1
+        if sequence.draft and self._drafts is not None and self._drafts.take(sequence, token):
+            self._fill(sequence, 1)
         reason: Finish = ""
         if token in request.stop_ids or (request.constraint is not None and request.constraint.finished):
             reason = "stop"
@@ -495,21 +615,25 @@ class Scheduler:
             reason = "context"
         if reason:
             self._leave(sequence)
-        return Event(sequence.number, token, logprob, top, reason, cached_tokens=sequence.cached)
+        return Event(
+            sequence.number,
+            token,
+            logprob,
+            top,
+            reason,
+            cached_tokens=sequence.cached,
+            accepted_tokens=sequence.accepted,
+            rejected_tokens=sequence.rejected,
+        )
 
-    def _undrawn(self, sequence: _Sequence, x: Array, last: Array, allowed: np.ndarray | None) -> Event:
+    def _undrawn(self, sequence: BatchSequence, x: Array, last: Array, allowed: np.ndarray | None) -> Event:
         """Ends a sequence for which no token could be drawn, and says why."""
         if allowed is not None and not allowed.any():
             self._leave(sequence)
             return Event(sequence.number, None, 0.0, (), "grammar", "the grammar allows no further token")
-        # The draw left the sampler's row as it was before.
-        state = jax.tree.map(lambda leaf: leaf[sequence.slot][None], self._samplers)
-        token = np.array([sequence.ids[-1]], np.int32)
-        return self._fail(
-            sequence, why_undrawn(self.model, self._sampler.apply, x, last, state, token, allowed)
-        )
+        return self._fail(sequence, self._draws.why_not(sequence.slot, sequence.ids[-1], x, last, allowed))
 
-    def _fail(self, sequence: _Sequence, error: str) -> Event:
+    def _fail(self, sequence: BatchSequence, error: str) -> Event:
         self._leave(sequence)
         return Event(sequence.number, None, 0.0, (), "error", error)
 
@@ -520,8 +644,9 @@ class Scheduler:
         """
         for sequence in list(self._running):
             self._leave(sequence)
-            sequence.filled = 0
+            sequence.filled, sequence.total = 0, 0.0
             bisect.insort(self._waiting, sequence, key=lambda s: s.number)
+        self._flight = None
         self.model.wait()
         with contextlib.suppress(RuntimeError):  # donated to the step that failed
             self._state.close()
@@ -542,5 +667,5 @@ def _pages_for(positions: int) -> int:
     return -(-positions // KV_PAGE)
 
 
-def _split(sequences: Sequence[_Sequence], size: int) -> Iterable[Sequence[_Sequence]]:
+def _split(sequences: Sequence[BatchSequence], size: int) -> Iterable[Sequence[BatchSequence]]:
     return (sequences[at : at + size] for at in range(0, len(sequences), size))

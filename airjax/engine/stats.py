@@ -22,6 +22,10 @@ class Stats:
       decode_s: the time of the draws after the first, and of their sweeps.
       first_token_s: from the request to the first drawn token.
       sweeps: passes of all layers.
+      drafted_tokens, accepted_tokens: tokens of drafts that were checked, and how many of them were right.
+      plain_token_s: what a sweep without a draft took, the median of those that were measured; None if none was.
+      timed_s, timed_tokens: of the sweeps with drafts or without that compiled nothing, and what they gave.
+      decode_sweeps: sweeps that gave the draws after the first; counted where drafts are checked.
       bytes_streamed: weights and KV that went over the link to the device in these sweeps.
       wait_s: time in which the device had done all earlier work and waited for weights.
       peak_device_bytes: peak of device memory since the process began, from the backend.
@@ -36,6 +40,12 @@ class Stats:
     decode_s: float = 0.0
     first_token_s: float | None = None
     sweeps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    decode_sweeps: int = 0
+    plain_token_s: float | None = None
+    timed_s: float = 0.0
+    timed_tokens: int = 0
     bytes_streamed: int = 0
     wait_s: float = 0.0
     peak_device_bytes: int | None = None
@@ -56,6 +66,25 @@ class Stats:
     def decode_rate(self) -> float | None:
         """Generated tokens per second, the first one (which the prefill gives) not counted."""
         return (self.generated_tokens - 1) / self.decode_s if self.decode_s else None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted tokens that were right."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
+
+    @property
+    def tokens_per_sweep(self) -> float | None:
+        """Tokens that a sweep gave, the first one (which the prefill gives) not counted; None without drafts."""
+        if not self.decode_sweeps:
+            return None
+        return (self.accepted_tokens + self.decode_sweeps) / self.decode_sweeps
+
+    @property
+    def draft_gain(self) -> float | None:
+        """How many times as fast as without drafts, over the sweeps that compiled nothing."""
+        if not self.timed_s or self.plain_token_s is None:
+            return None
+        return self.timed_tokens * self.plain_token_s / self.timed_s
 
     @property
     def link_rate(self) -> float | None:

@@ -146,7 +146,7 @@ def embed_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]:
 
     @jit
     def embed(buffers: Globals, ids: Array) -> Array:
-        return architecture.embed(_unpack_globals(buffers, layouts), ids, config)
+        return architecture.embed(unpack_globals(buffers, layouts), ids, config)
 
     return embed
 
@@ -173,7 +173,7 @@ def unembed_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]
 
     @jit
     def unembed(buffers: Globals, x: Array) -> Array:
-        return architecture.unembed(_unpack_globals(buffers, layouts), x, config)
+        return architecture.unembed(unpack_globals(buffers, layouts), x, config)
 
     return unembed
 
@@ -203,7 +203,7 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
         numbers: tuple[Array, Array],
         allowed: Array | None,
     ) -> Any:
-        weights = _unpack_globals(buffers, layouts)
+        weights = unpack_globals(buffers, layouts)
         last = jnp.take_along_axis(x, row[:, None, None], axis=1)[:, 0]  # [B, D]
         logits = architecture.unembed(weights, last, config)  # [B, V]
         masked = logits if allowed is None else sampling.mask_tokens(logits, allowed)
@@ -250,7 +250,7 @@ def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int)
         count: Array,
         allowed: Array | None,
     ) -> Any:
-        weights = _unpack_globals(buffers, layouts)
+        weights = unpack_globals(buffers, layouts)
         last = jnp.take_along_axis(x, row[:, None, None], axis=1)[:, 0]  # [B, D]
         logits = architecture.unembed(weights, last, config)  # [B, V]
         own = jax.nn.log_softmax(logits)
@@ -281,12 +281,43 @@ def top_step(layouts: GlobalLayouts, config: Config, top: int) -> Callable[..., 
 
     @jit
     def best(buffers: Globals, x: Array) -> tuple[Array, Array, Array]:
-        own = jax.nn.log_softmax(architecture.unembed(_unpack_globals(buffers, layouts), x[:, 0], config))
+        own = jax.nn.log_softmax(architecture.unembed(unpack_globals(buffers, layouts), x[:, 0], config))
         entropy = -jnp.sum(jnp.where(own > -jnp.inf, jnp.exp(own) * own, 0.0), axis=-1)
         logprobs, ids = jax.lax.top_k(own, top)
         return ids, logprobs, entropy
 
     return best
+
+
+@jax.jit
+def sum_rows(x: Array, positions: Array) -> Array:
+    """The sum of the rows of each sequence `[B, D]`, float32, of `x [B, T, D]` but for padding."""
+    return jnp.sum(jnp.where(positions[..., None] < 0, 0.0, x.astype(jnp.float32)), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="spare")
+def next_rows(drawn: Array, rows: Any, positions: Array, spare: int) -> tuple[Array, Any, Array]:
+    """What the next decoding call of the same sequences takes, once their tokens are drawn and before they are read.
+
+    Args:
+      drawn: `[B]`.
+      rows: last position, slot, last token and draws so far of each row, `[B]` each, as a tuple of any kind.
+      positions: `[B, T]` of the call before, negative for padding.
+      spare: slot of rows that draw for nobody; it is also for those that could not draw.
+
+    Returns:
+      ids `[B, 1]`, rows, and positions `[B, 1]`.
+    """
+    last, slots, tokens, counts = rows
+    could = drawn >= 0
+    after = (
+        jnp.zeros_like(last),
+        jnp.where(could, slots, spare),
+        jnp.where(could, drawn, tokens),
+        counts + 1,
+    )
+    past = jnp.max(positions, axis=1, keepdims=True)
+    return jnp.maximum(drawn, 0)[:, None], after, jnp.where(past < 0, past, past + 1)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -295,7 +326,7 @@ def put_row(state: Any, row: Any, slot: Array) -> Any:
     return jax.tree.map(lambda leaf, new: leaf.at[slot].set(new[0]), state, row)
 
 
-def _unpack_globals(buffers: Globals, layouts: GlobalLayouts) -> models.Weights:
+def unpack_globals(buffers: Globals, layouts: GlobalLayouts) -> models.Weights:
     weights: dict[str, Any] = {}
     for name, layout in layouts:
         weights |= models.unpack(buffers[name], layout)

@@ -107,7 +107,7 @@ def sweep(
                 "attention can be seen where the KV cache is on the device: pass kv_shuttle='off'"
             )
         x = hook.at(0, x, positions)
-    lengths = _lengths(model, positions)
+    lengths = lengths_at(model, positions)
     steps = _steps(model, state, lengths)
     model.begin_sweep()
     if state.shuttle is not None:
@@ -123,13 +123,13 @@ def sweep(
         weights = model.weights.take(layer)
         before = x
         if model.pool_holds(layer):
-            kv = _grown(state.kv[layer], lengths[layer])
+            kv = grown(state.kv[layer], lengths[layer])
             routed, state.kv[layer] = attend_and_route(
                 model, layer, weights, before, kv, device_positions, lengths[layer]
             )
             (x,) = run_experts(model, layer, [routed], [positions])
         elif state.shuttle is None:
-            kv = _grown(state.kv[layer], lengths[layer])
+            kv = grown(state.kv[layer], lengths[layer])
             x, state.kv[layer] = step(weights, before, kv, device_positions)
         else:
             if lengths[layer] > state.shuttle.block:
@@ -215,7 +215,7 @@ def _run(
         model.config,
     )
     buffers = [model.weights.take(layer) for layer in run]
-    kvs = [_grown(state.kv[layer], lengths[layer]) for layer in run]
+    kvs = [grown(state.kv[layer], lengths[layer]) for layer in run]
     x, kvs = step(buffers, x, kvs, device_positions)
     state.kv[run.start : run.stop] = kvs
     model.pending = x
@@ -229,7 +229,7 @@ def watch_run(model: Model, x: Array, run: range) -> None:
         model.timeline.watch("compute", f"layers {run.start}-{run.stop - 1}", x)
 
 
-def _lengths(model: Model, positions: np.ndarray) -> list[int]:
+def lengths_at(model: Model, positions: np.ndarray) -> list[int]:
     """How many slots of each layer's cache this sweep looks at: few distinct values, so few programs."""
     length = _rounded(int(positions.max()) + 1, quarters=model.device.platform == "cpu")
     return [min(length, slots) for slots in model.plan.kv_slots]
@@ -256,7 +256,7 @@ def _uploads(shuttle: Shuttle, lengths: list[int], positions: np.ndarray) -> lis
     return [min(used, length) if length > shuttle.block else length for length in lengths]
 
 
-def _grown(kv: LayerKV, slots: int) -> LayerKV:
+def grown(kv: LayerKV, slots: int) -> LayerKV:
     """The cache with at least `slots` slots. Until a cache has all its slots nothing in it has wrapped."""
     missing = slots - kv.k.shape[2]
     if missing <= 0:

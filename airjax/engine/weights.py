@@ -35,7 +35,7 @@ from airjax.streaming import (
 from airjax.types import Array
 
 # By replayed traces (bench/expert_policies.py).
-EXPERT_POLICY = Policy(half_life=256.0)
+EXPERT_POLICY = Policy(half_life=64.0)
 
 
 class LayerWeights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 
 from airjax import layers, models, sampling
 from airjax.engine.batch import table_of
+from airjax.engine.experts import finish_step, route_step
 from airjax.engine.long import attend_step, begin_step, end_step
 from airjax.engine.step import (
     block_step,
@@ -20,14 +22,16 @@ from airjax.engine.step import (
     shuttled_block_step,
     shuttled_row,
 )
-from airjax.gguf import Layout, Manifest
+from airjax.gguf import ExpertSpan, Layout, Manifest
 from airjax.models import Config
 from airjax.plan import EMBEDDING, KV_PAGE, Plan
 from airjax.streaming import piece_struct
 from airjax.types import LayerKV
 
 
-def compiled_workspace(manifest: Manifest, config: Config, plan: Plan) -> int:
+def compiled_workspace(
+    manifest: Manifest, config: Config, plan: Plan, experts: Sequence[ExpertSpan | None] = ()
+) -> int:
     """Compiles what a run under a plan needs at its largest, and adds up what the compiler says it takes.
 
     The programs are those of a whole chunk of a prompt and of a decoding sweep over a full cache: one for each
@@ -37,21 +41,29 @@ def compiled_workspace(manifest: Manifest, config: Config, plan: Plan) -> int:
       manifest: spans of the file.
       config: of the model.
       plan: gives the chunk, the batch, the caches and whether they are shuttled.
+      experts: of each layer, where they come through a pool; `manifest` is without them.
 
     Returns:
       Bytes: the largest program's temporaries and fresh outputs, and the hidden states that wait beside it.
     """
     architecture = models.get(config.architecture)
     programs = {
-        (span.layout, architecture.layer_kind(config, layer), plan.kv_slots[layer])
+        (
+            span.layout,
+            architecture.layer_kind(config, layer),
+            plan.kv_slots[layer],
+            experts[layer] if experts else None,
+        )
         for layer, span in enumerate(manifest.layers)
     }
     largest = _outside(manifest, config, plan)
     for sequences, new in ((1, plan.prefill_chunk), (max(plan.max_batch, 1), 1)):
         x = _array((sequences, new, config.d_model))
         positions = _array((sequences, new), jnp.int32)
-        for layout, kind, slots in programs:
-            if plan.shuttle and slots > plan.kv_block:
+        for layout, kind, slots, span in programs:
+            if span is not None:
+                used = _by_expert(layout, config, kind, slots, span, plan, x, positions)
+            elif plan.shuttle and slots > plan.kv_block:
                 used = _long(layout, config, kind, slots, plan, x, positions)
             else:
                 step, cache = _block(layout, config, kind, slots, plan, sequences)
@@ -77,6 +89,30 @@ def _block(
         return shuttled_block_step(layout, config, kind), (piece,)
     shape = (sequences, config.n_kv_heads, slots, config.head_dim)
     return block_step(layout, config, kind, slots), (_cache(shape, config),)
+
+
+def _by_expert(
+    layout: Layout,
+    config: Config,
+    kind: str,
+    slots: int,
+    span: ExpertSpan,
+    plan: Plan,
+    x: jax.ShapeDtypeStruct,
+    positions: jax.ShapeDtypeStruct,
+) -> int:
+    """Workspace of a layer whose experts come through the pool: its halves may be at work at once."""
+    _, cache = _block(layout, config, kind, slots, plan, x.shape[0])
+    kv, table = cache if plan.max_batch else (cache[0], None)
+    length = None if plan.max_batch else slots
+    buffers = _buffers(layout)
+    route = route_step(layout, layout, config, kind, length)
+    routed, _ = jax.eval_shape(route, buffers, buffers, x, kv, table, positions)
+    pool, units = _array((max(plan.expert_slots), span.slot_bytes), jnp.uint8), span.experts * config.n_layers
+    place = pool, _array((units,), jnp.int32), _array((), jnp.int32)
+    return _workspace(route, buffers, buffers, x, kv, table, positions) + _workspace(
+        finish_step(span.slots, layout, config), *place, buffers, routed, None, None
+    )
 
 
 def _long(

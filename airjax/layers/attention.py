@@ -100,6 +100,7 @@ def attention(
     softcap: float = 0.0,
     length: int | None = None,
     dtype: np.dtype | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """Grouped-query attention of new tokens over a cache that already holds their own rows.
 
@@ -114,6 +115,7 @@ def attention(
       softcap: scores become softcap * tanh(scores / softcap); 0 for none.
       length: only the first `length` slots are looked at (static); every position is below it then.
       dtype: of the products; None for the cache's own.
+      sinks: a score for each head that takes its part of the softmax and gives nothing, float32 `[N]` (gpt-oss).
 
     Returns:
       `[B, T, N, H]` float32.
@@ -127,10 +129,10 @@ def attention(
     grouped = q.reshape(batch, new, kv_heads, heads // kv_heads, width).astype(keys.dtype)
 
     def attend(queries: Array, seen: Array) -> Array:
-        return _attend(queries, keys, values, seen, scale, softcap)
+        return _attend(queries, keys, values, seen, scale, softcap, sinks)
 
     if new == 1:
-        return _attend_one(grouped[:, 0], keys, values, visible[:, 0], scale, softcap).reshape(q.shape)
+        return _attend_one(grouped[:, 0], keys, values, visible[:, 0], scale, softcap, sinks).reshape(q.shape)
     tile = tile_rows(batch * heads * keys.shape[2] * 4, new)
     if tile == new:
         out = attend(grouped, visible)
@@ -152,6 +154,7 @@ def attention_weights(
     softcap: float = 0.0,
     length: int | None = None,
     dtype: np.dtype | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """How much each new token looks at each slot: the softmax inside `attention`, with its arguments.
 
@@ -162,7 +165,7 @@ def attention_weights(
     batch, new, heads, width = q.shape
     grouped = q.reshape(batch, new, keys.shape[1], -1, width).astype(keys.dtype)
     visible = _visible(positions, keys.shape[2], kv.k.shape[2], window)
-    weights = _weights(grouped, keys, visible, scale, softcap)
+    weights = _weights(grouped, keys, visible, scale, softcap, sinks)
     return weights.reshape(batch, heads, new, keys.shape[2])
 
 
@@ -179,7 +182,9 @@ def _visible(positions: Array, slots: int, size: int, window: int) -> Array:
     return visible
 
 
-def _weights(q: Array, keys: Array, visible: Array, scale: float, softcap: float) -> Array:
+def _weights(
+    q: Array, keys: Array, visible: Array, scale: float, softcap: float, sinks: Array | None
+) -> Array:
     """`[B, T, K, G, H]` and `[B, K, S, H]` to `[B, K, G, T, S]`."""
     scores = jnp.einsum(
         "btkgh,bksh->bkgts",
@@ -188,11 +193,23 @@ def _weights(q: Array, keys: Array, visible: Array, scale: float, softcap: float
         preferred_element_type=jnp.float32,
         precision=product_precision(keys.dtype),
     )
-    return jax.nn.softmax(masked_scores(scores, visible[:, None, None], scale, softcap), axis=-1)
+    scores = masked_scores(scores, visible[:, None, None], scale, softcap)
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sink = jnp.broadcast_to(sinks.reshape(*scores.shape[1:3], 1, 1), (*scores.shape[:-1], 1))
+    return jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
 
 
-def _attend(q: Array, keys: Array, values: Array, visible: Array, scale: float, softcap: float) -> Array:
-    weights = _weights(q, keys, visible, scale, softcap).astype(values.dtype)
+def _attend(
+    q: Array,
+    keys: Array,
+    values: Array,
+    visible: Array,
+    scale: float,
+    softcap: float,
+    sinks: Array | None,
+) -> Array:
+    weights = _weights(q, keys, visible, scale, softcap, sinks).astype(values.dtype)
     return jnp.einsum(
         "bkgts,bksh->btkgh",
         weights,
@@ -202,7 +219,15 @@ def _attend(q: Array, keys: Array, values: Array, visible: Array, scale: float, 
     )
 
 
-def _attend_one(q: Array, keys: Array, values: Array, visible: Array, scale: float, softcap: float) -> Array:
+def _attend_one(
+    q: Array,
+    keys: Array,
+    values: Array,
+    visible: Array,
+    scale: float,
+    softcap: float,
+    sinks: Array | None,
+) -> Array:
     """`_attend` of one new token, `[B, K, G, H]`, in products that take the cache as it lies in memory.
 
     In the general form XLA's CPU backend transposes all values first, which takes longer than the products.
@@ -221,11 +246,17 @@ def _attend_one(q: Array, keys: Array, values: Array, visible: Array, scale: flo
 
     scores = dot(merged(q), merged(keys), (((2,), (2,)), ((0,), (0,))))  # [B * K, G, S]
     scores = masked_scores(scores, jnp.repeat(visible, kv_heads, axis=0)[:, None], scale, softcap)
-    weights = jnp.exp(scores - _largest(scores)).astype(values.dtype)
+    largest = _largest(scores)
+    if sinks is not None:
+        sink = jnp.tile(sinks.reshape(kv_heads, group, 1), (batch, 1, 1))  # [B * K, G, 1]
+        largest = jnp.maximum(largest, sink)
+    weights = jnp.exp(scores - largest).astype(values.dtype)
     out = dot(weights, merged(values), (((2,), (1,)), ((0,), (0,))))
     # XLA would split a plain sum by the shape of the whole array.
     ones = jnp.ones((*keys.shape[:3], 1), values.dtype)
     total = dot(weights, merged(ones), (((2,), (1,)), ((0,), (0,))))
+    if sinks is not None:
+        total = total + jnp.exp(sink - largest)
     return (out / total).reshape(batch, kv_heads, group, width)
 
 

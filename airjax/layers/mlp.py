@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from airjax.types import Array
 
-Activation = Literal["silu", "gelu", "exact gelu", "squared relu"]
+Activation = Literal["silu", "gelu", "exact gelu", "squared relu", "clamped"]
 
 
 def activate(x: Array, activation: Activation) -> Array:
@@ -32,16 +32,19 @@ def activate(x: Array, activation: Activation) -> Array:
 
 
 def gated(gate: Array, up: Array, activation: Activation) -> Array:
-    """`activation(gate) * up`, for example SwiGLU.
+    """`activation(gate) * up`, for example SwiGLU; "clamped" is gpt-oss's form of it.
 
-    Shazeer, GLU Variants Improve Transformer, 2020.
+    Shazeer, GLU Variants Improve Transformer, 2020; OpenAI, gpt-oss-120b & gpt-oss-20b Model Card, 2025.
 
     Args:
       gate: `[..., F]`.
       up: `[..., F]`.
-      activation: as in `activate`.
+      activation: as in `activate`, or "clamped".
 
     Returns:
       `[..., F]`.
     """
+    if activation == "clamped":
+        gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+        return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
     return activate(gate, activation) * up

@@ -77,8 +77,11 @@ def merge(a: Partial, b: Partial) -> Partial:
     )
 
 
-def finish(partial: Partial) -> Array:
-    """The result of attention, `[B, T, N, H]` float32; zero for a row that has seen no key."""
+def finish(partial: Partial, sinks: Array | None = None) -> Array:
+    """The result of attention, `[B, T, N, H]` float32; zero for a row that has seen no key. Sinks as in `attention`."""
+    if sinks is not None:
+        scores = jnp.broadcast_to(sinks.reshape(partial.total.shape[2:]), partial.total.shape)
+        partial = merge(partial, Partial(scores, jnp.ones_like(scores), jnp.zeros_like(partial.weighted)))
     batch, new, kv_heads, group, width = partial.weighted.shape
     out = partial.weighted / jnp.where(partial.total > 0, partial.total, 1)[..., None]
     return out.reshape(batch, new, kv_heads * group, width)

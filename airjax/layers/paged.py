@@ -51,6 +51,7 @@ def attention(
     softcap: float = 0.0,
     length: int | None = None,
     dtype: np.dtype | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """Grouped-query attention of new tokens over a cache that already holds their own rows.
 
@@ -58,8 +59,8 @@ def attention(
       q: `[B, T, N, H]`, N a multiple of K.
       kv: a cache with a row of slots per sequence, or one in pages whose table covers every position.
       positions: `[B, T]` int32, negative for padding rows; the others of a row rise one by one.
-      scale, window, softcap, length, dtype: as in `contiguous.attention`; pages have no `length`, their table is
-        cut.
+      scale, window, softcap, length, dtype, sinks: as in `contiguous.attention`; pages have no `length`, their table
+        is cut.
 
     Returns:
       `[B, T, N, H]` float32.
@@ -68,7 +69,7 @@ def attention(
         kv, positions = _gather(kv, positions, window)
         length = None
     return contiguous.attention(
-        q, kv, positions, scale=scale, window=window, softcap=softcap, length=length, dtype=dtype
+        q, kv, positions, scale=scale, window=window, softcap=softcap, length=length, dtype=dtype, sinks=sinks
     )
 
 

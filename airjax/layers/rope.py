@@ -41,6 +41,7 @@ def yarn_frequencies(
     original_context: int,
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
+    whole_pairs: bool = True,
 ) -> np.ndarray:
     """Frequencies that keep what turns fast and stretch what turns slowly.
 
@@ -53,6 +54,7 @@ def yarn_frequencies(
       original_context: positions of the training.
       beta_fast: pairs that turn this often in it stay as they are.
       beta_slow: pairs that turn this often or less are divided by `factor`.
+      whole_pairs: the two ends are rounded outwards to whole pairs, which gpt-oss does not do.
 
     Returns:
       `[width / 2]` float32.
@@ -62,8 +64,10 @@ def yarn_frequencies(
     def pair_of(turns: float) -> float:
         return width * math.log(original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_of(beta_fast)), 0)
-    high = min(math.ceil(pair_of(beta_slow)), width - 1)
+    first, last = pair_of(beta_fast), pair_of(beta_slow)
+    if whole_pairs:
+        first, last = math.floor(first), math.ceil(last)
+    low, high = max(first, 0), min(last, width - 1)
     stretched = np.clip((np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1)
     return (plain / factor * stretched + plain * (1 - stretched)).astype(np.float32)
 

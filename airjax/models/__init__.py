@@ -20,6 +20,7 @@ from airjax.models import (
     gemma2,
     gemma3,
     glm4,
+    gpt_oss,
     gptneox,
     granite,
     internlm2,
@@ -47,6 +48,7 @@ from airjax.models.architecture import check_tensors as check_tensors
 from airjax.models.architecture import unpack as unpack
 from airjax.models.experts import EXPERT_MATRICES as EXPERT_MATRICES
 from airjax.models.experts import GATHERED_BYTES as GATHERED_BYTES
+from airjax.models.experts import biases as biases
 from airjax.models.experts import block_rows as block_rows
 from airjax.models.experts import combined as combined
 from airjax.models.experts import decoded_experts as decoded_experts
@@ -65,6 +67,7 @@ _MODULES = (
     gemma2,
     gemma3,
     glm4,
+    gpt_oss,
     gptneox,
     granite,
     internlm2,
@@ -83,10 +86,11 @@ _MODULES = (
     stablelm,
     starcoder2,
 )
-# The names of files: one has a hyphen.
+# The names that files give: these two have a hyphen.
+_HYPHENATED = {"command_r": "command-r", "gpt_oss": "gpt-oss"}
 _ARCHITECTURES: dict[str, Architecture] = {
-    module.__name__.rpartition(".")[2].replace("command_r", "command-r"): module.ARCHITECTURE
-    for module in _MODULES
+    _HYPHENATED.get(name, name): module.ARCHITECTURE
+    for name, module in ((module.__name__.rpartition(".")[2], module) for module in _MODULES)
 }
 # Of those that gguf names: layers of another kind than attention stand between or in the place of attention.
 _OTHER_KINDS = {

@@ -68,6 +68,10 @@ class Architecture(Protocol):
 
     def attention_form(self, config: Any, kind: str) -> layers.AttentionForm: ...
 
+    def attention_sinks(self, weights: Weights, config: Any) -> Array | None:
+        """What takes its part of each head's softmax, `[N]`; None for nothing."""
+        ...
+
     def attend_inputs(
         self, weights: Weights, x: Array, positions: Array, config: Any, kind: str
     ) -> tuple[Array, Array, Array]:

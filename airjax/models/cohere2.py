@@ -28,7 +28,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
         unrotated_every=window["global_every"],
         norm="layer",
         parallel=True,
-        feed_forward_norm="attn_norm",
+        feed_forward_name="attn_norm",
         logit_divisor=1 / scale,
     )
 

@@ -25,7 +25,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
         norm="layer",
         qk_norm="each head" if normed else "",
         parallel=True,
-        feed_forward_norm="attn_norm",
+        feed_forward_name="attn_norm",
         logit_divisor=1 / scale,
     )
 

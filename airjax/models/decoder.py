@@ -52,7 +52,6 @@ class DecoderConfig(Config):
       fused_qkv: queries, keys and values come from one matrix.
       fused_gate: gate and up come from one matrix, `ffn_up`.
       gated: the feed-forward part has a gate, else the activation is of `ffn_up` itself.
-      feed_forward_norm: name of the norm before the feed-forward part.
       activation: of the gate.
       attention_scale: of the scores.
       attention_softcap: of the scores; 0 for none (Gemma 2).
@@ -62,6 +61,8 @@ class DecoderConfig(Config):
       embedding_scale: factor of the embedding.
       residual_scale: factor of what is added to the hidden states (Granite).
       logit_divisor: of the logits (Granite).
+      sinks: each head has a score that takes its part of the softmax (gpt-oss).
+      feed_forward_name: of the norm before the feed-forward part.
     """
 
     rope_frequencies: tuple[float, ...]
@@ -81,7 +82,6 @@ class DecoderConfig(Config):
     fused_qkv: bool = False
     fused_gate: bool = False
     gated: bool = True
-    feed_forward_norm: str = "ffn_norm"
     activation: layers.Activation = "silu"
     attention_softcap: float = 0.0
     attention_growth: float = 0.0
@@ -90,6 +90,8 @@ class DecoderConfig(Config):
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
+    sinks: bool = False
+    feed_forward_name: str = "ffn_norm"
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Decoder:
                 matrices["ffn_gate"] = (f, d)
         norms: dict[str, tuple[int, ...]] = {}
         if config.pre_norms:
-            norms |= {config.attention_norm: (d,), config.feed_forward_norm: (d,)}
+            norms |= {config.attention_norm: (d,), config.feed_forward_name: (d,)}
         if config.post_norms:
             norms |= {"post_attention_norm": (d,), "post_ffw_norm": (d,)}
         if config.qk_norm == "whole":
@@ -141,6 +143,8 @@ class Decoder:
             norms |= {"attn_q_norm": (config.n_heads, config.head_dim)}
             norms |= {"attn_k_norm": (config.n_kv_heads, config.head_dim)}
         specs = _norm_specs(norms, config)
+        if config.sinks:
+            specs["attn_sinks.weight"] = TensorSpec((config.n_heads,))
         for name, shape in matrices.items():
             specs[f"{name}.weight"] = TensorSpec(shape)
             specs[f"{name}.bias"] = TensorSpec(shape[:1], optional=True)
@@ -169,6 +173,10 @@ class Decoder:
             softcap=config.attention_softcap,
             dtype=np.dtype(config.compute_dtype),
         )
+
+    def attention_sinks(self, weights: Weights, config: DecoderConfig) -> Array | None:
+        """A score of each head that gives nothing, `[N]`; None without."""
+        return vector(weights, "attn_sinks.weight") if config.sinks else None
 
     def attend_inputs(
         self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str
@@ -211,7 +219,7 @@ class Decoder:
 
     def feed_forward_norm(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """What the feed-forward part takes of hidden states."""
-        return _norm(x, weights, config.feed_forward_norm, config) if config.pre_norms else x
+        return _norm(x, weights, config.feed_forward_name, config) if config.pre_norms else x
 
     def feed_forward_output(self, weights: Weights, x: Array, down: Array, config: DecoderConfig) -> Array:
         """The hidden states with what the feed-forward part gave."""
@@ -244,7 +252,8 @@ class Decoder:
         q, k, v = self.attend_inputs(weights, x, positions, config, kind)
         kv = layers.write_rows(kv, k, v, positions)
         form = self.attention_form(config, kind)
-        attended = layers.attention(q, kv, positions, **form._asdict(), length=length)
+        sinks = self.attention_sinks(weights, config)
+        attended = layers.attention(q, kv, positions, **form._asdict(), length=length, sinks=sinks)
         return self.attend_output(weights, x, attended, config), kv
 
     def unembed(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:

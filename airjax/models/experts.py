@@ -39,6 +39,7 @@ class Experts:
       shared_d_ff: width of what every token goes through beside them; 0 for none.
       shared_gate: a token's own weight for that (Qwen 2).
       activation: of the gates.
+      biases: router and experts have them; they are small, and stay with the rest of the layer.
     """
 
     count: int
@@ -47,6 +48,7 @@ class Experts:
     shared_d_ff: int = 0
     shared_gate: bool = False
     activation: layers.Activation = "silu"
+    biases: bool = False
 
 
 def read_experts(gguf: GGUF, sizes: Mapping[str, Any], *, normalized: bool, width: str) -> Experts:
@@ -96,19 +98,24 @@ def expert_specs(config: Config) -> dict[str, TensorSpec]:
         shapes["ffn_down_shexp"] = (d, experts.shared_d_ff)
     if experts.shared_gate:
         shapes["ffn_gate_inp_shexp"] = (d,)
-    return {f"{name}.weight": TensorSpec(shape) for name, shape in shapes.items()}
+    specs = {f"{name}.weight": TensorSpec(shape) for name, shape in shapes.items()}
+    if experts.biases:
+        specs |= {f"{name}.bias": TensorSpec(shapes[name][:-1]) for name in (ROUTER, *EXPERT_MATRICES)}
+    return specs
 
 
 def feed_forward(h: Array, weights: Weights, config: Config) -> Array:
     """A layer's feed-forward part with all of its experts at hand: `[B, T, D]` to `[B, T, D]`."""
     ids, gates = route(h, weights, config)
-    products = expert_products(h, ids, stacks(weights), None, None, config)
+    products = expert_products(h, ids, stacks(weights), biases(weights, config), None, None, config)
     return combined(products, gates, shared(h, weights, config))
 
 
 def route(h: Array, weights: Weights, config: Config) -> tuple[Array, Array]:
     """The experts `[B, T, k]` int32 of each token and their weights `[B, T, k]`; always in float32."""
     logits = quants.matmul(h, weights[f"{ROUTER}.weight"], dtype=np.dtype(np.float32))
+    if config.experts.biases:
+        logits = logits + quants.dequantize(weights[f"{ROUTER}.bias"])
     return layers.choose(logits, config.experts.routing)
 
 
@@ -130,10 +137,18 @@ def stacks(weights: Weights) -> dict[str, quants.Stacked]:
     return {name: quants.stacked(weights[f"{name}.weight"]) for name in EXPERT_MATRICES}
 
 
+def biases(weights: Weights, config: Config) -> dict[str, Array]:
+    """The experts' biases of a layer, by the name of their matrix: float32 `[E, n_out]`."""
+    if not config.experts.biases:
+        return {}
+    return {name: quants.dequantize(weights[f"{name}.bias"]) for name in EXPERT_MATRICES}
+
+
 def expert_products(
     h: Array,
     ids: Array,
     parts: Mapping[str, quants.Stacked],
+    own_biases: Mapping[str, Array],
     slots: Array | None,
     before: Array | None,
     config: Config,
@@ -144,6 +159,7 @@ def expert_products(
       h: `[B, T, D]`.
       ids: `[B, T, k]`.
       parts: the experts' matrices.
+      own_biases: the experts' biases, from `biases`.
       slots: int32 `[E]`: where in them an expert lies, negative if it is not there; None where each has its place.
       before: `[B, T, k, D]`, what earlier passes made of experts that are not there now; None for the only pass.
       config: of the model.
@@ -156,7 +172,7 @@ def expert_products(
     pairs = ids.reshape(-1)
     out = jnp.zeros((len(pairs), rows.shape[1])) if before is None else before.reshape(len(pairs), -1)
     product = _by_pair if len(rows) <= _FEW_ROWS else _by_expert
-    return product(rows, pairs, parts, slots, out, config).reshape(*lead, used, -1)
+    return product(rows, pairs, parts, own_biases, slots, out, config).reshape(*lead, used, -1)
 
 
 def combined(products: Array, gates: Array, beside: Array | None) -> Array:
@@ -178,6 +194,7 @@ def _by_pair(
     rows: Array,
     pairs: Array,
     parts: Mapping[str, quants.Stacked],
+    own_biases: Mapping[str, Array],
     slots: Array | None,
     out: Array,
     config: Config,
@@ -187,17 +204,23 @@ def _by_pair(
     where = pairs if slots is None else slots[pairs]
     inputs = jnp.repeat(rows, len(pairs) // len(rows), axis=0)
 
-    def some(x: Array, index: Array) -> Array:
-        gate, up = (quants.matmul_each(x, parts[name], index, dtype=dtype) for name in EXPERT_MATRICES[:2])
-        hidden = layers.gated(gate, up, experts.activation)
-        return quants.matmul_each(hidden, parts[EXPERT_MATRICES[2]], index, dtype=dtype)
+    def some(x: Array, index: Array, expert: Array) -> Array:
+        def product(x: Array, name: str) -> Array:
+            y = quants.matmul_each(x, parts[name], index, dtype=dtype)
+            return y + own_biases[name][expert] if own_biases else y
+
+        gate, up = (product(x, name) for name in EXPERT_MATRICES[:2])
+        return product(layers.gated(gate, up, experts.activation), EXPERT_MATRICES[2])
 
     at_once = max(GATHERED_BYTES // sum(part.nbytes for part in parts.values()), 1)
     pieces = next(n for n in range(1, len(pairs) + 1) if len(pairs) % n == 0 and len(pairs) // n <= at_once)
     if pieces == 1:
-        products = some(inputs, where)
+        products = some(inputs, where, pairs)
     else:
-        split = (inputs.reshape(pieces, -1, inputs.shape[1]), where.reshape(pieces, -1))
+        split = (
+            inputs.reshape(pieces, -1, inputs.shape[1]),
+            *(a.reshape(pieces, -1) for a in (where, pairs)),
+        )
         products = jax.lax.map(lambda piece: some(*piece), split).reshape(out.shape)
     return products if slots is None else jnp.where(where[:, None] >= 0, products, out)
 
@@ -206,6 +229,7 @@ def _by_expert(
     rows: Array,
     pairs: Array,
     parts: Mapping[str, quants.Stacked],
+    own_biases: Mapping[str, Array],
     slots: Array | None,
     out: Array,
     config: Config,
@@ -228,9 +252,14 @@ def _by_expert(
         own = jax.lax.dynamic_slice_in_dim(held, begin, at_once)  # [G, M]
         index = jax.lax.dynamic_slice_in_dim(where, begin, at_once)
         x = rows.at[own // used].get(mode="clip")  # [G, M, D]
-        gate, up = (quants.matmul_blocks(x, parts[name], index, dtype=dtype) for name in EXPERT_MATRICES[:2])
-        hidden = layers.gated(gate, up, experts.activation)
-        made = quants.matmul_blocks(hidden, parts[EXPERT_MATRICES[2]], index, dtype=dtype)
+        of_block = jax.lax.dynamic_slice_in_dim(expert, begin, at_once)
+
+        def product(x: Array, name: str) -> Array:
+            y = quants.matmul_blocks(x, parts[name], index, dtype=dtype)
+            return y + own_biases[name][of_block][:, None] if own_biases else y
+
+        gate, up = (product(x, name) for name in EXPERT_MATRICES[:2])
+        made = product(layers.gated(gate, up, experts.activation), EXPERT_MATRICES[2])
         return out.at[own.reshape(-1)].set(made.reshape(-1, made.shape[-1]), mode="drop")
 
     return jax.lax.fori_loop(0, -(-groups.used // at_once), some, out)

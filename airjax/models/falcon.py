@@ -21,7 +21,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
         norm="layer",
         parallel=True,
         attention_norm="attn_norm_2" if two else "attn_norm",
-        feed_forward_norm="attn_norm",
+        feed_forward_name="attn_norm",
         fused_qkv=True,
         gated=False,
         activation="exact gelu",

@@ -19,7 +19,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
         attention_scale=sizes["head_dim"] ** -0.5,
         norm="layer",
         parallel=True,
-        feed_forward_norm="attn_norm",
+        feed_forward_name="attn_norm",
         fused_qkv="blk.0.attn_qkv.weight" in gguf.tensors,
         gated=False,
         activation="gelu",

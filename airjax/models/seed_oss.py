@@ -17,7 +17,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
         **sizes,
         **rope_fields(gguf, sizes),
         attention_scale=sizes["head_dim"] ** -0.5,
-        feed_forward_norm="post_attention_norm",
+        feed_forward_name="post_attention_norm",
     )
 
 

@@ -21,7 +21,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
         norm="layer",
         qk_norm="each head" if "blk.0.attn_q_norm.weight" in gguf.tensors else "",
         parallel=parallel,
-        feed_forward_norm="attn_norm" if parallel else "ffn_norm",
+        feed_forward_name="attn_norm" if parallel else "ffn_norm",
     )
 
 

@@ -90,8 +90,14 @@ def matmul_each(x: Array, w: Stacked, index: Array, *, dtype: np.dtype) -> Array
     def one_by_one(x: Array, w: Stacked, index: Array) -> Array:
         def one(pair: tuple[Array, Array]) -> Array:
             row, at = pair
-            part = take(w, at[None])
-            return matmul(row[None], QTensor(part.data[0], w.type, w.shape), dtype=dtype)[0]
+            # Always true, which XLA can't know: a branch is never fused into its consumer, which would else look for
+            # each byte in the whole buffer, in scalar code.
+            data = jax.lax.cond(
+                at > np.iinfo(np.int32).min,
+                lambda: take(w, at[None]).data[0],
+                lambda: jnp.zeros((*w.shape[:-1], row_bytes(w.type, w.shape[-1])), jnp.uint8),
+            )
+            return matmul(row[None], QTensor(data, w.type, w.shape), dtype=dtype)[0]
 
         return jax.lax.map(one, (x, index))
 

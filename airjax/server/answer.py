@@ -96,6 +96,10 @@ class Generation:
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": sum(choice.accepted_tokens for choice in self.choices),
+                "rejected_prediction_tokens": sum(choice.rejected_tokens for choice in self.choices),
+            },
         }
 
     async def whole(self) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Choice:
     Attributes:
       tokens: how many were drawn.
       cached_tokens: of its prompt, that came from shared pages.
+      accepted_tokens, rejected_tokens: of drafts, that were right, and that were not.
     """
 
     tokenizer: Tokenizer
@@ -46,6 +47,8 @@ class Choice:
     tool_names: Sequence[str] = ()
     tokens: int = 0
     cached_tokens: int = 0
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
     _notes: list[TokenNote] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -59,6 +62,7 @@ class Choice:
         assert event.token is not None
         self.tokens += 1
         self.cached_tokens = event.cached_tokens
+        self.accepted_tokens, self.rejected_tokens = event.accepted_tokens, event.rejected_tokens
         ended = event.finish_reason != ""
         # A grammar may end the text too, with a token that belongs to it.
         by_token = event.finish_reason == "stop" and event.token in self.tokenizer.eog_ids

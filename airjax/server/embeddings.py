@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from typing import Any
 
@@ -10,13 +9,14 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
-from airjax.engine.pooling import mean_hidden
 from airjax.server.body import read_body
 from airjax.server.errors import ApiError, JsonAnswer
 from airjax.server.orders import check_ids, encode_prompts
 from airjax.server.requests import EmbeddingRequest
+from airjax.server.sampler import Settings
 from airjax.server.sse import while_connected
 from airjax.server.state import State, state_of
+from airjax.server.worker import Order
 
 _MOST_INPUTS = 256
 
@@ -34,7 +34,7 @@ async def embeddings(request: Request) -> Response:
     if len(inputs) > _MOST_INPUTS:
         raise ApiError(400, f"input may have at most {_MOST_INPUTS} texts, got {len(inputs)}", "input")
     for ids in inputs:
-        check_ids(engine, ids, engine.plan.context, "input")
+        check_ids(engine, ids, engine.plan.context - 1, "input")
     vectors = await while_connected(request, _embed(state, inputs))
     data = [
         {"object": "embedding", "index": index, "embedding": _written(vector, body.encoding_format)}
@@ -46,12 +46,23 @@ async def embeddings(request: Request) -> Response:
 
 
 async def _embed(state: State, inputs: list[list[int]]) -> list[np.ndarray]:
-    """One text between two sweeps at a time, so that running generations go on."""
-    vectors = []
-    for ids in inputs:
-        work = state.worker.call(lambda engine, ids=ids: mean_hidden(engine.model, ids))  # type: ignore[misc]
-        vector = await asyncio.wrap_future(work)
-        vectors.append(vector / max(float(np.linalg.norm(vector)), 1e-12))
+    """The vector of each text. As many as a batch has share sweeps, with running generations too."""
+    vectors: list[np.ndarray] = []
+    together = state.engine.plan.max_batch
+    for first in range(0, len(inputs), together):
+        part = inputs[first : first + together]
+        orders = [Order(tuple(ids), Settings(), 0, 0, 1, frozenset(), 0, pooled=True) for ids in part]
+        found: dict[int, np.ndarray] = {}
+        run = state.submit(orders)
+        try:
+            while run.open:
+                index, event = await run.next()
+                if event.hidden is None:
+                    raise ApiError(500, f"a text was not embedded: {event.error}")
+                found[index] = event.hidden / max(float(np.linalg.norm(event.hidden)), 1e-12)
+        finally:
+            run.close()
+        vectors += [found[index] for index in range(len(part))]
     return vectors
 
 

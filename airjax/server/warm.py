@@ -31,7 +31,7 @@ def warm_up(opened: Engine, full: bool, tell: Callable[[str], None] = lambda sta
             for _ in range(count):
                 # Different first tokens, so that no prompt shares the pages of another.
                 ids = (next(firsts), *[0] * (tokens - 1))
-                scheduler.submit(Order(ids, Settings(), 0, 0, 2, frozenset(), 0).request())
+                scheduler.submit(Order(ids, Settings(), 0, 0, 4, frozenset(), 0).request())
             while scheduler.busy:
                 scheduler.step()
     finally:

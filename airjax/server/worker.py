@@ -50,6 +50,7 @@ class Order:
     stop_ids: frozenset[int]
     top_logprobs: int
     grammar: Grammar | None = None
+    pooled: bool = False
 
     def request(self) -> engine.Request:
         """For the scheduler."""
@@ -64,6 +65,7 @@ class Order:
             stop_ids=self.stop_ids,
             top_logprobs=self.top_logprobs,
             constraint=None if self.grammar is None else self.grammar.constraint(),
+            pooled=self.pooled,
         )
 
 

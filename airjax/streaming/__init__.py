@@ -10,7 +10,7 @@ from airjax.streaming.policy import LFU as LFU
 from airjax.streaming.policy import LRU as LRU
 from airjax.streaming.policy import Policy as Policy
 from airjax.streaming.pool import CALL_BYTES as CALL_BYTES
-from airjax.streaming.pool import CALLS_AHEAD as CALLS_AHEAD
+from airjax.streaming.pool import STAGED_BYTES as STAGED_BYTES
 from airjax.streaming.pool import Pool as Pool
 from airjax.streaming.pool import PoolStats as PoolStats
 from airjax.streaming.pool import Shape as Shape

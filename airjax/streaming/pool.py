@@ -22,11 +22,13 @@ from airjax.streaming.timeline import Timeline
 from airjax.streaming.units import Run, UnitSource
 from airjax.types import Array
 
-# Bytes of one call's transfers, and how many such calls may be on their way.
+# Bytes of one call's transfers, and of all that are on their way or wait to be written into their slots.
 CALL_BYTES = 32 << 20
-CALLS_AHEAD = 4
+STAGED_BYTES = 160 << 20
 # Runs of one call: more would make more programs.
 _RUNS = (1, 2, 4, 8)
+# Neighbouring experts that are put as one.
+_LENGTHS = (1, 4, 16)
 # Experts whose products are computed while the next ones are on the link.
 _PASS_UNITS = 32
 # Bytes of wrong predictions stay below this share of those that were needed.
@@ -76,6 +78,11 @@ class PoolStats:
         """Counts what another one counted too."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def since(self, before: PoolStats | None) -> PoolStats:
+        """What was counted after `before`."""
+        before = before or PoolStats()
+        return PoolStats(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
 
     @property
     def bytes(self) -> int:
@@ -147,7 +154,8 @@ class Pool:
         self._first = jax.device_put([np.int32(layer * experts) for layer in range(layers)], device)
         self._ahead: dict[int, np.ndarray] = {}
         self._predicted: dict[int, np.ndarray] = {}
-        self._on_the_way: collections.deque[Any] = collections.deque()
+        self._on_the_way: collections.deque[tuple[Array, int]] = collections.deque()
+        self._staged = 0
         self._demanded: tuple[Array, ...] = ()
         self._totals = PoolStats()
         self._sweeps = 0
@@ -218,9 +226,7 @@ class Pool:
         missing = np.sort(experts[self._slot[units] < 0])
         if not len(missing):
             return
-        self._keep[units] = True
-        self._bring(layer, missing, demanded=True)
-        self._keep[units] = False
+        self._bring(layer, missing, units, demanded=True)
         self.stats.demand_bytes += len(missing) * self._unit_bytes(layer)
 
     def predict(self, layer: int, experts: np.ndarray) -> None:
@@ -244,9 +250,7 @@ class Pool:
         missing = np.sort(missing[: shape.slots // 2])
         if not len(missing):
             return
-        self._keep[units] = True
-        self._bring(layer, missing, demanded=False)
-        self._keep[units] = False
+        self._bring(layer, missing, units, demanded=False)
         self._ahead[layer] = missing
 
     def take_stats(self) -> PoolStats:
@@ -258,9 +262,10 @@ class Pool:
     def close(self) -> None:
         """Waits for what is on the way, frees the slots and closes the tier."""
         try:
-            jax.block_until_ready((list(self._on_the_way), self._demanded))
+            jax.block_until_ready(([done for done, _ in self._on_the_way], self._demanded))
         finally:
             self._on_the_way.clear()
+            self._staged = 0
             self._demanded = ()
             for part in (*self._buffers, *self._tables, *self._first):
                 part.delete()
@@ -277,22 +282,41 @@ class Pool:
             self.stats.prefetch_used_bytes += used
             self.stats.prefetch_wasted_bytes += len(experts) * self._unit_bytes(layer) - used
 
-    def _bring(self, layer: int, experts: np.ndarray, demanded: bool) -> None:
+    def _bring(self, layer: int, experts: np.ndarray, kept: np.ndarray, demanded: bool) -> None:
+        """Puts experts in the place of others, but not of the units `kept`."""
         kind = int(self._kind[layer])
-        shape, held = self._shapes[kind], self._held[kind]
+        held = self._held[kind]
+        self._keep[kept] = True
         slots = self._room(kind, len(experts))
+        self._keep[kept] = False
         first = layer * self._experts
         evicted = held[slots]
         self._slot[evicted[evicted >= 0]] = -1
         self._slot[first + experts] = slots
         held[slots] = first + experts
-        most = max(min(self._call_bytes // self._unit_bytes(layer), 16), 1)
+        try:
+            self._write(layer, experts, slots, evicted, demanded)
+        except BaseException:
+            # None of them counts as there; the device's table is only asked for experts that are.
+            self._slot[first + experts] = -1
+            held[slots] = -1
+            raise
+
+    def _write(
+        self, layer: int, experts: np.ndarray, slots: np.ndarray, evicted: np.ndarray, demanded: bool
+    ) -> None:
+        kind, first = int(self._kind[layer]), layer * self._experts
+        shape = self._shapes[kind]
+        most = max(min(self._call_bytes // self._unit_bytes(layer), _LENGTHS[-1]), 1)
         at = 0
         for runs in _calls(layer, experts, most):
-            while len(self._on_the_way) >= CALLS_AHEAD:
-                jax.block_until_ready(self._on_the_way.popleft())
-            arrays = self._source.put(runs)
             count = sum(run.length for run in runs)
+            nbytes = count * self._unit_bytes(layer)
+            while self._on_the_way and self._staged + nbytes > STAGED_BYTES:
+                oldest, freed = self._on_the_way.popleft()
+                jax.block_until_ready(oldest)
+                self._staged -= freed
+            arrays = self._source.put(runs)
             where = slice(at, at + count)
             at += count
             index = np.stack([slots[where], first + experts[where], evicted[where]]).astype(np.int32)
@@ -300,12 +324,12 @@ class Pool:
             self._buffers[kind], self._tables[kind], done = write(
                 self._buffers[kind], self._tables[kind], index, arrays
             )
-            self._on_the_way.append(done)
+            self._on_the_way.append((done, nbytes))
+            self._staged += nbytes
             if demanded:
                 # The link keeps their order, so the last ones stand for all.
                 self._demanded = arrays[-1]
             if self.timeline is not None:
-                nbytes = count * self._unit_bytes(layer)
                 self.timeline.watch("host to device", f"layer {layer}", arrays, nbytes)
 
     def _room(self, kind: int, count: int) -> np.ndarray:
@@ -317,16 +341,14 @@ class Pool:
 
 
 def _calls(layer: int, experts: np.ndarray, most: int) -> list[list[Run]]:
-    """Rising experts as calls of runs: neighbours in runs of a power of two, single ones several in a call."""
+    """Rising experts as calls of runs: many neighbours in a run, single ones several in a call."""
     calls: list[list[Run]] = []
     single: list[Run] = []
     ends = np.flatnonzero(np.diff(experts) != 1) + 1
     for part in np.split(experts, ends):
         at = 0
         while at < len(part):
-            count = 1
-            while count * 2 <= min(len(part) - at, most):
-                count *= 2
+            count = max(n for n in _LENGTHS if n <= min(len(part) - at, most))
             single.append(Run(layer, int(part[at]), count))
             at += count
     # In the order of the experts, so that slots and runs go together.

@@ -6,5 +6,15 @@ from airjax.text.grammar import Grammar
 from airjax.text.stops import StopStrings
 from airjax.text.stream import TextStream
 from airjax.text.tokenizer import Tokenizer
+from airjax.text.translation import Translation, same_vocabulary
 
-__all__ = ["ChatTemplate", "Grammar", "StopStrings", "TextError", "TextStream", "Tokenizer"]
+__all__ = [
+    "ChatTemplate",
+    "Grammar",
+    "StopStrings",
+    "TextError",
+    "TextStream",
+    "Tokenizer",
+    "Translation",
+    "same_vocabulary",
+]

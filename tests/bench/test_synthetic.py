@@ -36,7 +36,7 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
     assert written[0] == written[1] != written[2]
 
 
-@pytest.mark.parametrize("name", ["8b", "70b"])
+@pytest.mark.parametrize("name", ["8b", "70b", "30b-a3b", "120b-a5b"])
 def test_the_named_shapes_have_the_parameters_of_their_names(tmp_path, name):
     shape = synthetic.SHAPES[name]
     weights = sum(
@@ -45,7 +45,7 @@ def test_the_named_shapes_have_the_parameters_of_their_names(tmp_path, name):
             shape, gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F32
         )
     )
-    assert weights == pytest.approx(int(name[:-1]) * 1e9, rel=0.05)
+    assert weights == pytest.approx(int(name.split("b")[0]) * 1e9, rel=0.05)
 
 
 def test_layers_of_one_file_share_few_layouts(tmp_path):
@@ -53,6 +53,40 @@ def test_layers_of_one_file_share_few_layouts(tmp_path):
     synthetic.write(str(path), TINY, gguf.GGMLQuantizationType.Q4_K)
     with open_gguf(path) as file:
         assert len({span.layout for span in build_manifest(file).layers}) == 1
+
+
+def _choices(path):
+    """How often each expert of each layer was chosen, `[L, E]`, and how many choices there were in a layer."""
+    with airjax.load(
+        path, vram_budget_gib=1, context=256, resident="dense", compute_dtype="float32"
+    ) as engine:
+        pool, counted = engine.model.pool, {}
+        need = pool.need
+
+        def counting(layer, uses):
+            counted[layer] = uses[:]
+            return need(layer, uses)
+
+        pool.need = counting
+        logits = engine.logits(np.random.default_rng(0).integers(0, 512, 200).tolist())
+        assert np.isfinite(logits).all() and 0.2 < logits.std() < 5
+        return np.stack([counted[layer] for layer in range(4)])
+
+
+@pytest.mark.parametrize(("shape", "kind"), [("tiny-moe", "Q4_K"), ("tiny-oss", "MXFP4")])
+def test_the_routers_of_a_mixture_are_as_skewed_as_asked(tmp_path, shape, kind):
+    shares = []
+    for skew in (0.0, 1.0):
+        path = tmp_path / "tiny.gguf"
+        nbytes = synthetic.write(
+            str(path), synthetic.SHAPES[shape], gguf.GGMLQuantizationType[kind], skew=skew
+        )
+        assert path.stat().st_size == nbytes
+        chosen = _choices(path)
+        assert (chosen.sum(axis=1) == 200 * 3).all()
+        shares.append(np.sort(chosen, axis=1)[:, -4:].sum() / chosen.sum())
+    # A quarter of the experts: evenly spread it takes a quarter of the choices, and some noise.
+    assert shares[0] < 0.4 < 0.6 < shares[1]
 
 
 def test_an_unknown_type_is_refused(tmp_path):

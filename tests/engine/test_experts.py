@@ -1,5 +1,7 @@
 """Streaming by the expert: the numbers never depend on the pool, and little more crosses the link than was chosen."""
 
+import io
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,10 @@ from toy_experts import random_ids, toy_mixture
 from toy_models import toy_llama
 
 import airjax
-from airjax import engine, models
+from airjax import engine, models, sampling
+from airjax.commands.meter import report
+from airjax.engine import drafting
+from airjax.engine.workspace import compiled_workspace
 from airjax.gguf import build_manifest, open_gguf
 from airjax.plan import PlanError, make_plan
 
@@ -88,7 +93,7 @@ def resident(path):
         return _results(loaded)
 
 
-@pytest.mark.parametrize("slots", [_USED, 7, 20, _EXPERTS * _LAYERS])
+@pytest.mark.parametrize("slots", [_USED, 20, _EXPERTS * _LAYERS])
 def test_a_pool_of_any_size_gives_the_numbers_of_resident_layers(path, resident, slots):
     with _load(path, slots) as loaded:
         logits, tokens = _results(loaded)
@@ -96,6 +101,16 @@ def test_a_pool_of_any_size_gives_the_numbers_of_resident_layers(path, resident,
         assert tokens == resident[1]
         # What is in the pool now makes no difference either.
         np.testing.assert_array_equal(_results(loaded)[0], resident[0])
+
+
+def test_biases_sinks_and_windows_come_through_the_pool_too(tmp_path):
+    toy = toy_mixture(tmp_path / "toy.gguf", "gpt-oss", block_type="MXFP4", layers=2)
+    with _load(toy, resident="all") as loaded:
+        expected = _results(loaded)
+    with _load(toy, 5) as loaded:
+        logits, tokens = _results(loaded)
+        np.testing.assert_array_equal(logits, expected[0])
+        assert tokens == expected[1]
 
 
 @pytest.mark.parametrize("tier", ["ring", "pageable mapping"])
@@ -188,6 +203,15 @@ def test_a_batch_gives_the_numbers_of_resident_layers_and_shares_experts(path):
             assert stats.bytes_streamed == stats.experts.bytes > 0
 
 
+def test_the_meter_reports_experts(path):
+    out = io.StringIO()
+    with _load(path, 12) as loaded:
+        stats = _decode_bytes(loaded, 4, 0)
+        report(stats, out)
+    hits = f"experts: {100 * stats.experts.hit_rate:.1f} % of the needed ones were there"
+    assert hits in out.getvalue() and "GB in vain" in out.getvalue()
+
+
 def test_a_generation_left_in_the_middle_leaves_the_pool_usable(path, resident):
     with _load(path, 12) as loaded:
         draws = loaded.generate(random_ids(100, 9), max_tokens=20, ignore_eos=True)
@@ -202,3 +226,32 @@ def test_dense_is_refused_where_it_makes_no_sense(path, tmp_path):
     toy = toy_llama(tmp_path / "toy.gguf")
     with pytest.raises(PlanError, match="resident=dense is for mixtures of experts"):
         airjax.load(toy, vram_budget_gib=1, context=256, resident="dense")
+
+
+def test_the_workspace_by_the_compiler_is_less_than_was_planned(path):
+    with _load(path, 20, prefill_chunk=64) as loaded:
+        model = loaded.model
+        compiled = compiled_workspace(model.manifest, model.config, model.plan, model.experts)
+        assert 64 * _USED * model.config.d_model * 4 < compiled < model.plan.workspace_bytes
+
+
+def test_a_checked_draft_gives_the_draws_of_plain_decoding(path):
+    options = {"max_tokens": 16, "stop_ids": frozenset(), "key": jax.random.key(1)}
+    options["sampler"] = sampling.temperature(0.3)
+    prompt = [5, 6, 7, 8] * 4
+    with _load(path, 12) as loaded:
+        expected = _draws(loaded, engine.generate, prompt, **options)
+        drafter = drafting.Lookup()
+        drafter.push([*prompt, *(draw.id for draw in expected[:6]), 9, 9])
+        more = {"drafter": drafter, "draft_max": 3}
+        assert _draws(loaded, drafting.generate_drafted, prompt, **options, **more) == expected
+        assert 0 < loaded.stats.accepted_tokens < loaded.stats.drafted_tokens
+
+
+def _draws(loaded, generate, prompt, **options):
+    loaded.model.stats = engine.Stats()
+    state = engine.new_state(loaded.model)
+    draws = list(generate(loaded.model, state, prompt, **options))
+    loaded.model.wait()
+    state.close()
+    return draws

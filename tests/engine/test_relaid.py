@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from toy_experts import toy_mixture
 from toy_models import toy_llama
 
 import airjax
@@ -117,3 +118,22 @@ def test_relaid_layers_serve_a_batch(toy, kernel, monkeypatch):
     expected, plain = batch()
     assert relaid and not plain
     assert got == expected
+
+
+def test_a_mixture_gives_the_same_with_its_dense_part_relaid(tmp_path, kernel, monkeypatch):
+    path = toy_mixture(tmp_path / "toy.gguf", "qwen2moe", block_type="Q4_K", layers=2)
+
+    def run(resident):
+        with airjax.load(path, vram_budget_gib=1, context=64, resident=resident) as engine:
+            tokens = [token.id for token in engine.generate(_IDS, max_tokens=8, ignore_eos=True)]
+            relaid = all(engine.model.weights.relaid(layer) for layer in range(2))
+            return engine.logits(_IDS), tokens, relaid, engine.model.pool is not None
+
+    whole, pooled = run("all"), run("dense")
+    assert whole[2:] == (True, False) and pooled[2:] == (True, True)
+    monkeypatch.setattr(cuda, "capability", lambda device: "")
+    expected, tokens, relaid, _ = run("dense")
+    assert not relaid
+    for got in (whole, pooled):
+        np.testing.assert_allclose(got[0], expected, atol=5e-3 * np.abs(expected).max())
+        assert got[1] == tokens

@@ -7,6 +7,7 @@ from toy_models import toy_gemma3, toy_llama
 
 import airjax
 from airjax import engine, sampling
+from airjax.engine.generation import prefill
 
 _CONTEXT = 512
 # Prompts of one size share a call, whose products may sum in another order; decoding rounds activations behind it.
@@ -212,6 +213,101 @@ def test_the_ends_of_a_generation(toy):
         stop = found[short][1].token
         again = scheduler.submit(_request([2] * 5, 1, max_tokens=3, stop_ids=frozenset({stop})))
         assert [event.finish_reason for event in _run(scheduler)[again]][-1] == "stop"
+        scheduler.close()
+
+
+def test_sweeps_that_go_ahead_of_their_tokens_change_nothing(toy, monkeypatch):
+    """Sequences that stop, end, join, are cancelled and sent away, with pages that others take over at once."""
+    generator = np.random.default_rng(3)
+    requests = [
+        _request(
+            generator.integers(0, 60, size).tolist(),
+            n,
+            max_tokens=int(generator.integers(2, 70)),
+            stop_ids=frozenset(generator.integers(0, 288, 4).tolist()) if n % 2 else frozenset(),
+        )
+        for n, size in enumerate(generator.integers(1, 130, 14))
+    ]
+
+    def run():
+        with _open(toy, context=192, kv_tokens=512) as batch:
+            scheduler = batch.scheduler(_SAMPLER)
+            events, waiting, ahead = {}, list(requests), 0
+            for step in range(4000):
+                if step % 3 == 0 and waiting:
+                    scheduler.submit(waiting.pop(0))
+                if step == 40:
+                    scheduler.cancel(scheduler.submit(_request([5] * 10, 99)))
+                if not scheduler.busy and not waiting:
+                    break
+                for event in scheduler.step():
+                    events.setdefault(event.request, []).append(event)
+                ahead += scheduler._flight is not None
+            assert scheduler.pages_held == 0
+            scheduler.close()
+            return [events[n] for n in sorted(events)], ahead
+
+    got, ahead = run()
+    assert ahead > 50
+    monkeypatch.setattr(engine.Scheduler, "_may_go_ahead", lambda self, flight: False)
+    expected, ahead = run()
+    assert ahead == 0
+    assert [[e.token for e in events] for events in got] == [[e.token for e in events] for events in expected]
+    assert [events[-1].finish_reason for events in got] == [events[-1].finish_reason for events in expected]
+    assert "stop" in {events[-1].finish_reason for events in got}
+
+
+def test_a_request_cancelled_while_its_sweep_is_under_way_is_gone(toy):
+    with _open(toy, resident="all") as batch:
+        scheduler = batch.scheduler(_SAMPLER)
+        gone, stays = (scheduler.submit(_request([n] * 5, n, max_tokens=30)) for n in (1, 2))
+        while scheduler._flight is None:
+            scheduler.step()
+        scheduler.cancel(gone)
+        assert {event.request for event in scheduler.step()} == {stays}
+        scheduler.cancel(stays)
+        assert not scheduler.busy and scheduler.step() == [] and scheduler.pages_held == 0
+        scheduler.close()
+
+
+def test_a_row_that_could_not_draw_leaves_its_state_alone(toy):
+    """The sweep that went ahead of it draws for nobody."""
+    nothing = sampling.Transform(
+        init=lambda ids, vocab: np.zeros(len(ids), np.float32),
+        apply=lambda logits, state, token: (np.float32(0) * logits - np.inf, state + 1),
+    )
+    with _open(toy, resident="all") as batch:
+        scheduler = batch.scheduler(nothing)
+        scheduler.submit(_request([1, 2], 0, sampler=nothing))
+        (event,) = scheduler.step()
+        assert event.finish_reason == "error" and "no token can be drawn" in event.error
+        assert not scheduler.busy
+        scheduler.close()
+
+
+def test_a_pooled_request_gives_the_mean_of_the_last_layers_output(toy):
+    prompts = _prompts()
+    with airjax.load(toy, vram_budget_gib=1, context=_CONTEXT) as single:
+        expected = []
+        for ids in prompts:
+            state = engine.new_state(single.model)
+            pieces = [np.asarray(x[0, :rows]) for x, rows in prefill(single.model, state, ids)]
+            expected.append(np.concatenate(pieces).mean(axis=0, dtype=np.float64))
+            state.close()
+    with _open(toy, prefill_chunk=64, kv_tokens=512) as batch:
+        scheduler = batch.scheduler(_SAMPLER)
+        # The first ones decode on while the others pass, and have the same beginnings.
+        talking = [scheduler.submit(_request(ids, n, max_tokens=40)) for n, ids in enumerate(prompts[:2])]
+        for _ in range(4):
+            scheduler.step()
+        numbers = [scheduler.submit(_request(ids, n, pooled=True)) for n, ids in enumerate(prompts)]
+        found = _run(scheduler)
+        for number, mean in zip(numbers, expected, strict=True):
+            (event,) = found[number]
+            assert event.token is None and event.finish_reason == "stop"
+            np.testing.assert_allclose(event.hidden, mean, atol=1e-3 * np.abs(mean).max())
+        assert all(found[number][-1].finish_reason == "length" for number in talking)
+        assert scheduler.pages_held == 0
         scheduler.close()
 
 

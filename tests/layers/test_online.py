@@ -87,6 +87,31 @@ def test_parts_equal_attention_in_one(dtype):
     )
 
 
+@pytest.mark.parametrize("new", [1, _T])
+def test_a_sink_takes_its_part_of_the_softmax_in_parts_and_in_one(new):
+    q, kv, positions = _inputs()
+    q, positions = q[:, :new], positions[:, :new]
+    form, sinks = _form(), jnp.linspace(-4, 60, _K * _G)
+    slots = np.broadcast_to(np.arange(_S, dtype=np.int32), (_B, _S))
+    in_parts = merge(
+        *(
+            _attend_part(q, _cut(kv, cut), slots[:, cut], positions, form)
+            for cut in (slice(0, 30), slice(30, _S))
+        )
+    )
+    keys = np.repeat(np.asarray(kv.k, np.float64), _G, axis=1)
+    values = np.repeat(np.asarray(kv.v, np.float64), _G, axis=1)
+    scores = np.einsum("btnh,bnsh->btns", np.asarray(q, np.float64), keys) * form.scale
+    seen = np.arange(_S) <= np.asarray(positions)[:, :, None, None]
+    largest = np.maximum(scores.max(axis=-1, keepdims=True), np.asarray(sinks)[:, None])
+    weights = np.where(seen, np.exp(scores - largest), 0)
+    weights /= weights.sum(axis=-1, keepdims=True) + np.exp(np.asarray(sinks)[:, None] - largest)
+    expected = np.einsum("btns,bnsh->btnh", weights, values)
+    whole = layers.attention(q, kv, positions, **form._asdict(), sinks=sinks)
+    np.testing.assert_allclose(whole, expected, atol=2e-6)
+    np.testing.assert_allclose(finish(in_parts, sinks), expected, atol=2e-6)
+
+
 def test_the_order_of_parts_does_not_matter():
     q, kv, positions = _inputs()
     slots = np.broadcast_to(np.arange(_S, dtype=np.int32), (_B, _S))

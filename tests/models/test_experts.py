@@ -35,7 +35,8 @@ def test_weights_that_sum_to_one_are_the_files_own_matter(tmp_path, normalized):
 
 
 @pytest.mark.parametrize(
-    ("model", "block_type"), [("qwen2moe", "Q4_0"), ("mixtral", "Q8_0"), ("qwen3moe", "Q4_K")]
+    ("model", "block_type"),
+    [("qwen2moe", "Q4_0"), ("mixtral", "Q8_0"), ("qwen3moe", "Q4_K"), ("gpt-oss", "MXFP4")],
 )
 def test_quantized_experts_give_the_logits_of_transformers(tmp_path, model, block_type):
     path = toy_mixture(tmp_path / "toy.gguf", model, block_type=block_type, layers=2)
@@ -53,7 +54,9 @@ def test_token_by_token_and_in_pieces_equals_the_full_forward(tmp_path, model):
         np.testing.assert_allclose(logits_in_pieces(loaded, ids, cuts=(1, 2, 17)), whole, atol=1e-4)
 
 
-@pytest.mark.parametrize(("model", "block_type"), [("qwen2moe", "Q4_0"), ("qwen3moe", "Q4_K")])
+@pytest.mark.parametrize(
+    ("model", "block_type"), [("qwen2moe", "Q4_0"), ("qwen3moe", "Q4_K"), ("gpt-oss", "Q8_0")]
+)
 def test_streamed_with_the_shuttle_equals_resident(tmp_path, model, block_type):
     path = toy_mixture(tmp_path / "toy.gguf", model, block_type=block_type, layers=2)
     with _load(path, resident="all") as loaded:

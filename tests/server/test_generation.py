@@ -45,6 +45,10 @@ def test_a_completion_has_text_reason_and_exact_counts(client):
     assert choice["finish_reason"] == "length" and choice["index"] == 0
     usage = body["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (6, 12, 18)
+    assert usage["completion_tokens_details"] == {
+        "accepted_prediction_tokens": 0,
+        "rejected_prediction_tokens": 0,
+    }
 
 
 def test_presence_penalty_keeps_tokens_from_coming_back(client):

@@ -20,6 +20,7 @@ _PROJECTIONS = {
     "attn_output": "self_attn.o_proj",
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "ffn_gate_inp": "mlp.gate",
@@ -53,6 +54,14 @@ def _model(file: GGUF) -> Any:
     if architecture == "llama":
         kind = "Mixtral"
         options |= {"num_local_experts": key("expert_count"), "sliding_window": None}
+    elif architecture == "gpt-oss":
+        kind = "GptOss"
+        options |= {
+            "num_local_experts": key("expert_count"),
+            "sliding_window": key("attention.sliding_window"),
+        }
+        options["attention_bias"] = True
+        options["rope_parameters"]["truncate"] = False
     else:
         kind = {"qwen2moe": "Qwen2Moe", "qwen3moe": "Qwen3Moe"}[architecture]
         options |= {
@@ -86,10 +95,25 @@ def _state(file: GGUF) -> dict[str, torch.Tensor]:
                         values = neighbours_to_halves(values, heads)
                     if ours == "ffn_gate_inp_shexp":
                         values = values[None]
+                    if architecture == "gpt-oss" and ours == "ffn_gate_inp":
+                        theirs = "mlp.router"
                     state[f"{there}.{theirs}.{part}"] = values
+        if f"blk.{layer}.attn_sinks.weight" in file.tensors:
+            state[f"{there}.self_attn.sinks"] = decoded(file, f"blk.{layer}.attn_sinks.weight")
         gate, up, down = (
             decoded(file, f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up", "down")
         )
+        if architecture == "gpt-oss":
+            # Columns of gate and up alternate, and matrices stand the other way.
+            alternating = torch.stack([gate, up], dim=2).flatten(1, 2)
+            state[f"{there}.mlp.experts.gate_up_proj"] = alternating.swapaxes(1, 2)
+            state[f"{there}.mlp.experts.down_proj"] = down.swapaxes(1, 2)
+            gate, up, down = (
+                decoded(file, f"blk.{layer}.ffn_{part}_exps.bias") for part in ("gate", "up", "down")
+            )
+            state[f"{there}.mlp.experts.gate_up_proj_bias"] = torch.stack([gate, up], dim=2).flatten(1)
+            state[f"{there}.mlp.experts.down_proj_bias"] = down
+            continue
         state[f"{there}.mlp.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
         state[f"{there}.mlp.experts.down_proj"] = down
     return state

@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from toy_models import Toy
 from toy_vocabularies import pairs_metadata
 
+STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 # Of each model: its architecture, metadata of its own, and what its layers have.
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"architecture": "llama", "count": 6, "used": 2},
@@ -20,6 +21,19 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "biases": ("attn_q", "attn_k", "attn_v"),
     },
     "qwen3moe": {"count": 8, "used": 3, "qk_norm": True},
+    "gpt-oss": {
+        "count": 8,
+        "used": 3,
+        "biases": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp", *STACKS),
+        "sinks": True,
+        "norms": ("attn_norm", "post_attention_norm"),
+        "values": {
+            "attention.sliding_window": 9,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 64,
+        },
+    },
 }
 
 
@@ -71,7 +85,7 @@ def toy_mixture(
         metadata["expert_feed_forward_length"] = f
     if shared:
         metadata["expert_shared_feed_forward_length"] = shared
-    for key, value in (metadata | (values or {})).items():
+    for key, value in (metadata | options.get("values", {}) | (values or {})).items():
         toy.value(key, value)
     toy.outside(d, separate_output=True)
     q, kv, count = heads * width, kv_heads * width, stacked or count
@@ -85,7 +99,7 @@ def toy_mixture(
             toy.matrix(f"blk.{layer}.{name}.weight", rows, columns, gain)
             if name in options.get("biases", ()):
                 toy.tensor(f"blk.{layer}.{name}.bias", toy.generator.normal(scale=0.5, size=rows))
-        for name in ("attn_norm", "ffn_norm"):
+        for name in options.get("norms", ("attn_norm", "ffn_norm")):
             toy.norm(f"blk.{layer}.{name}.weight", d)
         if options.get("qk_norm"):
             for name in ("attn_q_norm", "attn_k_norm"):
@@ -93,6 +107,10 @@ def toy_mixture(
         if "ffn_gate_inp" not in left_out:
             router = toy.generator.normal(scale=2 * d**-0.5, size=(count, d))
             toy.tensor(f"blk.{layer}.ffn_gate_inp.weight", router)
+        if "ffn_gate_inp" in options.get("biases", ()):
+            toy.tensor(f"blk.{layer}.ffn_gate_inp.bias", toy.generator.normal(size=count))
+        if options.get("sinks"):
+            toy.tensor(f"blk.{layer}.attn_sinks.weight", toy.generator.normal(scale=2, size=heads))
         for name, rows, columns in (
             ("ffn_gate_exps", f, d),
             ("ffn_up_exps", f, d),
@@ -100,6 +118,8 @@ def toy_mixture(
         ):
             if name not in left_out:
                 toy.stack(f"blk.{layer}.{name}.weight", count, rows, columns, 2.0)
+            if name in options.get("biases", ()):
+                toy.tensor(f"blk.{layer}.{name}.bias", toy.generator.normal(size=(count, rows)))
         if shared:
             for name, rows, columns in (
                 ("ffn_gate_shexp", shared, d),

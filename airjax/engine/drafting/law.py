@@ -1,0 +1,232 @@
+"""How many tokens to draft: what a draft may be worth, against what its rows cost.
+
+A sweep that checks k tokens gives 1 + a1 + a1 a2 + ... tokens, where a is how often such a token was right. The best
+number of rows has the most tokens per second; none, where rows cost more than they give.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import statistics
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+# The mark of a token that a grammar forces.
+FORCED = "forced"
+# A draft must promise so much more than no draft: estimates err.
+MARGIN = 1.03
+# Guesses before anything was seen count as so many tokens.
+_PRIOR_WEIGHT = 4.0
+# Older tokens count less: a text changes.
+_DECAY = 0.98
+# After so many draws without a draft that paid, the drafter is asked less and less.
+_PATIENCE = 8
+_LONGEST_SLEEP = 64
+# A drafter is slow if a token takes it so much of a sweep.
+_DEAR = 0.005
+
+
+class Costs:
+    """Seconds that sweeps of one model take, by their number of rows.
+
+    Args:
+      apart: each row takes as long as a sweep of its own, but for the wait for the link: the guess for numbers of
+        rows that were never seen.
+      size: from rows to the rows that are computed.
+    """
+
+    def __init__(self, apart: bool, size: Callable[[int], int]) -> None:
+        self._apart = apart
+        self._size = size
+        self._times: dict[int, collections.deque[float]] = {}
+        self._seconds: dict[int, float] = {}
+        self._waits: collections.deque[float] = collections.deque(maxlen=9)
+        self._seen: set[Hashable] = set()
+
+    def observe(self, rows: int, seconds: float, wait_s: float, program: Hashable) -> bool:
+        """Takes note of a sweep.
+
+        Args:
+          rows: that it had.
+          seconds: that it took, with its draws.
+          wait_s: of these, compute waited for the link.
+          program: what was compiled for it; the first run of each does not count.
+
+        Returns:
+          Whether it counts.
+        """
+        rows = self._size(rows)
+        if (rows, program) not in self._seen:
+            self._seen.add((rows, program))
+            return False
+        times = self._times.setdefault(rows, collections.deque(maxlen=9))
+        times.append(seconds)
+        self._seconds[rows] = statistics.median(times)
+        if rows == min(self._seconds):
+            self._waits.append(wait_s)
+        return True
+
+    @property
+    def known(self) -> bool:
+        """Whether any sweep was measured: without one nothing can be said."""
+        return bool(self._seconds)
+
+    def seconds(self, rows: int) -> float:
+        """Of a sweep of so many rows: measured, or guessed between what was."""
+        rows = self._size(rows)
+        measured = self._seconds
+        if rows in measured:
+            return measured[rows]
+        fewest = min(measured)
+        least = measured[fewest]
+        busy = max(least - statistics.median(self._waits), 0.0)
+        guess = least
+        if rows > fewest:
+            guess = max(least, busy * (rows / fewest if self._apart else 1 + (rows - fewest) / 64))
+        # More rows never take less time.
+        guess = max([guess, *(seconds for count, seconds in measured.items() if count < rows)])
+        return min([guess, *(seconds for count, seconds in measured.items() if count > rows)])
+
+
+class Acceptance:
+    """How often tokens of each mark were right.
+
+    Args:
+      earlier: what other requests taught; None for nothing.
+    """
+
+    def __init__(self, earlier: Acceptance | None = None) -> None:
+        self._earlier = earlier
+        self._counts: dict[Any, tuple[float, float]] = {}  # right, checked
+
+    def of(self, mark: Any) -> float:
+        """The probability that a token of this mark is right if those before it are."""
+        if mark == FORCED:
+            return 1.0
+        expected = prior(mark) if self._earlier is None else self._earlier.of(mark)
+        right, checked = self._counts.get(mark, (0.0, 0.0))
+        return (right + _PRIOR_WEIGHT * expected) / (checked + _PRIOR_WEIGHT)
+
+    def learn(self, marks: Sequence[Any], right: int) -> None:
+        """Takes note that the first `right` tokens of a draft were right, and the next, if any, was not."""
+        for at, mark in enumerate(marks[: right + 1]):
+            before, checked = self._counts.get(mark, (0.0, 0.0))
+            self._counts[mark] = _DECAY * before + (at < right), _DECAY * checked + 1
+        if self._earlier is not None:
+            self._earlier.learn(marks, right)
+
+
+def prior(mark: Any) -> float:
+    """How often a token of a mark is right, before any was seen: a drafter's name and its own measure."""
+    name, measure = mark
+    if name == "lookup":  # the length of the match
+        return 0.9 - 1.3 / measure
+    return (measure + 0.5) / 10  # a tenth of probability
+
+
+class Law:
+    """Decides for one sequence.
+
+    Args:
+      costs: of the model.
+      acceptance: of the sequence.
+      may_sleep: stop asking for a while where no draft paid, so that sweeps can be dispatched ahead. A slow drafter is
+        left in peace in any case.
+    """
+
+    def __init__(self, costs: Costs, acceptance: Acceptance, may_sleep: bool = False) -> None:
+        self.costs = costs
+        self._may_sleep = may_sleep
+        self.acceptance = acceptance
+        self._idle = 0
+        self._asleep = 0
+        self._token_s = 0.0
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the next draw will have no draft, whatever comes."""
+        return not self.costs.known or self._asleep > 0
+
+    def ask(self, most: int) -> int:
+        """How many tokens to ask the drafter for, up to `most`; 0 where no draft could pay.
+
+        A draft of which every token is right is the most that can be had.
+        """
+        if self._asleep:
+            self._asleep -= 1
+            return 0
+        if not self.costs.known or not most:
+            return 0
+        plain = self.costs.seconds(1)
+        counts = range(1, most + 1)
+        worth = [count for count in counts if (count + 1) * plain > self.costs.seconds(count + 1) * MARGIN]
+        if not worth:
+            self._idle += _LONGEST_SLEEP
+            self._rest()
+            return 0
+        return worth[-1]
+
+    def keep(self, marks: Sequence[Any]) -> int:
+        """How many tokens of a draft to check: those with which a sweep gives the most tokens per second."""
+        best, best_rate = 0, MARGIN / self.costs.seconds(1)
+        chance = expected = 1.0
+        for count, mark in enumerate(marks, 1):
+            chance *= self.acceptance.of(mark)
+            expected += chance
+            rate = expected / self.costs.seconds(count + 1)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        if best:
+            self._idle = 0
+        else:
+            self._rest()
+        return best
+
+    def rate(self, marks: Sequence[Any], seconds: float = 0.0) -> float:
+        """Tokens per second of a sweep that checks the best part of a draft which takes `seconds` to make."""
+        chance = expected = 1.0
+        best = 1 / (self.costs.seconds(1) + seconds)
+        for count, mark in enumerate(marks, 1):
+            chance *= self.acceptance.of(mark)
+            expected += chance
+            best = max(best, expected / (self.costs.seconds(count + 1) + seconds))
+        return best
+
+    def going_on(self, token_s: float) -> Callable[[Any], bool]:
+        """Tells a drafter, token by token, whether one more is worth its time.
+
+        Args:
+          token_s: that the drafter takes for a token.
+
+        Returns:
+          A function to call with the mark of each drafted token.
+        """
+        chance, rows = 1.0, 1
+        self._token_s = token_s
+
+        def go_on(mark: Any) -> bool:
+            nonlocal chance, rows
+            right = self.acceptance.of(mark)
+            chance, rows = chance * right, rows + 1
+            # The next token, if it is as good as this one, saves its part of a plain sweep.
+            price = token_s + max(self.costs.seconds(rows + 1) - self.costs.seconds(rows), 0.0)
+            return chance * right * self.costs.seconds(1) > price
+
+        return go_on
+
+    def learn(self, marks: Sequence[Any], right: int) -> None:
+        """Takes note of a checked draft."""
+        self.acceptance.learn(marks, right)
+
+    def _rest(self) -> None:
+        self._idle += 1
+        # A slow drafter must not be asked in vain for ever either.
+        slow = self.costs.known and self._token_s > _DEAR * self.costs.seconds(1)
+        if (self._may_sleep or slow) and self._idle >= _PATIENCE:
+            self._asleep = min(self._idle, _LONGEST_SLEEP)
+
+
+def tenth(probability: float) -> int:
+    """A probability in ten classes."""
+    return min(max(math.floor(10 * probability), 0), 9)

@@ -1,0 +1,308 @@
+"""Speculative decoding: what a sweep of k rows costs, how often drafts are right, and what comes of both.
+
+    python bench/speculation.py costs --model=M.gguf --vram_budget_gib=20 >costs.json
+    python bench/speculation.py texts --model=SMALL.gguf --draft=lookup --costs=costs.json
+    python bench/speculation.py run --model=M.gguf --vram_budget_gib=1 --draft=lookup
+
+`costs` times sweeps of 1 to 32 rows. `texts` generates after 50 prompts of four kinds, greedily, without and with
+drafts, holds both to the same tokens, and counts what a machine with those costs would need: measured costs times
+measured acceptance. `run` times both on the machine itself, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import airjax
+from airjax import engine, sampling
+from airjax.engine import drafting
+from airjax.engine.drafting.combined import Combined
+from airjax.engine.drafting.law import Acceptance, Costs, Law
+from airjax.engine.drafting.rows import most_rows, padded, rows_apart, sweep_rows
+from airjax.engine.drafting.verify import answer, ask
+
+_ROWS = (1, 2, 4, 8, 16, 32)
+
+
+def prompts() -> dict[str, list[str]]:
+    """Fifty prompts of four kinds."""
+    parts = json.loads((Path(__file__).parent / "speculation_prompts.json").read_text())
+    return {
+        "code edit": [f"{edit}\n\n{code}" for code in parts["code"] for edit in parts["edits"]],
+        "extraction": [
+            f"{text}\n\n{question}" for text in parts["passages"] for question in parts["questions"]
+        ],
+        "chat": parts["chat"],
+        "story": parts["stories"],
+    }
+
+
+class Assumed(Costs):
+    """Costs of another machine: what a run would have taken there, instead of what it takes here."""
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        super().__init__(apart=False, size=padded)
+        self._seconds = dict(seconds)
+        self._waits.append(0.0)
+        self.spent_s = 0.0
+
+    def observe(self, rows: int, seconds: float, wait_s: float, program: Any) -> bool:
+        """Counts a sweep of so many rows at its assumed cost."""
+        del seconds, wait_s, program
+        self.spent_s += self.seconds(rows)
+        return False
+
+
+def timed_drafter(slow: Any, token_s: float, costs: Assumed) -> Any:
+    """A slow drafter whose tokens are counted at an assumed cost."""
+
+    class Timed(type(slow)):  # type: ignore[misc]
+        @property
+        def token_s(self) -> float:
+            return token_s
+
+        def propose(self, *arguments: Any) -> drafting.Draft:
+            draft: drafting.Draft = super().propose(*arguments)
+            costs.spent_s += token_s * len(draft.tokens)
+            return draft
+
+    slow.__class__ = Timed
+    return slow
+
+
+def measure_costs(options: argparse.Namespace) -> None:
+    """Prints the seconds of sweeps by rows, as JSON."""
+    with load(options, "lookup") as loaded:
+        model = loaded.model
+        ids = np.random.default_rng(0).integers(0, model.config.vocab_size, options.position + 64).tolist()
+        state = engine.new_state(model)
+        sampler = sampling.greedy()
+        list(
+            engine.generate(
+                model,
+                state,
+                ids[: options.position],
+                sampler=sampler,
+                key=jax.random.key(0),
+                max_tokens=1,
+                stop_ids=frozenset(),
+            )
+        )
+        keys = jax.device_put(jax.random.key(0)[None], model.device)
+        sampler_state = sampler.init(np.zeros((1, 1), np.int32), model.config.vocab_size)
+        seconds: dict[int, float] = {}
+        first = options.position
+        for rows in _ROWS:
+            if rows > most_rows(model):
+                continue
+            part = ids[first : first + rows]
+            times = []
+            for _ in range(options.repeats + 2):
+                start = time.perf_counter()
+                question = ask(
+                    model, part, first, 0, None, rows == 1 or rows_apart(model, state, first + rows - 1)
+                )
+                swept = sweep_rows(model, state, part, first)
+                answer(model, sampler.apply, swept, part, question, sampler_state, keys)
+                jax.block_until_ready(swept.x)
+                times.append(time.perf_counter() - start)
+            seconds[rows] = statistics.median(times[2:])
+            print(
+                f"{rows:>3} rows: {seconds[rows] * 1e3:9.2f} ms, {seconds[rows] / seconds[1]:.3f} of one row "
+                f"(least {min(times[2:]) * 1e3:.2f}, most {max(times[2:]) * 1e3:.2f})",
+                file=sys.stderr,
+            )
+        model.wait()
+        state.close()
+        print(
+            json.dumps(
+                {"seconds": seconds, "device": model.device.device_kind, "model": Path(options.model).name}
+            )
+        )
+
+
+def measure_texts(options: argparse.Namespace) -> None:
+    """Prints acceptance and tokens per sweep for each kind of text, and the speed by the costs."""
+    seconds = {
+        int(rows): each for rows, each in json.loads(Path(options.costs).read_text())["seconds"].items()
+    }
+    with load(options, options.draft) as loaded:
+        totals = []
+        for kind, texts in prompts().items():
+            costs, history = Assumed(seconds), Acceptance()
+            counts = {"prompts": 0, "same": 0, "tokens": 0, "sweeps": 0, "drafted": 0, "accepted": 0}
+            for text in texts[: options.prompts]:
+                ids = tokens_of(loaded, text)
+                expected = generated(loaded, ids, options, engine.generate)
+                law = Law(costs, Acceptance(history))
+
+                def drafted(*arguments: Any, law: Law = law, costs: Assumed = costs, **more: Any) -> Any:
+                    assert loaded.drafts is not None
+                    drafter = loaded.drafts.drafter(arguments[1], more["sampler"], law)
+                    if isinstance(drafter, Combined):
+                        timed_drafter(drafter._slow, options.draft_token_s, costs)
+                    return drafting.generate_drafted(
+                        *arguments, drafter=drafter, draft_max=options.draft_max, law=law, **more
+                    )
+
+                got = generated(loaded, ids, options, drafted)
+                stats = loaded.stats
+                counts["prompts"] += 1
+                counts["same"] += got == expected
+                counts["tokens"] += max(len(got) - 1, 0)
+                counts["sweeps"] += stats.decode_sweeps
+                counts["drafted"] += stats.drafted_tokens
+                counts["accepted"] += stats.accepted_tokens
+            totals.append(report(kind, counts, costs.spent_s, seconds[1]))
+    print(json.dumps({"model": Path(options.model).name, "draft": Path(options.draft).name, "kinds": totals}))
+
+
+def report(kind: str, counts: dict[str, int], spent_s: float, plain_s: float) -> dict[str, Any]:
+    """Prints a row, and returns it."""
+    gain = counts["tokens"] * plain_s / spent_s if spent_s else float("nan")
+    row = {
+        "kind": kind,
+        **counts,
+        "acceptance": counts["accepted"] / max(counts["drafted"], 1),
+        "tokens_per_sweep": counts["tokens"] / max(counts["sweeps"], 1),
+        "tokens_per_s": gain / plain_s,
+        "gain": gain,
+    }
+    print(
+        f"{kind:<12}{counts['same']}/{counts['prompts']} the same, "
+        f"{row['acceptance']:6.1%} of {counts['drafted']} right, "
+        f"{row['tokens_per_sweep']:.2f} tokens per sweep, {row['tokens_per_s']:.2f} tok/s ({gain:.2f} x plain)",
+        file=sys.stderr,
+    )
+    return row
+
+
+def measure_runs(options: argparse.Namespace) -> None:
+    """Prints the speed without and with drafts, timed in turns on this machine."""
+    with load(options, "none") as plain, load(options, options.draft) as other:
+        rows = []
+        for kind, texts in prompts().items():
+            times = {"plain": 0.0, "drafted": 0.0}
+            tokens = same = 0
+            right = drafted = sweeps = 0
+            chosen = texts[: options.prompts]
+            for number, text in enumerate([chosen[0], *chosen]):
+                results = []
+                for name, loaded in (("plain", plain), ("drafted", other)):
+                    ids = tokens_of(loaded, text)
+                    got = [
+                        token.id
+                        for token in loaded.generate(
+                            ids, max_tokens=options.tokens, ignore_eos=options.ignore_eos
+                        )
+                    ]
+                    results.append(got)
+                    if number:  # the first one compiles
+                        times[name] += loaded.stats.decode_s
+                if number:
+                    same += results[0] == results[1]
+                    tokens += other.stats.generated_tokens - 1
+                    right += other.stats.accepted_tokens
+                    drafted += other.stats.drafted_tokens
+                    sweeps += other.stats.decode_sweeps
+            rate = {name: tokens / seconds for name, seconds in times.items()}
+            rows.append(
+                {
+                    "kind": kind,
+                    "same": same,
+                    "prompts": len(chosen),
+                    "plain": rate["plain"],
+                    "drafted": rate["drafted"],
+                    "gain": rate["drafted"] / rate["plain"],
+                    "acceptance": right / max(drafted, 1),
+                    "tokens_per_sweep": tokens / max(sweeps, 1),
+                }
+            )
+            print(
+                f"{kind:<12}{same}/{len(chosen)} the same, "
+                f"plain {rate['plain']:.2f}, drafted {rate['drafted']:.2f} tok/s "
+                f"({rows[-1]['gain']:.2f} x), {rows[-1]['tokens_per_sweep']:.2f} tokens per sweep, "
+                f"{rows[-1]['acceptance']:.1%} right",
+                file=sys.stderr,
+            )
+    print(json.dumps({"model": Path(options.model).name, "draft": Path(options.draft).name, "kinds": rows}))
+
+
+def load(options: argparse.Namespace, draft: str) -> airjax.Engine:
+    """The model as the options say."""
+    return airjax.load(
+        options.model,
+        vram_budget_gib=options.vram_budget_gib,
+        context=options.context,
+        resident=options.resident,
+        compute_dtype=options.compute_dtype,
+        draft=draft,
+        draft_max=options.draft_max,
+    )
+
+
+def tokens_of(loaded: airjax.Engine, text: str) -> list[int]:
+    """The prompt as a chat where the model has a template."""
+    if loaded.chat_template is None:
+        return loaded.tokenizer.encode(text)
+    return loaded.apply_chat_template([{"role": "user", "content": text}])
+
+
+def generated(
+    loaded: airjax.Engine, ids: Sequence[int], options: argparse.Namespace, generate: Callable[..., Any]
+) -> list[int]:
+    """Greedy tokens after a prompt."""
+    model = loaded.model
+    model.stats = engine.Stats()
+    state = engine.new_state(model)
+    draws = generate(
+        model,
+        state,
+        ids,
+        sampler=sampling.greedy(),
+        key=jax.random.key(0),
+        max_tokens=options.tokens,
+        stop_ids=frozenset() if options.ignore_eos else loaded.tokenizer.eog_ids,
+    )
+    tokens = [draw.id for draw in draws]
+    model.wait()
+    state.close()
+    return tokens
+
+
+def main() -> None:
+    """Reads the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("costs", "texts", "run"))
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--draft", default="lookup", help="lookup, self, or a GGUF file")
+    parser.add_argument("--draft_max", type=int, default=15)
+    parser.add_argument("--draft_token_s", type=float, default=0.004, help="of a slow drafter, for texts")
+    parser.add_argument("--vram_budget_gib", type=float, default=None)
+    parser.add_argument("--resident", default="auto")
+    parser.add_argument("--compute_dtype", default=None)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--position", type=int, default=512, help="where costs are measured")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--costs", help="what costs printed")
+    parser.add_argument("--prompts", type=int, default=50, help="of each kind at most")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--ignore_eos", action="store_true")
+    options = parser.parse_args()
+    {"costs": measure_costs, "texts": measure_texts, "run": measure_runs}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
