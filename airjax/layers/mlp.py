@@ -1,4 +1,4 @@
-"""Activations of gated feed-forward layers."""
+"""Activations of feed-forward layers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,37 @@ import jax.numpy as jnp
 
 from airjax.types import Array
 
-Activation = Literal["silu", "gelu", "clamped"]
+Activation = Literal["silu", "gelu", "exact gelu", "squared relu", "clamped"]
+
+
+def activate(x: Array, activation: Activation) -> Array:
+    """The activation of each element; "gelu" is its tanh form.
+
+    Hendrycks and Gimpel, Gaussian Error Linear Units, 2016; So et al., Primer, 2021, for the squared ReLU.
+
+    Args:
+      x: `[..., F]`.
+      activation: its name.
+
+    Returns:
+      `[..., F]`.
+    """
+    if activation == "silu":
+        return jax.nn.silu(x)
+    if activation == "squared relu":
+        return jnp.square(jax.nn.relu(x))
+    return jax.nn.gelu(x, approximate=activation == "gelu")
 
 
 def gated(gate: Array, up: Array, activation: Activation) -> Array:
-    """`activation(gate) * up`: SwiGLU, GeGLU with the tanh form of GELU, or gpt-oss's clamped form of SwiGLU.
+    """`activation(gate) * up`, for example SwiGLU; "clamped" is gpt-oss's form of it.
 
     Shazeer, GLU Variants Improve Transformer, 2020; OpenAI, gpt-oss-120b & gpt-oss-20b Model Card, 2025.
 
     Args:
       gate: `[..., F]`.
       up: `[..., F]`.
-      activation: "silu", "gelu" or "clamped".
+      activation: as in `activate`, or "clamped".
 
     Returns:
       `[..., F]`.
@@ -28,6 +47,4 @@ def gated(gate: Array, up: Array, activation: Activation) -> Array:
     if activation == "clamped":
         gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
         return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
-    if activation == "silu":
-        return jax.nn.silu(gate) * up
-    return jax.nn.gelu(gate, approximate=True) * up
+    return activate(gate, activation) * up

@@ -10,19 +10,34 @@ import dataclasses
 
 from airjax.gguf import GGUF, GGUFError
 from airjax.models import (
+    arcee,
+    cohere2,
+    command_r,
+    ernie4_5,
+    exaone,
+    exaone4,
+    falcon,
     gemma2,
     gemma3,
     glm4,
     gpt_oss,
+    gptneox,
     granite,
+    internlm2,
     llama,
+    mistral3,
+    nemotron,
     olmo2,
+    phi2,
     phi3,
     qwen2,
     qwen2moe,
     qwen3,
     qwen3moe,
+    seed_oss,
     smollm3,
+    stablelm,
+    starcoder2,
 )
 from airjax.models.architecture import Architecture as Architecture
 from airjax.models.architecture import Buffers as Buffers
@@ -42,22 +57,40 @@ from airjax.models.experts import route as route
 from airjax.models.experts import shared as shared
 
 _MODULES = (
+    arcee,
+    cohere2,
+    command_r,
+    ernie4_5,
+    exaone,
+    exaone4,
+    falcon,
     gemma2,
     gemma3,
     glm4,
     gpt_oss,
+    gptneox,
     granite,
+    internlm2,
     llama,
+    mistral3,
+    nemotron,
     olmo2,
+    phi2,
     phi3,
     qwen2,
     qwen2moe,
     qwen3,
     qwen3moe,
+    seed_oss,
     smollm3,
+    stablelm,
+    starcoder2,
 )
+# The names that files give: these two have a hyphen.
+_HYPHENATED = {"command_r": "command-r", "gpt_oss": "gpt-oss"}
 _ARCHITECTURES: dict[str, Architecture] = {
-    module.__name__.rpartition(".")[2].replace("_", "-"): module.ARCHITECTURE for module in _MODULES
+    _HYPHENATED.get(name, name): module.ARCHITECTURE
+    for name, module in ((module.__name__.rpartition(".")[2], module) for module in _MODULES)
 }
 # Of those that gguf names: layers of another kind than attention stand between or in the place of attention.
 _OTHER_KINDS = {

@@ -148,8 +148,13 @@ def project_many(x: Array, weights: Weights, names: Sequence[str], config: Confi
     ]
 
 
-def common_sizes(gguf: GGUF, compute_dtype: str) -> dict[str, Any]:
+def common_sizes(gguf: GGUF, compute_dtype: str, eps: str = "layer_norm_rms_epsilon") -> dict[str, Any]:
     """The fields of `Config` from the metadata every decoder-only file has.
+
+    Args:
+      gguf: the open file.
+      compute_dtype: as in `Config`.
+      eps: the name that the file has for the constant of its norms.
 
     Raises:
       GGUFError: a key is missing, or a value makes no model.
@@ -183,9 +188,9 @@ def common_sizes(gguf: GGUF, compute_dtype: str) -> dict[str, Any]:
         raise GGUFError(f"{gguf.path}: the head width must be even for rope, got {head_dim}")
     if "token_embd.weight" not in gguf.tensors:
         raise GGUFError(f"{gguf.path}: tensor token_embd.weight is missing: this is no whole language model")
-    eps = gguf.get(f"{arch}.attention.layer_norm_rms_epsilon", float)
-    if not 0 < eps < 1:
-        raise GGUFError(f"{gguf.path}: {arch}.attention.layer_norm_rms_epsilon must be in (0, 1), got {eps}")
+    norm_eps = gguf.get(f"{arch}.attention.{eps}", float)
+    if not 0 < norm_eps < 1:
+        raise GGUFError(f"{gguf.path}: {arch}.attention.{eps} must be in (0, 1), got {norm_eps}")
     return {
         "architecture": arch,
         "n_layers": key("block_count"),
@@ -196,7 +201,7 @@ def common_sizes(gguf: GGUF, compute_dtype: str) -> dict[str, Any]:
         "d_ff": key("feed_forward_length"),
         "vocab_size": gguf.tensors["token_embd.weight"].shape[0],
         "context_length": key("context_length"),
-        "norm_eps": eps,
+        "norm_eps": norm_eps,
         "compute_dtype": compute_dtype,
         "kv_dtype": _KV_DTYPE_OF[compute_dtype],
     }

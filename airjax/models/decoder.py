@@ -1,4 +1,4 @@
-"""The block that most decoders share: attention and a gated feed-forward part, in the variants that files ask for.
+"""The block that most decoders share: attention and a feed-forward part, in the variants that files ask for.
 
 An architecture is a function that reads a file's metadata into a `DecoderConfig`; all else is here. Touvron et al.,
 LLaMA, 2023, has the plain form; what departs from it is named at the fields.
@@ -36,20 +36,27 @@ class DecoderConfig(Config):
 
     Attributes:
       rope_frequencies: of the rotated pairs of a head; the rest of a head passes unchanged.
-      rope_frequencies_local: of layers with a sliding window, where they have others (Gemma 3).
-      rope_scale: factor of the rotated elements (YaRN's attention factor).
+      rope_frequencies_local: of layers with a sliding window, where they have others (Gemma 3, OLMo 3).
+      rope_scale: factor of the rotated elements (YaRN's attention factor), but for those layers.
       rope_interleaved: pairs are neighbours, else halves.
       unrotated_every: each so manyth layer has no rope (SmolLM3); 0 for none.
       sliding_window: of local layers; 0 for none.
       global_every: each so manyth layer sees the whole context, the others the window; 0 for none of them.
-      qk_norm: queries and keys are normed by the "head" (Qwen 3), or the "whole" of them at once (OLMo 2).
+      norm: "rms", or "layer" for the form that takes the mean away and may have a bias.
+      qk_norm: queries and keys are normed by the "head" (Qwen 3), by the head with weights for "each head"
+        (Command R+), or the "whole" of them at once (OLMo 2).
+      parallel: attention and feed-forward take the same input, and both are added to it (Falcon).
+      attention_norm: name of the norm before attention.
       pre_norms: norms before attention and feed-forward.
       post_norms: norms after them, before they are added.
       fused_qkv: queries, keys and values come from one matrix.
       fused_gate: gate and up come from one matrix, `ffn_up`.
+      gated: the feed-forward part has a gate, else the activation is of `ffn_up` itself.
       activation: of the gate.
       attention_scale: of the scores.
       attention_softcap: of the scores; 0 for none (Gemma 2).
+      attention_growth: how queries grow with the logarithm of their position (Llama 4, Ministral 3); 0 for not at all.
+      attention_growth_length: in steps of so many positions.
       logit_softcap: of the logits; 0 for none.
       embedding_scale: factor of the embedding.
       residual_scale: factor of what is added to the hidden states (Granite).
@@ -66,13 +73,19 @@ class DecoderConfig(Config):
     unrotated_every: int = 0
     sliding_window: int = 0
     global_every: int = 0
-    qk_norm: Literal["", "head", "whole"] = ""
+    norm: Literal["rms", "layer"] = "rms"
+    qk_norm: Literal["", "head", "each head", "whole"] = ""
+    parallel: bool = False
+    attention_norm: str = "attn_norm"
     pre_norms: bool = True
     post_norms: bool = False
     fused_qkv: bool = False
     fused_gate: bool = False
+    gated: bool = True
     activation: layers.Activation = "silu"
     attention_softcap: float = 0.0
+    attention_growth: float = 0.0
+    attention_growth_length: int = 1
     logit_softcap: float = 0.0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -99,8 +112,9 @@ class Decoder:
         """Tensors outside the layers; without `output.weight` the embedding is tied."""
         return {
             "token_embd.weight": TensorSpec((config.vocab_size, config.d_model)),
-            "output_norm.weight": TensorSpec((config.d_model,)),
+            **_norm_specs({"output_norm": (config.d_model,)}, config),
             "output.weight": TensorSpec((config.vocab_size, config.d_model), optional=True),
+            "output.bias": TensorSpec((config.vocab_size,), optional=True),
             "rope_freqs.weight": TensorSpec((len(config.rope_frequencies),), optional=True),
         }
 
@@ -114,17 +128,23 @@ class Decoder:
         matrices["attn_output"] = (d, q)
         if config.experts is None:
             matrices |= {"ffn_up": (2 * f if config.fused_gate else f, d), "ffn_down": (d, f)}
-            if not config.fused_gate:
+            if config.gated and not config.fused_gate:
                 matrices["ffn_gate"] = (f, d)
-        norms = {"attn_norm": d, config.feed_forward_name: d} if config.pre_norms else {}
+        norms: dict[str, tuple[int, ...]] = {}
+        if config.pre_norms:
+            norms |= {config.attention_norm: (d,), config.feed_forward_name: (d,)}
         if config.post_norms:
-            norms |= {"post_attention_norm": d, "post_ffw_norm": d}
-        if config.qk_norm:
-            whole = config.qk_norm == "whole"
-            norms["attn_q_norm"], norms["attn_k_norm"] = (q, kv) if whole else (config.head_dim,) * 2
+            norms |= {"post_attention_norm": (d,), "post_ffw_norm": (d,)}
+        if config.qk_norm == "whole":
+            norms |= {"attn_q_norm": (q,), "attn_k_norm": (kv,)}
+        elif config.qk_norm == "head":
+            norms |= {"attn_q_norm": (config.head_dim,), "attn_k_norm": (config.head_dim,)}
+        elif config.qk_norm:
+            norms |= {"attn_q_norm": (config.n_heads, config.head_dim)}
+            norms |= {"attn_k_norm": (config.n_kv_heads, config.head_dim)}
+        specs = _norm_specs(norms, config)
         if config.sinks:
-            norms["attn_sinks"] = config.n_heads
-        specs = {f"{name}.weight": TensorSpec((size,)) for name, size in norms.items()}
+            specs["attn_sinks.weight"] = TensorSpec((config.n_heads,))
         for name, shape in matrices.items():
             specs[f"{name}.weight"] = TensorSpec(shape)
             specs[f"{name}.bias"] = TensorSpec(shape[:1], optional=True)
@@ -163,7 +183,7 @@ class Decoder:
     ) -> tuple[Array, Array, Array]:
         """The first part of `block`: queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, after rope."""
         batch, new, _ = x.shape
-        h = _norm(x, weights, "attn_norm", config) if config.pre_norms else x
+        h = _norm(x, weights, config.attention_norm, config) if config.pre_norms else x
         if config.fused_qkv:
             width, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
             q, k, v = jnp.split(project(h, weights, "attn_qkv", config), (width, width + kv), axis=-1)
@@ -172,28 +192,21 @@ class Decoder:
         if config.qk_norm == "whole":
             q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
         q, k, v = (y.reshape(batch, new, -1, config.head_dim) for y in (q, k, v))
-        if config.qk_norm == "head":
+        if config.qk_norm in ("head", "each head"):
             q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
-        if kind.endswith(_UNROTATED):
-            return q, k, v
-        local = config.rope_frequencies_local if kind == "local" else ()
-        frequencies = np.asarray(local or config.rope_frequencies, np.float32)
-
-        def turned(y: Array) -> Array:
-            return layers.rope(y, positions, frequencies, config.rope_interleaved, config.rope_scale)
-
-        return turned(q), turned(k), v
+        if not kind.endswith(_UNROTATED):
+            local = config.rope_frequencies_local if kind == "local" else ()
+            frequencies = np.asarray(local or config.rope_frequencies, np.float32)
+            scale = 1.0 if local else config.rope_scale
+            q, k = (layers.rope(y, positions, frequencies, config.rope_interleaved, scale) for y in (q, k))
+        if config.attention_growth:
+            q = q * _growth(positions, config)[..., None, None]
+        return q, k, v
 
     def attend_output(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Array:
         """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states."""
         x, h = self.feed_forward_input(weights, x, attended, config)
-        if config.experts is not None:
-            return self.feed_forward_output(weights, x, feed_forward(h, weights, config), config)
-        if config.fused_gate:
-            gate, up = jnp.split(project(h, weights, "ffn_up", config), 2, axis=-1)
-        else:
-            gate, up = project_many(h, weights, ("ffn_gate", "ffn_up"), config)
-        down = project(layers.gated(gate, up, config.activation), weights, "ffn_down", config)
+        down = _feed_forward(h, weights, config)
         return self.feed_forward_output(weights, x, down, config)
 
     def feed_forward_input(
@@ -201,8 +214,8 @@ class Decoder:
     ) -> tuple[Array, Array]:
         """The hidden states after attention, and what the feed-forward part takes of them, `[B, T, D]` each."""
         attended = project(attended.reshape(*x.shape[:2], -1), weights, "attn_output", config)
-        x = _added(x, attended, weights, "post_attention_norm", config)
-        return x, self.feed_forward_norm(weights, x, config)
+        new = _added(x, attended, weights, "post_attention_norm", config)
+        return new, self.feed_forward_norm(weights, x if config.parallel else new, config)
 
     def feed_forward_norm(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """What the feed-forward part takes of hidden states."""
@@ -222,7 +235,7 @@ class Decoder:
         kind: str,
         length: int | None,
     ) -> tuple[Array, KVCache]:
-        """One layer: attention and a gated feed-forward part, each normed and added to its input.
+        """One layer: attention and a feed-forward part, each normed and added to its input.
 
         Args:
           weights: the layer's tensors, by short name.
@@ -246,7 +259,9 @@ class Decoder:
     def unembed(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """Hidden states `[..., D]` to logits `[..., V]` float32."""
         h = _norm(x, weights, "output_norm", config)
-        logits = project(h, weights, "output" if "output.weight" in weights else "token_embd", config)
+        if "output.weight" not in weights:
+            weights = {**weights, "output.weight": weights["token_embd.weight"]}
+        logits = project(h, weights, "output", config)
         if config.logit_divisor != 1:
             logits = logits / config.logit_divisor
         if config.logit_softcap:
@@ -283,8 +298,11 @@ def rope_fields(gguf: GGUF, sizes: dict[str, Any], base: float = 10_000.0) -> di
     if scaling == "yarn" and factor > 1:
         original = gguf.get(f"{arch}.rope.scaling.original_context_length", int)
         given = gguf.get(f"{arch}.rope.scaling.attn_factor", float, 1.0)
+        fast = gguf.get(f"{arch}.rope.scaling.yarn_beta_fast", float, 32.0)
+        slow = gguf.get(f"{arch}.rope.scaling.yarn_beta_slow", float, 1.0)
+        frequencies = layers.yarn_frequencies(width, base, factor, original, fast, slow)
         return {
-            "rope_frequencies": tuple(layers.yarn_frequencies(width, base, factor, original).tolist()),
+            "rope_frequencies": tuple(frequencies.tolist()),
             "rope_scale": given * (1 + 0.1 * math.log(factor)),
         }
     if scaling not in ("none", "linear", "yarn"):
@@ -293,6 +311,34 @@ def rope_fields(gguf: GGUF, sizes: dict[str, Any], base: float = 10_000.0) -> di
         )
     linear = factor if scaling == "linear" else 1.0
     return {"rope_frequencies": tuple(layers.rope_frequencies(width, base, linear, factors).tolist())}
+
+
+def window_fields(gguf: GGUF, sizes: dict[str, Any], every: int) -> dict[str, Any]:
+    """`sliding_window` and `global_every`, by the keys that files share; without a window neither.
+
+    Args:
+      gguf: the open file.
+      sizes: from `common_sizes`.
+      every: each so manyth layer sees the whole context where the file does not say it.
+
+    Raises:
+      GGUFError: a window that is none, or layers that see the whole context in another order.
+    """
+    arch, path = sizes["architecture"], gguf.path
+    window = gguf.get(f"{arch}.attention.sliding_window", int, 0)
+    if not window:
+        return {}
+    key = f"{arch}.attention.sliding_window_pattern"
+    pattern = gguf.metadata.get(key, every)
+    if type(pattern) is int and pattern > 0:
+        every = pattern
+    elif [bool(local) for local in np.atleast_1d(pattern)] != [
+        (layer + 1) % every > 0 for layer in range(sizes["n_layers"])
+    ]:
+        raise GGUFError(f"{path}: {key} must let each {every}th layer see the whole context, got {pattern}")
+    if window < 0:
+        raise GGUFError(f"{path}: {arch}.attention.sliding_window must be at least 1, got {window}")
+    return {"sliding_window": window, "global_every": every}
 
 
 def _rope_factors(gguf: GGUF, width: int) -> tuple[float, ...]:
@@ -313,5 +359,35 @@ def _added(x: Array, update: Array, weights: Weights, norm: str, config: Decoder
     return x + (update if config.residual_scale == 1 else update * config.residual_scale)
 
 
+def _feed_forward(h: Array, weights: Weights, config: DecoderConfig) -> Array:
+    if config.experts is not None:
+        return feed_forward(h, weights, config)
+    if not config.gated:
+        up = project(h, weights, "ffn_up", config)
+        return project(layers.activate(up, config.activation), weights, "ffn_down", config)
+    if config.fused_gate:
+        gate, up = jnp.split(project(h, weights, "ffn_up", config), 2, axis=-1)
+    else:
+        gate, up = project_many(h, weights, ("ffn_gate", "ffn_up"), config)
+    return project(layers.gated(gate, up, config.activation), weights, "ffn_down", config)
+
+
+def _growth(positions: Array, config: DecoderConfig) -> Array:
+    """Factor of the queries at each position: 1 in the first step, then more with the logarithm of the step."""
+    step = jnp.maximum(positions, 0) // config.attention_growth_length
+    return 1 + config.attention_growth * jnp.log(1 + step.astype(jnp.float32))
+
+
+def _norm_specs(norms: dict[str, tuple[int, ...]], config: DecoderConfig) -> dict[str, TensorSpec]:
+    specs = {f"{name}.weight": TensorSpec(shape) for name, shape in norms.items()}
+    if config.norm == "layer":
+        specs |= {f"{name}.bias": TensorSpec(shape, optional=True) for name, shape in norms.items()}
+    return specs
+
+
 def _norm(x: Array, weights: Weights, name: str, config: DecoderConfig) -> Array:
-    return layers.rms_norm(x, vector(weights, f"{name}.weight"), config.norm_eps)
+    weight = vector(weights, f"{name}.weight")
+    if config.norm == "rms":
+        return layers.rms_norm(x, weight, config.norm_eps)
+    bias = vector(weights, f"{name}.bias") if f"{name}.bias" in weights else None
+    return layers.layer_norm(x, weight, bias, config.norm_eps)

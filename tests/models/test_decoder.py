@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from divergence import max_kl
 from other_ways import bare_logits, logits_in_pieces, stepwise_logits
-from torch_models import torch_logits
+from torch_dense import torch_logits
 from toy_models import DECODERS, toy_decoder
 
 import airjax
@@ -81,7 +81,8 @@ def test_a_file_without_one_of_its_tensors_is_refused_by_name(tmp_path, architec
 
     monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", all_but_one)
     path = toy_decoder(tmp_path / "toy.gguf", architecture)
-    with pytest.raises(GGUFError, match=f"tensor {left_out} is missing: a {architecture} model"):
+    name = DECODERS[architecture].get("architecture", architecture)
+    with pytest.raises(GGUFError, match=f"tensor {left_out} is missing: a {name} model"):
         _load(path)
 
 
@@ -93,7 +94,13 @@ def test_a_file_without_one_of_its_tensors_is_refused_by_name(tmp_path, architec
         ("qwen3", {"rope.dimension_count": 7}, "rope.dimension_count must be even"),
         ("granite", {"logit_scale": 0.0}, "granite.logit_scale divides the logits"),
         ("gemma2", {"attention.sliding_window": 0}, "sliding_window must be at least 1"),
-        ("olmo2", {"attention.sliding_window": 8}, "OLMo 3"),
+        ("olmo3", {"attention.sliding_window_pattern": [True, False, True, False]}, "each 4th layer see"),
+        ("command-r", {"logit_scale": 0.0}, "command-r.logit_scale is a factor"),
+        ("cohere2", {"logit_scale": 0.0}, "cohere2.logit_scale is a factor"),
+        ("cohere2", {"attention.sliding_window": 0}, "cohere2.attention.sliding_window is missing"),
+        ("mistral3", {"expert_count": 4}, "a mistral3 model with experts"),
+        ("mistral3", {"attention.temperature_length": 0}, "temperature_length must be at least 1"),
+        ("falcon", {"attention.layer_norm_epsilon": 2.0}, "layer_norm_epsilon must be in"),
     ],
 )
 def test_what_can_t_be_run_is_refused_by_name(tmp_path, monkeypatch, architecture, values, message):

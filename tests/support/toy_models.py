@@ -178,6 +178,96 @@ DECODERS: dict[str, dict[str, Any]] = {
         "values": {"rope.dimension_count": 8},
         "biases": ("attn_q", "attn_k", "attn_v"),
     },
+    "mistral3": {
+        "values": {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 64,
+            "rope.scaling.yarn_beta_fast": 8.0,
+            "rope.scaling.yarn_beta_slow": 2.0,
+            "rope.scaling.yarn_log_multiplier": 1.0,
+            "attention.temperature_scale": 0.5,
+        },
+    },
+    "falcon": {"layer_norm": True, "fused_qkv": True, "gated": False, "kv_heads": 1, "norms": ("attn_norm",)},
+    "falcon-40b": {
+        "architecture": "falcon",
+        "layer_norm": True,
+        "fused_qkv": True,
+        "gated": False,
+        "norms": ("attn_norm", "attn_norm_2"),
+    },
+    "command-r": {
+        "layer_norm": True,
+        "norm_biases": False,
+        "qk_norm": "each head",
+        "norms": ("attn_norm",),
+        "values": {"logit_scale": 0.3},
+    },
+    "cohere2": {
+        "layer_norm": True,
+        "norm_biases": False,
+        "norms": ("attn_norm",),
+        "values": {"logit_scale": 0.3, "attention.sliding_window": 8},
+    },
+    "starcoder2": {"layer_norm": True, "gated": False, "biases": "all"},
+    "stablelm": {
+        "layer_norm": True,
+        "biases": ("attn_q", "attn_k", "attn_v"),
+        "values": {"rope.dimension_count": 4},
+    },
+    "stablelm-12b": {
+        "architecture": "stablelm",
+        "layer_norm": True,
+        "norms": ("attn_norm",),
+        "qk_norm": "each head",
+        "values": {"rope.dimension_count": 4},
+    },
+    "phi2": {
+        "layer_norm": True,
+        "gated": False,
+        "biases": "all",
+        "output_bias": True,
+        "norms": ("attn_norm",),
+        "values": {"rope.dimension_count": 6},
+    },
+    "gptneox": {
+        "layer_norm": True,
+        "fused_qkv": True,
+        "gated": False,
+        "kv_heads": 4,
+        "biases": "all",
+        "values": {"rope.dimension_count": 4, "use_parallel_residual": True},
+    },
+    "nemotron": {"layer_norm": True, "gated": False, "values": {"rope.dimension_count": 8}},
+    "arcee": {"gated": False},
+    "internlm2": {},
+    "ernie4_5": {},
+    "exaone": {},
+    "exaone4": {
+        "qk_norm": "head",
+        "norms": ("post_attention_norm", "post_ffw_norm"),
+        "values": {
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [True, True, True, False],
+        },
+    },
+    "olmo3": {
+        "architecture": "olmo2",
+        "qk_norm": "whole",
+        "norms": ("post_attention_norm", "post_ffw_norm"),
+        "values": {
+            "attention.sliding_window": 8,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 64,
+        },
+    },
+    "seed_oss": {
+        "norms": ("attn_norm", "post_attention_norm"),
+        "biases": ("attn_q", "attn_k", "attn_v"),
+        "width": 24,
+    },
 }
 
 
@@ -205,37 +295,52 @@ def toy_decoder(
     options = DECODERS[architecture]
     wide = block_type in _SCALE_AT
     d, f, heads, kv_heads = (256, 512, 4, 2) if wide else (64, 128, 4, 2)
+    kv_heads = options.get("kv_heads", kv_heads)
     width = options.get("width", d // heads)
+    architecture = options.get("architecture", architecture)
     toy = Toy(path, architecture, pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed)
     toy.sizes(layers, d, f, heads, kv_heads, context=512)
     toy.value("rope.freq_base", 10_000.0)
     toy.value("attention.key_length", width)
     toy.value("attention.value_length", width)
-    for key, value in options.get("values", {}).items():
+    own = {"attention.layer_norm_epsilon": 1e-3} if options.get("layer_norm", False) else {}
+    for key, value in (own | options.get("values", {})).items():
         toy.value(key, value)
     if yarn_factor:
         toy.value("rope.scaling.type", "yarn")
         toy.value("rope.scaling.factor", yarn_factor)
         toy.value("rope.scaling.original_context_length", 64)
+    norm_biases = options.get("norm_biases", options.get("layer_norm", False))
     toy.outside(d, separate_output)
+    if norm_biases:
+        toy.bias("output_norm.bias", d)
+    if options.get("output_bias", False):
+        toy.bias("output.bias", toy.vocabulary_size)
     q, kv = heads * width, kv_heads * width
-    fused, fused_gate = options.get("fused", False), options.get("fused", options.get("fused_gate", False))
+    fused = options.get("fused", options.get("fused_qkv", False))
+    fused_gate = options.get("fused", options.get("fused_gate", False))
     matrices = (
         {"attn_qkv": (q + 2 * kv, d)} if fused else {"attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d)}
     )
     matrices |= {"attn_output": (d, q), "ffn_up": (2 * f, d) if fused_gate else (f, d), "ffn_down": (d, f)}
-    if not fused_gate:
+    if not fused_gate and options.get("gated", True):
         matrices["ffn_gate"] = (f, d)
+    biases = options.get("biases", ())
     for layer in range(layers):
         for name, (rows, columns) in matrices.items():
             toy.matrix(
                 f"blk.{layer}.{name}.weight", rows, columns, 1.5 if name in ("attn_q", "attn_k") else 1.0
             )
-            if name in options.get("biases", ()):
-                toy.tensor(f"blk.{layer}.{name}.bias", toy.generator.normal(scale=0.5, size=rows))
+            if biases == "all" or name in biases:
+                toy.bias(f"blk.{layer}.{name}.bias", rows)
         for name in options.get("norms", ("attn_norm", "ffn_norm")):
             toy.norm(f"blk.{layer}.{name}.weight", d)
-        if "qk_norm" in options:
+            if norm_biases:
+                toy.bias(f"blk.{layer}.{name}.bias", d)
+        if options.get("qk_norm") == "each head":
+            toy.norm(f"blk.{layer}.attn_q_norm.weight", (heads, width))
+            toy.norm(f"blk.{layer}.attn_k_norm.weight", (kv_heads, width))
+        elif "qk_norm" in options:
             whole = options["qk_norm"] == "whole"
             toy.norm(f"blk.{layer}.attn_q_norm.weight", q if whole else width)
             toy.norm(f"blk.{layer}.attn_k_norm.weight", kv if whole else width)
@@ -253,7 +358,7 @@ class Toy:
         self._architecture = architecture
         self._type = block_type
         self._writer = gguf.GGUFWriter(self.path, architecture)
-        self._vocabulary_size = len(vocabulary["tokenizer.ggml.tokens"])
+        self.vocabulary_size = len(vocabulary["tokenizer.ggml.tokens"])
         for key, value in vocabulary.items():
             if key != "general.architecture":
                 self._add(key, value)
@@ -274,14 +379,18 @@ class Toy:
 
     def outside(self, d: int, separate_output: bool) -> None:
         """The tensors outside the layers."""
-        self.matrix("token_embd.weight", self._vocabulary_size, d, 2.0)
+        self.matrix("token_embd.weight", self.vocabulary_size, d, 2.0)
         self.norm("output_norm.weight", d)
         if separate_output:
-            self.matrix("output.weight", self._vocabulary_size, d, 2.0)
+            self.matrix("output.weight", self.vocabulary_size, d, 2.0)
 
-    def norm(self, name: str, width: int) -> None:
+    def norm(self, name: str, shape: int | tuple[int, ...]) -> None:
         """A norm weight around 1."""
-        self.tensor(name, self.generator.uniform(0.5, 1.5, width))
+        self.tensor(name, self.generator.uniform(0.5, 1.5, shape))
+
+    def bias(self, name: str, width: int) -> None:
+        """A bias."""
+        self.tensor(name, self.generator.normal(scale=0.5, size=width))
 
     def tensor(self, name: str, values: np.ndarray) -> None:
         """A float32 tensor."""
