@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
-from toy_models import Toy
+from toy_models import Toy, wide_blocks
 from toy_vocabularies import pairs_metadata
 
 STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
@@ -64,7 +64,7 @@ def toy_mixture(
     """
     options = MIXTURES[model] | sizes
     architecture = options.get("architecture", model)
-    wide = block_type.endswith("_K")
+    wide = wide_blocks(block_type)
     d, f, heads, kv_heads = (256, 256, 4, 2) if wide else (64, 32, 4, 2)
     count, used, shared = (
         options["count"],

@@ -47,7 +47,7 @@ def toy_llama(
       layers: how many.
       seed: of the weights.
     """
-    wide = block_type in _SCALE_AT
+    wide = wide_blocks(block_type)
     d, f, heads = (256, 512, 4) if wide else (64, 128, 4)
     width = head_width or d // heads
     toy = Toy(path, "llama", pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed)
@@ -115,7 +115,7 @@ def toy_gemma3(
       local_rope_base: of the local layers, written to the file; None for the default, 10000.
       seed: of the weights.
     """
-    wide = block_type in _SCALE_AT
+    wide = wide_blocks(block_type)
     d, f, heads = (256, 512, 4) if wide else (64, 128, 4)
     width = head_width or d // heads
     toy = Toy(path, "gemma3", spm_metadata(), GGMLType[block_type], seed)
@@ -293,7 +293,7 @@ def toy_decoder(
       seed: of the weights.
     """
     options = DECODERS[architecture]
-    wide = block_type in _SCALE_AT
+    wide = wide_blocks(block_type)
     d, f, heads, kv_heads = (256, 512, 4, 2) if wide else (64, 128, 4, 2)
     kv_heads = options.get("kv_heads", kv_heads)
     width = options.get("width", d // heads)
@@ -345,6 +345,11 @@ def toy_decoder(
             toy.norm(f"blk.{layer}.attn_q_norm.weight", q if whole else width)
             toy.norm(f"blk.{layer}.attn_k_norm.weight", kv if whole else width)
     return toy.write()
+
+
+def wide_blocks(block_type: str) -> bool:
+    """Whether a block holds 256 weights, so that rows must be as wide."""
+    return gguf.GGML_QUANT_SIZES[GGMLType[block_type]][0] == 256
 
 
 class Toy:
@@ -409,6 +414,8 @@ class Toy:
         spread = gain * columns**-0.5
         if self._type.name in _SCALE_AT:
             return self._random_blocks(rows, columns, spread)
+        if self._type.name == "NVFP4" or self._type.name.startswith("IQ"):
+            return self._random_codes(rows, columns, spread)
         values = self.generator.normal(scale=spread, size=(rows, columns)).astype(np.float32)
         return gguf.quants.quantize(values, self._type)
 
@@ -419,6 +426,20 @@ class Toy:
         self._writer.write_tensors_to_file()
         self._writer.close()
         return self.path
+
+    def _random_codes(self, rows: int, columns: int, spread: float) -> np.ndarray:
+        """The same for formats whose only scale `random_rows` knows how to place."""
+        seed = int(self.generator.integers(1 << 32))
+
+        def drawn(units: np.ndarray) -> np.ndarray:
+            data = random_rows(self._type, rows, columns, seed, units.astype(np.float16).view(np.uint16))
+            if self._type.name == "NVFP4":  # a byte a sub-block: five bits of exponent and sign, three of mantissa
+                scales = self.generator.choice(gguf.quants.NVFP4.fp32_to_ue4m3(units), (data.size // 36, 4))
+                data.reshape(-1, 36)[:, :4] = scales
+            return data
+
+        one = float(gguf.quants.dequantize(drawn(np.ones(1)), self._type).std())
+        return drawn(self.generator.uniform(0.7, 1.3, 64) * (spread / one))
 
     def _random_blocks(self, rows: int, columns: int, spread: float) -> np.ndarray:
         """The gguf package can't quantize to these formats: random bits, with scales set for the spread."""
