@@ -100,7 +100,10 @@ def test_a_command_lists_only_its_own_flags(capsys):
         (["generate", "--promt=x"], "Unknown command line flag 'promt'. Did you mean: prompt?"),
         (["generate", "--temperature=warm"], "flag --temperature=warm: could not convert string to float"),
         (["generate", "--max_tokens=1.5"], "flag --max_tokens=1.5: invalid literal for int()"),
-        (["generate", "--resident=some"], "flag --resident=some: value should be one of <auto|none|all|dense>"),
+        (
+            ["generate", "--resident=some"],
+            "flag --resident=some: value should be one of <auto|none|all|dense>",
+        ),
         (["generate", "--prompt"], "Missing value for flag"),
         (["generate", "Hello"], "airjax generate takes flags only, got 'Hello'"),
         (["generate", "--prompt=x"], "which model? Pass airjax generate --model=FILE.gguf"),

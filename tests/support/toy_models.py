@@ -433,7 +433,9 @@ class Toy:
 
         def drawn(units: np.ndarray) -> np.ndarray:
             data = random_rows(self._type, rows, columns, seed, units.astype(np.float16).view(np.uint16))
-            if self._type.name == "NVFP4":  # a byte a sub-block: five bits of exponent and sign, three of mantissa
+            if (
+                self._type.name == "NVFP4"
+            ):  # a byte a sub-block: five bits of exponent and sign, three of mantissa
                 scales = self.generator.choice(gguf.quants.NVFP4.fp32_to_ue4m3(units), (data.size // 36, 4))
                 data.reshape(-1, 36)[:, :4] = scales
             return data
