@@ -29,6 +29,11 @@ class Whole:
     calls: list[Call] = field(default_factory=list)
     finish: Finish | None = None
 
+    @property
+    def logprob(self) -> float:
+        """Of its tokens, on the average: the measure of `best_of`."""
+        return sum(note.logprob for note in self.notes) / max(len(self.notes), 1)
+
 
 class Form(Protocol):
     """How a route writes its answer."""
@@ -68,6 +73,7 @@ class Generation:
     Attributes:
       prompt_tokens: of its prompts, each counted once.
       per_prompt: choices of each prompt.
+      kept: of them, the likeliest, that a whole answer has.
     """
 
     state: State
@@ -76,6 +82,7 @@ class Generation:
     form: Form
     prompt_tokens: int
     per_prompt: int
+    kept: int
 
     def __post_init__(self) -> None:
         self._ended: set[int] = set()
@@ -117,8 +124,18 @@ class Generation:
                 whole.notes += delta.notes
                 whole.calls += delta.calls
                 whole.finish = delta.finish
-        choices = [self.form.whole(index, whole) for index, whole in enumerate(wholes)]
+        choices = [self.form.whole(index, whole) for index, whole in enumerate(self._likeliest(wholes))]
         return {**self._head, "object": self.form.whole_object, "choices": choices, "usage": self.usage}
+
+    def _likeliest(self, wholes: list[Whole]) -> list[Whole]:
+        if self.kept == self.per_prompt:
+            return wholes
+        groups = [wholes[at : at + self.per_prompt] for at in range(0, len(wholes), self.per_prompt)]
+        return [
+            whole
+            for group in groups
+            for whole in sorted(group, key=lambda whole: -whole.logprob)[: self.kept]
+        ]
 
     async def events(self, include_usage: bool) -> AsyncIterator[bytes]:
         """The stream."""
@@ -177,10 +194,15 @@ async def respond(
     choices: list[Choice],
     *,
     per_prompt: int,
+    kept: int | None = None,
     stream: bool,
     include_usage: bool,
 ) -> Response:
     """Runs the orders and answers in the form.
+
+    Args:
+      per_prompt: how many of the orders belong to one prompt.
+      kept: the likeliest of them, which alone are answered; all, if not given.
 
     Raises:
       ApiError: the queue is full, the engine failed, or time is up.
@@ -188,7 +210,7 @@ async def respond(
     prompt_tokens = sum(len(order.ids) for order in orders[::per_prompt])
     run = state.submit(list(orders))
     try:
-        generation = Generation(state, run, choices, form, prompt_tokens, per_prompt)
+        generation = Generation(state, run, choices, form, prompt_tokens, per_prompt, kept or per_prompt)
         if stream:
             return EventStream(generation.events(include_usage), run.close)
         return JsonAnswer(await while_connected(request, generation.whole()))

@@ -25,7 +25,6 @@ Prompts = Prompt | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]]
 # Names that clients know from OpenAI or llama.cpp, with the value that asks for nothing.
 _NOT_BUILT: dict[str, Any] = {
     "suffix": "",
-    "echo": False,
 }
 
 
@@ -219,7 +218,7 @@ class CompletionRequest(_Generation):
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: StrictBool | None = None
     suffix: StrictStr | None = None
-    best_of: StrictInt | None = None
+    best_of: Count | None = None
 
 
 class EmbeddingRequest(_Model):

@@ -170,3 +170,38 @@ def test_a_tools_template_sees_the_tools(client):
     body = {"messages": [{"role": "user", "content": "hi"}], "tools": [tool]}
     assert "look" in client.post("/apply-template", json=body).json()["prompt"]
     assert chat(client, tools=[tool])["choices"][0]["finish_reason"] == "length"
+
+
+def test_best_of_answers_the_likeliest_of_what_one_would_get(client):
+    fields = {"temperature": 2, "seed": 5, "logprobs": 0}
+    all_of_them = complete(client, n=4, **fields)["choices"]
+    best = complete(client, n=2, best_of=4, **fields)
+
+    def average(choice):
+        values = choice["logprobs"]["token_logprobs"]
+        return sum(values) / len(values)
+
+    expected = sorted(all_of_them, key=average, reverse=True)[:2]
+    assert [choice["text"] for choice in best["choices"]] == [choice["text"] for choice in expected]
+    assert [choice["index"] for choice in best["choices"]] == [0, 1]
+    assert best["usage"]["completion_tokens"] == 48
+
+
+def test_echo_gives_each_prompt_before_its_text(client):
+    prompts = ["abcabc", "cab"]
+    plain = complete(client, prompt=prompts, n=2, temperature=2, seed=1)["choices"]
+    echoed = complete(client, prompt=prompts, n=2, temperature=2, seed=1, echo=True)["choices"]
+    expected = [prompts[i // 2] + choice["text"] for i, choice in enumerate(plain)]
+    assert [choice["text"] for choice in echoed] == expected
+    got = events(client, "/v1/completions", {"prompt": "abcabc", **GREEDY, "echo": True})
+    assert (
+        "".join(event["choices"][0]["text"] for event in got)
+        == "abcabc" + complete(client)["choices"][0]["text"]
+    )
+
+
+def test_echo_of_ids_is_their_text(client):
+    ids = [16, 2, 3]
+    prompt = client.post("/detokenize", json={"tokens": ids}).json()["content"]
+    text = complete(client, prompt=ids)["choices"][0]["text"]
+    assert complete(client, prompt=ids, echo=True)["choices"][0]["text"] == prompt + text != text
