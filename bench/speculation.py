@@ -243,6 +243,7 @@ def load(options: argparse.Namespace, draft: str) -> airjax.Engine:
     return airjax.load(
         options.model,
         vram_budget_gib=options.vram_budget_gib,
+        ram_budget_gib=options.ram_budget_gib,
         context=options.context,
         resident=options.resident,
         compute_dtype=options.compute_dtype,
@@ -291,6 +292,7 @@ def main() -> None:
     parser.add_argument("--draft_max", type=int, default=15)
     parser.add_argument("--draft_token_s", type=float, default=0.004, help="of a slow drafter, for texts")
     parser.add_argument("--vram_budget_gib", type=float, default=None)
+    parser.add_argument("--ram_budget_gib", type=float, default=None)
     parser.add_argument("--resident", default="auto")
     parser.add_argument("--compute_dtype", default=None)
     parser.add_argument("--context", type=int, default=1024)
