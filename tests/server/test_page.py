@@ -68,8 +68,14 @@ def test_a_chat_streams_while_the_layers_light_up(page):
     page.fill("#temperature", "0")
     page.fill("#max_tokens", "32")
     page.click("#settings-toggle")
+    # A layer is lit for a moment only, which polling may miss on a busy machine.
+    page.evaluate(
+        """() => new MutationObserver(() => {
+            window.lit ||= document.querySelector("#layers .computing") !== null;
+        }).observe(document.getElementById("layers"), {subtree: true, childList: true, attributes: true})"""
+    )
     ask(page, "What is the capital of France?")
-    page.wait_for_selector("#layers .computing")
+    until(page, "window.lit")
     until(page, "parseFloat(document.getElementById('tokens-per-s').textContent) > 0")
     assert page.locator("#layers .cell").count() == 30 and page.locator("#slots .slot").count() == 3
     page.wait_for_selector("#stop", state="hidden")
