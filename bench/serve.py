@@ -14,10 +14,10 @@ import asyncio
 import json
 import random
 import time
+import urllib.parse
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
 import numpy as np
 
 
@@ -31,28 +31,38 @@ class Load:
     failures: int = 0
 
 
-async def _request(client: httpx.AsyncClient, load: Load, prompt: str, tokens: int) -> None:
-    body = {
-        "prompt": prompt,
-        "max_tokens": tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+async def _request(load: Load, prompt: str, arguments: argparse.Namespace) -> None:
+    """One request over a connection of its own. Lines are read as they come: a client library takes longer for an event
+    than the server, and would be what is measured."""
+    body = json.dumps(
+        {
+            "prompt": prompt,
+            "max_tokens": arguments.tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    )
+    url = urllib.parse.urlsplit(arguments.url)
+    head = [f"POST /v1/completions HTTP/1.1\r\nHost: {url.netloc}", f"Content-Length: {len(body)}"]
+    head += ["Content-Type: application/json", "Connection: close"]
+    head += [f"Authorization: Bearer {arguments.key}"] if arguments.key else []
     start = last = time.perf_counter()
     first = True
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        if answer.status_code != 200:
+    reader, writer = await asyncio.open_connection(url.hostname, url.port or 80)
+    try:
+        writer.write(("\r\n".join(head) + "\r\n\r\n" + body).encode())
+        status = (await reader.readline()).split(b" ")
+        if status[1:2] != [b"200"]:
             load.failures += 1
             return
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: {"):
+        async for line in reader:
+            if not line.startswith(b"data: {"):  # headers, sizes of chunks, blank lines
                 continue
-            chunk = json.loads(line.removeprefix("data: "))
-            if "error" in chunk:
-                load.failures += 1
-                return
-            if chunk["usage"] is not None:
+            if b'"usage":null' not in line:
+                chunk = json.loads(line.removeprefix(b"data: "))
+                if "error" in chunk:
+                    break
                 load.tokens += chunk["usage"]["completion_tokens"]
                 return
             now = time.perf_counter()
@@ -61,25 +71,23 @@ async def _request(client: httpx.AsyncClient, load: Load, prompt: str, tokens: i
             else:
                 load.between_s.append(now - last)
             first, last = False, now
+        load.failures += 1
+    finally:
+        writer.close()
 
 
-async def _client(client: httpx.AsyncClient, load: Load, number: int, arguments: argparse.Namespace) -> None:
+async def _client(load: Load, number: int, arguments: argparse.Namespace) -> None:
     chance = random.Random(number)
     for _ in range(arguments.requests):
         prompt = " ".join(str(chance.randrange(10_000)) for _ in range(arguments.prompt_words))
-        await _request(client, load, prompt, arguments.tokens)
+        await _request(load, prompt, arguments)
 
 
 async def _measure(count: int, arguments: argparse.Namespace) -> dict[str, Any]:
     load = Load()
-    headers = {"authorization": f"Bearer {arguments.key}"} if arguments.key else {}
-    limits = httpx.Limits(max_connections=count)
-    async with httpx.AsyncClient(
-        base_url=arguments.url, headers=headers, limits=limits, timeout=None
-    ) as client:
-        start = time.perf_counter()
-        await asyncio.gather(*(_client(client, load, number, arguments) for number in range(count)))
-        seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    await asyncio.gather(*(_client(load, number, arguments) for number in range(count)))
+    seconds = time.perf_counter() - start
     percentiles = {
         f"{name}_{percent}_s": float(np.percentile(values, percent)) if values else None
         for name, values in (("first", load.first_s), ("between", load.between_s))

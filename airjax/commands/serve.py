@@ -19,6 +19,7 @@ from airjax.commands.options import (
 )
 
 USES_JAX = True
+_SWITCH_INTERVAL_S = 0.0005
 HELP = """
   airjax serve --model=FILE.gguf [--port=3000] [--max_batch=8]
   curl http://127.0.0.1:3000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello"}]}'
@@ -114,6 +115,9 @@ def run(values: Flags) -> None:
             raise
         return opened
 
+    # The engine's thread needs the interpreter for moments only; by default it would wait 5 ms for each of them while
+    # the loop is busy.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     with listen(values.host, values.port) as opened:
         metrics = Metrics()
         worker = Worker(load, metrics, values.max_queue, on_failure=lambda: listener.end())

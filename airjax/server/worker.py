@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -74,7 +74,7 @@ class Run:
 
     def __init__(self, worker: Worker, count: int) -> None:
         self._worker = worker
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, engine.Event]] = asyncio.Queue()
         self.open = set(range(count))
 
@@ -96,15 +96,25 @@ class Run:
         for index in tuple(self.open):
             self.cancel(index)
 
-    def deliver(self, events: Sequence[tuple[int, engine.Event]]) -> None:
-        """Called by the worker."""
+    def put(self, events: Sequence[tuple[int, engine.Event]]) -> None:
+        """Adds events, in the loop."""
+        for item in events:
+            self._events.put_nowait(item)
 
-        def put() -> None:
-            for item in events:
-                self._events.put_nowait(item)
 
+def deliver(found: Mapping[Run, Sequence[tuple[int, engine.Event]]]) -> None:
+    """Gives each run its events, from the worker: a loop is woken once for all of them, since waking is a system call."""
+    loops: dict[asyncio.AbstractEventLoop, list[Run]] = {}
+    for run in found:
+        loops.setdefault(run.loop, []).append(run)
+
+    def put(runs: Sequence[Run]) -> None:
+        for run in runs:
+            run.put(found[run])
+
+    for loop, runs in loops.items():
         with contextlib.suppress(RuntimeError):  # the loop has ended, so nobody listens
-            self._loop.call_soon_threadsafe(put)
+            loop.call_soon_threadsafe(put, runs)
 
 
 @dataclass
@@ -281,8 +291,7 @@ class Worker:
             if event.finish_reason:
                 self.metrics.finished.labels(event.finish_reason).inc()
                 self._forget(event.request)
-        for run, items in found.items():
-            run.deliver(items)
+        deliver(found)
 
     def _submit(self, run: Run, orders: Sequence[Order]) -> None:
         assert self._scheduler is not None
@@ -291,7 +300,7 @@ class Worker:
                 number = self._scheduler.submit(order.request())
             except Exception as error:
                 self._leave_place()
-                run.deliver([(index, _failure(str(error)))])
+                deliver({run: [(index, _failure(str(error)))]})
                 continue
             self._jobs[number] = _Job(run, index, time.monotonic())
             self._numbers[run, index] = number
@@ -318,7 +327,7 @@ class Worker:
         for number, job in list(self._jobs.items()):
             self._scheduler.cancel(number)
             self._forget(number)
-            job.run.deliver([(job.index, _failure(error))])
+            deliver({job.run: [(job.index, _failure(error))]})
 
 
 def _failure(error: str) -> engine.Event:
