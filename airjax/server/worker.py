@@ -103,7 +103,7 @@ class Run:
 
 
 def deliver(found: Mapping[Run, Sequence[tuple[int, engine.Event]]]) -> None:
-    """Gives each run its events, from the worker: a loop is woken once for all of them, since waking is a system call."""
+    """Gives each run its events, from the worker: a loop is woken once for all of them, as waking is a system call."""
     loops: dict[asyncio.AbstractEventLoop, list[Run]] = {}
     for run in found:
         loops.setdefault(run.loop, []).append(run)
