@@ -475,6 +475,7 @@ def load(
     draft_max: int = 15,
     trace: bool = False,
     device: jax.Device | None = None,
+    devices: int | Literal["auto"] = 1,
 ) -> Engine:
     """Opens a GGUF file for generation.
 
@@ -503,13 +504,16 @@ def load(
       draft_max: tokens of a draft at most.
       trace: record a timeline.
       device: None for JAX's first.
+      devices: on how many each layer is cut into equal parts, which cross as many links at once and are computed by as
+        many devices (tensor parallelism); "auto" for all that JAX sees. Budgets of device memory are of each.
 
     Raises:
       GGUFError: the file cannot be run.
       TextError: its tokenizer or chat template cannot be used.
       PlanError: the budgets cannot work.
     """
-    device = jax.devices()[0] if device is None else device
+    chosen = _devices(devices) if device is None else [device]
+    device = chosen[0]
     if compute_dtype is None:
         compute_dtype = "float32" if device.platform == "cpu" else "bfloat16"
     for name, value, allowed in (
@@ -545,6 +549,7 @@ def load(
             model = engine.open_model(
                 Path(path),
                 device=device,
+                devices=chosen,
                 vram_budget_bytes=left,
                 ram_budget_bytes=ram_budget_bytes,
                 context=context,
@@ -588,6 +593,22 @@ def _check_ends(max_tokens: int | None, stop: Sequence[str]) -> None:
         raise RequestError(f"max_tokens must be at least 1, got {max_tokens}")
     if isinstance(stop, str) or any(not isinstance(text, str) or not text for text in stop):
         raise RequestError(f"stop must be a list of strings that are not empty, got {stop!r}")
+
+
+def _devices(count: int | str) -> list[jax.Device]:
+    """JAX's first devices.
+
+    Raises:
+      RequestError: there are fewer.
+    """
+    found = jax.local_devices()
+    if count == "auto":
+        return found
+    if not isinstance(count, int) or not 1 <= count <= len(found):
+        raise RequestError(
+            f"devices must be between 1 and {len(found)}, which JAX sees here, or auto, got {count!r}"
+        )
+    return found[:count]
 
 
 def _budget(name: str, gib: float | None, free: int) -> int:

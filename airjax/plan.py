@@ -209,7 +209,12 @@ def make_plan(
     everything = sum(_relaid_bytes(span) for span in _device_globals(manifest)) + workspace + sum(kv_rows)
     everything += sum(_relaid_bytes(span) for span in manifest.layers)
     streams = resident == "none" or (resident == "auto" and everything > vram_budget_bytes)
-    relaid = backend in _KERNEL_BACKENDS and (not streams or drafts or (max_batch or 1) > 1)
+    # Kernels of layers that are cut among devices: not built yet.
+    relaid = (
+        backend in _KERNEL_BACKENDS
+        and config.mesh is None
+        and (not streams or drafts or (max_batch or 1) > 1)
+    )
     if resident == "dense" and config.experts is None:
         raise PlanError(f"{gguf.path}: resident=dense is for mixtures of experts: pass --resident=auto")
     if (
@@ -306,7 +311,17 @@ def make_plan(
             f"{vram_budget_bytes / GIB:.2f} GiB: {advice}; or pass --vram_budget_gib={_up(peak)}"
         )
 
-    chosen, reason = _choose_tier(tier, backend, manifest, streamed, ram_budget_bytes - kv_host_bytes)
+    # Of layers that are cut among devices, what does not lie in one piece in the file is copied into host memory.
+    packed_bytes = 0
+    if config.mesh is not None:
+        packed_bytes = config.shards * sum(manifest.layers[layer].layout.sizes[-1] for layer in streamed)
+    left_of_ram = (ram_budget_bytes - kv_host_bytes - packed_bytes) // config.shards
+    chosen, reason = _choose_tier(tier, backend, manifest, streamed, left_of_ram)
+    if config.mesh is not None and chosen == "ring":
+        raise PlanError(
+            f"{gguf.path}: {reason}, and a file can't be read through a ring for {config.shards} devices yet: "
+            "pass a larger --ram_budget_gib or --devices=1"
+        )
     host_slots = depth + 1 if chosen == "ring" and streamed else 0
     host_bytes = kv_host_bytes + host_slots * max((layer_bytes[layer] for layer in streamed), default=0)
     if host_bytes > ram_budget_bytes:

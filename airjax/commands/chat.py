@@ -16,6 +16,7 @@ from airjax.commands.meter import Meter
 from airjax.commands.options import (
     Flags,
     define_context,
+    define_devices,
     define_draft,
     define_grammar,
     define_run,
@@ -44,6 +45,7 @@ def define_flags(values: Flags) -> None:
     define_sampler(values, max_tokens=1024)
     define_grammar(values)
     define_draft(values)
+    define_devices(values)
     flags.DEFINE_string("system", None, "The system message.", flag_values=values)
 
 

@@ -11,6 +11,7 @@ from airjax.commands.meter import Meter
 from airjax.commands.options import (
     Flags,
     define_context,
+    define_devices,
     define_draft,
     define_grammar,
     define_run,
@@ -38,6 +39,7 @@ def define_flags(values: Flags) -> None:
     define_sampler(values, max_tokens=256)
     define_grammar(values)
     define_draft(values)
+    define_devices(values)
     flags.DEFINE_string("prompt", None, "What to continue; - reads it from stdin.", flag_values=values)
     flags.DEFINE_bool(
         "chat", False, "Wrap the prompt as a user's message, by the file's template.", flag_values=values

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from absl import flags
 
@@ -102,6 +102,30 @@ def define_run(values: Flags) -> None:
         "Write a timeline of disk, link and compute to this file, for Perfetto or chrome://tracing.",
         flag_values=values,
     )
+
+
+def define_devices(values: Flags) -> None:
+    """How many devices share the work."""
+    flags.DEFINE_string(
+        "devices",
+        "1",
+        "Cut each layer among so many devices, whose links all stream at once; auto: all. Budgets of device memory are "
+        "of each.",
+        flag_values=values,
+    )
+
+
+def parse_devices(text: str) -> int | Literal["auto"]:
+    """The number of --devices.
+
+    Raises:
+      ValueError: it is none, nor auto.
+    """
+    if text == "auto":
+        return "auto"
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"devices must be a number or auto, got {text!r}: pass --devices=2")
+    return int(text)
 
 
 def define_draft(values: Flags) -> None:
@@ -224,6 +248,8 @@ def load_engine(values: Flags, **options: Any) -> Engine:
     """Loads the model as the flags of `define_plan` and `define_draft` say, with further options of `airjax.load`."""
     from airjax import api
 
+    if "devices" in values:
+        options |= {"devices": parse_devices(values.devices)}
     if "draft" in values:
         options |= {"draft": values.draft, "draft_max": values.draft_max}
     return api.load(

@@ -12,6 +12,7 @@ from absl import flags
 from airjax.commands.options import (
     Flags,
     define_context,
+    define_devices,
     define_draft,
     define_model,
     define_plan,
@@ -34,6 +35,7 @@ def define_flags(values: Flags) -> None:
     define_plan(values)
     define_context(values)
     define_draft(values)
+    define_devices(values)
     flags.DEFINE_string("host", "127.0.0.1", "The address to listen on.", flag_values=values)
     flags.DEFINE_integer("port", 3000, "The port.", 0, 65535, flag_values=values)
     flags.DEFINE_string(

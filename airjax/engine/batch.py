@@ -61,9 +61,9 @@ class PagedState:
 def new_pages(model: Model, count: int) -> PagedState:
     """`count` empty pages in every layer."""
     config = model.config
-    shape = (count, config.n_kv_heads, KV_PAGE, config.head_dim)
+    shape = (count, config.all_kv_heads, KV_PAGE, config.head_dim)
     return PagedState(
-        [layers.empty_cache(shape, config.kv_dtype, model.device) for _ in range(config.n_layers)]
+        [layers.empty_cache(shape, config.kv_dtype, model.by_heads) for _ in range(config.n_layers)]
     )
 
 
@@ -106,7 +106,7 @@ def copy_pages(state: PagedState, sources: Sequence[int], targets: Sequence[int]
 def place(model: Model, groups: Sequence[Group]) -> list[tuple[Array, Array]]:
     """Positions and page tables of groups on the device."""
     placed: list[tuple[Array, Array]] = jax.device_put(
-        [(group.positions, group.table) for group in groups], model.device
+        [(group.positions, group.table) for group in groups], model.everywhere
     )
     return placed
 

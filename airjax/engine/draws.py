@@ -36,7 +36,7 @@ class Draws:
                 sampler.init(nothing, model.config.vocab_size),
                 jax.random.split(jax.random.key(0), slots + 1),
             ),
-            model.device,
+            model.everywhere,
         )
 
     def suits(self, request: Request) -> bool:

@@ -122,9 +122,9 @@ def generate(
             np.array([row], np.int32),
             (np.int32(earlier_draws), np.full((1, 1), len(prompt) - 1, np.int32)),
         ),
-        model.device,
+        model.everywhere,
     )
-    only_row = jax.device_put(np.zeros(1, np.int32), model.device)
+    only_row = jax.device_put(np.zeros(1, np.int32), model.everywhere)
     # Where nothing waits for the link, the device is given the next sweep before the host looks at the token.
     ahead = not model.plan.streamed and model.pool is None and state.shuttle is None
     for count in range(max_tokens):

@@ -61,7 +61,7 @@ def steering(model: Model, vectors: Mapping[int, np.ndarray | Array], then: Hook
             )
     # Put now: in the middle of a sweep they would wait behind the layers that are fetched ahead.
     placed = jax.device_put(
-        {depth: np.asarray(vector, np.float32) for depth, vector in vectors.items()}, model.device
+        {depth: np.asarray(vector, np.float32) for depth, vector in vectors.items()}, model.everywhere
     )
 
     def hidden(depth: int, x: Array, positions: np.ndarray) -> Array:

@@ -149,7 +149,7 @@ def logit_lens(
         for begin in range(0, len(ids), _LENS_ROWS):
             x = hidden[depth][begin : begin + _LENS_ROWS]
             padded = np.pad(x, ((0, _LENS_ROWS - len(x)), (0, 0)))
-            logits = unembed(model.globals, jax.device_put(padded, model.device))
+            logits = unembed(model.globals, jax.device_put(padded, model.everywhere))
             entropy, _, _, tokens, logprobs = describe(logits, np.zeros(_LENS_ROWS, np.int32), top)
             parts.append([np.asarray(part)[: len(x)] for part in (tokens, logprobs, entropy)])
         shown.append([np.concatenate(column) for column in zip(*parts, strict=True)])

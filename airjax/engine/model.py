@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from airjax import models, quants
+from airjax.engine.shards import ShardedLayer, cut_layers, local_manifest
 from airjax.engine.stats import Stats, has_compact_allocator
 from airjax.engine.step import GlobalLayouts, Globals
-from airjax.engine.weights import LayerWeights, matrix_types, open_pool, open_weights, put_span
+from airjax.engine.weights import (
+    LayerWeights,
+    matrix_types,
+    open_pool,
+    open_sharded_weights,
+    open_weights,
+    put_span,
+)
 from airjax.gguf import (
     GGUF,
     ExpertSlot,
@@ -24,14 +35,15 @@ from airjax.gguf import (
     open_gguf,
     split_experts,
 )
-from airjax.models import Architecture, Buffers, Config
-from airjax.plan import EMBEDDING, EXPERT_TENSORS, Plan, Resident, Switch, make_plan
+from airjax.models import Architecture, Buffers, Config, DecoderConfig
+from airjax.plan import EMBEDDING, EXPERT_TENSORS, Plan, PlanError, Resident, Switch, make_plan
 from airjax.streaming import Pool, PoolStats, Timeline
 
 if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
     from airjax.engine.sweep import State
 
+Placement: TypeAlias = jax.Device | NamedSharding
 # XLA's CPU backend takes an array as it lies in memory only from this alignment on; other backends copy.
 _CPU_ALIGNMENT = 64
 
@@ -73,6 +85,18 @@ class Model:
     routers: dict[int, tuple[Buffers, Layout]] = field(default_factory=dict)
 
     @functools.cached_property
+    def everywhere(self) -> Placement:
+        """Where hidden states and all else that every device needs are put."""
+        mesh = self.config.mesh
+        return self.device if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    @functools.cached_property
+    def by_heads(self) -> Placement:
+        """Where the KV cache lies, whose second axis is heads."""
+        mesh = self.config.mesh
+        return self.device if mesh is None else NamedSharding(mesh, PartitionSpec(None, models.AXIS))
+
+    @functools.cached_property
     def kinds(self) -> list[str]:
         """The kind of each layer."""
         return [self.architecture.layer_kind(self.config, layer) for layer in range(self.config.n_layers)]
@@ -112,7 +136,7 @@ class Model:
         ring, shuttle = self.weights.ring, state.shuttle
         # Swept, not put: what was fetched ahead of the next sweep belongs to that one.
         if self.pool is None:
-            self.stats.bytes_streamed += self.plan.bytes_per_sweep
+            self.stats.bytes_streamed += self.plan.bytes_per_sweep * self.config.shards
         else:
             counted = self.pool.take_stats()
             self.stats.experts = self.stats.experts or PoolStats()
@@ -154,6 +178,7 @@ def open_model(
     path: str | Path,
     *,
     device: jax.Device,
+    devices: Sequence[jax.Device] = (),
     vram_budget_bytes: int,
     ram_budget_bytes: int,
     context: int | None,
@@ -171,6 +196,8 @@ def open_model(
 ) -> Model:
     """Opens a file, checks it, plans, and only then takes memory.
 
+    With more than one of `devices` each layer is cut among them; `device` is then their first, and budgets are of each.
+
     Raises:
       GGUFError: the file can't be run.
       PlanError: the budgets can't work.
@@ -180,6 +207,14 @@ def open_model(
         architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype)
         align = _CPU_ALIGNMENT if device.platform == "cpu" else 1
         manifest = build_manifest(gguf, align)
+        cut: tuple[ShardedLayer, ...] = ()
+        if len(devices) > 1:
+            _check_devices(gguf, config, manifest, len(devices), tier, kv_shuttle, drafts)
+            assert isinstance(config, DecoderConfig)
+            cut = cut_layers(gguf, config, len(devices))
+            manifest = local_manifest(manifest, cut)
+            config = models.local_config(config, Mesh(np.array(devices), (models.AXIS,)))
+            kv_shuttle = "off"
         plan = make_plan(
             gguf,
             manifest,
@@ -206,10 +241,15 @@ def open_model(
         output = "output.weight" if "output.weight" in manifest.globals else "token_embd.weight"
         kept.append(manifest.globals[output].layout)
         capability = quants.usable(matrix_types(kept), device) if plan.relaid else ""
-        weights = open_weights(gguf, manifest, plan, device, timeline, capability)
+        everywhere: Placement = device
+        if cut:
+            weights = open_sharded_weights(gguf, cut, config.mesh, plan, timeline)
+            everywhere = NamedSharding(config.mesh, PartitionSpec())
+        else:
+            weights = open_weights(gguf, manifest, plan, device, timeline, capability)
         try:
             globals_ = {
-                name: put_span(gguf, span, device, capability if name == output else "")
+                name: put_span(gguf, span, everywhere, capability if name == output else "")
                 for name, span in manifest.globals.items()
                 if name in architecture.global_specs(config)
                 and name != "rope_freqs.weight"
@@ -236,3 +276,20 @@ def open_model(
         pool=pool,
         experts=experts,
     )
+
+
+def _check_devices(
+    gguf: GGUF, config: Config, manifest: Manifest, count: int, tier: str, kv_shuttle: str, drafts: bool
+) -> None:
+    types = {(name, slot.type) for span in manifest.layers for name, slot in span.layout.tensors}
+    try:
+        models.check_cuts(str(gguf.path), config, types, count)
+    except ValueError as error:
+        raise PlanError(str(error)) from None
+    for asked, what, remedy in (
+        (tier == "ring", "reads the file through a ring", "a tier of the mapping"),
+        (kv_shuttle == "on", "keeps its KV cache on the host", "--kv_shuttle=off"),
+        (drafts, "checks drafts", "--draft=none"),
+    ):
+        if asked:
+            raise PlanError(f"a model on {count} devices {what} on none of them yet: pass {remedy}")

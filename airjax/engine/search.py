@@ -84,7 +84,7 @@ def parallel_samples(
         # One row more than there are samples: padding rows of a call use it.
         context = np.repeat(np.asarray(ids, np.int32)[None, :-1], count + 1, axis=0)
         state, key_rows = jax.device_put(
-            (sampler.init(context, model.config.vocab_size), jnp.stack([*keys, keys[0]])), model.device
+            (sampler.init(context, model.config.vocab_size), jnp.stack([*keys, keys[0]])), model.everywhere
         )
         draw = draw_rows_step(model.layouts, model.config, sampler.apply, 0)
         x = jnp.repeat(x, padded_batch(count), axis=0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from airjax import layers, models, quants, sampling
 from airjax.gguf import GGMLType, Layout
@@ -22,6 +23,16 @@ GlobalLayouts = tuple[tuple[str, Layout], ...]
 # Decoding on a CPU with 512-bit vectors gains 3 to 10 %; LLVM prefers half of that, and a GPU does not read it.
 jit = functools.partial(jax.jit, compiler_options={"xla_cpu_prefer_vector_width": 512})
 
+_WHOLE, _BYTES, _HEADS = PartitionSpec(), PartitionSpec(models.AXIS), PartitionSpec(None, models.AXIS)
+
+
+def spread(function: Callable[..., Any], config: Config, inside: Any, outside: Any) -> Callable[..., Any]:
+    """The function of one device's part on all devices of the configuration's mesh; itself without a mesh."""
+    if config.mesh is None:
+        return function
+    # Sums over the devices are the function's own; what it returns whole is equal on all of them.
+    return jax.shard_map(function, mesh=config.mesh, in_specs=inside, out_specs=outside, check_vma=False)
+
 
 @functools.cache
 def block_step(
@@ -34,10 +45,14 @@ def block_step(
     """
     architecture = models.get(config.architecture)
 
-    @functools.partial(jit, donate_argnames="kv")
-    def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Any:
+    def part(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Any:
         weights = models.unpack(buffers, layout)
         return architecture.block(weights, x, kv, positions, config, kind, length)
+
+    @functools.partial(jit, donate_argnames="kv")
+    def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Any:
+        whole = spread(part, config, (_BYTES, _WHOLE, _HEADS, _WHOLE), (_WHOLE, _HEADS))
+        return whole(buffers, x, kv, positions)
 
     return block
 
@@ -51,14 +66,16 @@ def paged_block_step(layout: Layout, config: Config, kind: str) -> Callable[...,
     """
     architecture = models.get(config.architecture)
 
-    @functools.partial(jit, donate_argnames="pages")
-    def block(
-        buffers: Buffers, x: Array, pages: LayerKV, table: Array, positions: Array
-    ) -> tuple[Array, LayerKV]:
+    def part(buffers: Buffers, x: Array, pages: LayerKV, table: Array, positions: Array) -> Any:
         weights = models.unpack(buffers, layout)
         x, kv = architecture.block(weights, x, PagedKV(pages, table), positions, config, kind, None)
         assert isinstance(kv, PagedKV)
         return x, kv.pages
+
+    @functools.partial(jit, donate_argnames="pages")
+    def block(buffers: Buffers, x: Array, pages: LayerKV, table: Array, positions: Array) -> Any:
+        whole = spread(part, config, (_BYTES, _WHOLE, _HEADS, _WHOLE, _WHOLE), (_WHOLE, _HEADS))
+        return whole(buffers, x, pages, table, positions)
 
     return block
 

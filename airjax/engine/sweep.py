@@ -66,8 +66,8 @@ def new_state(model: Model, batch: int = 1) -> State:
         return State(batch, shuttle=shuttle)
     kv = []
     for slots in plan.kv_slots:
-        shape = (batch, config.n_kv_heads, min(slots, _SMALLEST_LENGTH), config.head_dim)
-        kv.append(layers.empty_cache(shape, config.kv_dtype, model.device))
+        shape = (batch, config.all_kv_heads, min(slots, _SMALLEST_LENGTH), config.head_dim)
+        kv.append(layers.empty_cache(shape, config.kv_dtype, model.by_heads))
     return State(batch, kv=kv)
 
 
@@ -100,7 +100,7 @@ def sweep(
     """
     model.gguf.check_unchanged()
     if device_positions is None:
-        device_positions = jax.device_put(positions, model.device)
+        device_positions = jax.device_put(positions, model.everywhere)
     if hook is not None:
         if hook.attention and state.shuttle is not None:
             raise ValueError(

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from airjax import quants
+from airjax.engine.shards import ShardedLayer, Shards
 from airjax.gguf import GGUF, ExpertSlot, ExpertSpan, GGMLType, Layout, Manifest, Slot, Span
 from airjax.models import Buffers
 from airjax.plan import Plan
@@ -95,7 +97,7 @@ def matrix_types(layouts: Iterable[Layout]) -> frozenset[GGMLType]:
     )
 
 
-def put_span(gguf: GGUF, span: Span, device: jax.Device, capability: str) -> Buffers:
+def put_span(gguf: GGUF, span: Span, device: jax.Device | jax.sharding.Sharding, capability: str) -> Buffers:
     """Copies a span to the device to stay there, and re-lays it for the kernels of `capability`, if any."""
     buffers = tuple(jax.device_put(view, device) for view in span_views(gguf, span))
     if not capability or not matrix_types([span.layout]):
@@ -147,6 +149,26 @@ def open_weights(
     except BaseException:
         if source is not None:
             source.close()
+        raise
+    return LayerWeights(resident, ring)
+
+
+def open_sharded_weights(
+    gguf: GGUF, cut: Sequence[ShardedLayer], mesh: Mesh, plan: Plan, timeline: Timeline | None
+) -> LayerWeights:
+    """`open_weights` for layers that are cut among the devices of a mesh."""
+    pin = _can_pin(mesh.devices.flat[0])
+    registered = _registered(gguf) if plan.streamed and plan.tier == "registered mapping" else []
+    source = Shards(gguf, cut, mesh, plan.streamed, pin, registered)
+    try:
+        resident = {layer: source.put(layer) for layer in plan.resident}
+        jax.block_until_ready(resident)
+        source.bytes_put = [0] * mesh.size
+        ring = Ring(source, plan.streamed, plan.stream_depth, timeline) if plan.streamed else None
+        if ring is None:
+            source.close()
+    except BaseException:
+        source.close()
         raise
     return LayerWeights(resident, ring)
 

@@ -67,7 +67,7 @@ def compiled_workspace(
                 used = _long(layout, config, kind, slots, plan, x, positions)
             else:
                 step, cache = _block(layout, config, kind, slots, plan, sequences)
-                used = _workspace(step, _buffers(layout), x, *cache, positions)
+                used = _workspace(step, _buffers(layout, config.shards), x, *cache, positions)
             # The input of the block before is still waited for while the next one is dispatched.
             largest = max(largest, used + 2 * _nbytes(x))
     return largest
@@ -78,7 +78,7 @@ def _block(
 ) -> tuple[Any, tuple[Any, ...]]:
     """The step of a layer as the plan runs it, and what it takes between `x` and the positions."""
     if plan.max_batch:
-        pages = (plan.kv_tokens // KV_PAGE, config.n_kv_heads, KV_PAGE, config.head_dim)
+        pages = (plan.kv_tokens // KV_PAGE, config.all_kv_heads, KV_PAGE, config.head_dim)
         table = table_of([range(-(-plan.context // KV_PAGE))], sequences)
         return paged_block_step(layout, config, kind), (
             _cache(pages, config),
@@ -87,7 +87,7 @@ def _block(
     if plan.shuttle:
         piece = piece_struct(slots, shuttled_row(config, sequences))
         return shuttled_block_step(layout, config, kind), (piece,)
-    shape = (sequences, config.n_kv_heads, slots, config.head_dim)
+    shape = (sequences, config.all_kv_heads, slots, config.head_dim)
     return block_step(layout, config, kind, slots), (_cache(shape, config),)
 
 
@@ -171,8 +171,8 @@ def _workspace(step: Any, *args: Any) -> int:
     return int(stats.temp_size_in_bytes + fresh)
 
 
-def _buffers(layout: Layout) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return tuple(_array((nbytes,), jnp.uint8) for nbytes in layout.sizes)
+def _buffers(layout: Layout, shards: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(_array((nbytes * shards,), jnp.uint8) for nbytes in layout.sizes)
 
 
 def _cache(shape: tuple[int, ...], config: Config) -> LayerKV:

@@ -39,7 +39,7 @@ def rows_struct(shape: tuple[int, ...], kv_dtype: str) -> Any:
     return QuantizedRows(*parts)
 
 
-def empty_cache(shape: tuple[int, ...], kv_dtype: str, device: jax.Device) -> LayerKV:
+def empty_cache(shape: tuple[int, ...], kv_dtype: str, device: jax.Device | jax.sharding.Sharding) -> LayerKV:
     """Keys and values of `shape` `[..., H]` each, all zero."""
     struct = rows_struct(shape, kv_dtype)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=device), LayerKV(struct, struct))

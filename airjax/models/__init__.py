@@ -39,6 +39,7 @@ from airjax.models import (
     stablelm,
     starcoder2,
 )
+from airjax.models.architecture import AXIS as AXIS
 from airjax.models.architecture import Architecture as Architecture
 from airjax.models.architecture import Buffers as Buffers
 from airjax.models.architecture import Config as Config
@@ -46,6 +47,7 @@ from airjax.models.architecture import TensorSpec as TensorSpec
 from airjax.models.architecture import Weights as Weights
 from airjax.models.architecture import check_tensors as check_tensors
 from airjax.models.architecture import unpack as unpack
+from airjax.models.decoder import DecoderConfig as DecoderConfig
 from airjax.models.experts import EXPERT_MATRICES as EXPERT_MATRICES
 from airjax.models.experts import GATHERED_BYTES as GATHERED_BYTES
 from airjax.models.experts import biases as biases
@@ -55,6 +57,9 @@ from airjax.models.experts import decoded_experts as decoded_experts
 from airjax.models.experts import expert_products as expert_products
 from airjax.models.experts import route as route
 from airjax.models.experts import shared as shared
+from airjax.models.sharding import check_cuts as check_cuts
+from airjax.models.sharding import cut_of as cut_of
+from airjax.models.sharding import local_config as local_config
 
 _MODULES = (
     arcee,

@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from airjax import layers, quants
 from airjax.gguf import GGUF, GGUFError, Layout
 from airjax.types import Array, KVCache
 
+# Of the mesh of tensor parallelism.
+AXIS = "devices"
+# Matrices whose columns are cut: what each device makes of its own is a term of the sum.
+COLUMN_CUT = ("attn_output", "ffn_down")
 _KV_DTYPE_OF = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 Weights = Mapping[str, Any]  # of quants.QTensor, or quants.PackedTensor where a kernel reads it
@@ -29,7 +34,8 @@ class Config:
     """Sizes and constants that every architecture has; hashable, a static argument of jit.
 
     `compute_dtype` is the dtype of products ("float32", "bfloat16", "float16"), `kv_dtype` the form of the KV cache
-    (one of `layers.KV_DTYPES`), `experts` an `experts.Experts` where the feed-forward part is a mixture of them.
+    (one of `layers.KV_DTYPES`), `experts` an `experts.Experts` where the feed-forward part is a mixture of them. With a
+    `mesh` the sizes are those of one device's part; see `sharding`.
     """
 
     architecture: str
@@ -45,6 +51,17 @@ class Config:
     compute_dtype: str
     kv_dtype: str
     experts: Any = field(default=None, kw_only=True)
+    mesh: Any = field(default=None, kw_only=True)
+
+    @property
+    def all_kv_heads(self) -> int:
+        """Of all devices."""
+        return self.n_kv_heads * self.shards
+
+    @property
+    def shards(self) -> int:
+        """On how many devices each layer lies."""
+        return 1 if self.mesh is None else int(self.mesh.size)
 
 
 class Architecture(Protocol):
@@ -142,6 +159,8 @@ def project_many(x: Array, weights: Weights, names: Sequence[str], config: Confi
     """`project` of the same input by several names, which may share work."""
     ws = [weights[f"{name}.weight"] for name in names]
     ys = quants.matmul_many(x, ws, dtype=np.dtype(config.compute_dtype))
+    if config.mesh is not None:
+        ys = [jax.lax.psum(y, AXIS) if name in COLUMN_CUT else y for y, name in zip(ys, names, strict=True)]
     return [
         y + vector(weights, f"{name}.bias") if f"{name}.bias" in weights else y
         for y, name in zip(ys, names, strict=True)

@@ -25,6 +25,7 @@ def toy_llama(
     separate_output: bool = False,
     rope_factors: bool = False,
     linear_factor: float = 1.0,
+    heads: int = 4,
     kv_heads: int = 2,
     head_width: int | None = None,
     attention_biases: bool = False,
@@ -32,7 +33,7 @@ def toy_llama(
     layers: int = 4,
     seed: int = 0,
 ) -> Path:
-    """Writes a llama of 4 heads; the rows of its q and k are in the order for rope on neighbours.
+    """Writes a llama; the rows of its q and k are in the order for rope on neighbours.
 
     Args:
       path: the file.
@@ -40,7 +41,8 @@ def toy_llama(
       separate_output: an output matrix of its own, else the embedding is used twice.
       rope_factors: a divisor for each rope frequency, as llama 3.1 has.
       linear_factor: of rope scaling; 1 for none.
-      kv_heads: 1, 2 or 4.
+      heads: of the queries.
+      kv_heads: of the keys and values.
       head_width: other than the model's width divided by the heads.
       attention_biases: q, k, v and the output of attention have biases.
       mlp_biases: gate, up and down have biases.
@@ -48,7 +50,7 @@ def toy_llama(
       seed: of the weights.
     """
     wide = wide_blocks(block_type)
-    d, f, heads = (256, 512, 4) if wide else (64, 128, 4)
+    d, f = (256, 512) if wide else (64, 128)
     width = head_width or d // heads
     toy = Toy(path, "llama", pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed)
     toy.sizes(layers, d, f, heads, kv_heads, context=512)

@@ -1,0 +1,153 @@
+"""Checks of layers that are cut among devices, for a process that has eight of them; see test_tensor.py."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from toy_experts import toy_mixture
+from toy_models import toy_decoder, toy_gemma3, toy_llama
+
+import airjax
+from airjax import engine, sampling
+from airjax.engine.step import block_step
+from airjax.engine.sweep import grown
+from airjax.plan import PlanError
+
+# The sums over the devices add in another order.
+_TOLERANCE = 2e-5
+_TOYS = {
+    "plain": lambda path: toy_llama(path),
+    "Q8_0": lambda path: toy_llama(path, block_type="Q8_0"),
+    "Q4_0": lambda path: toy_llama(path, block_type="Q4_0"),
+    "Q4_K": lambda path: toy_llama(path, block_type="Q4_K", head_width=128),
+    "Q6_K": lambda path: toy_llama(path, block_type="Q6_K", head_width=128),
+    "biases": lambda path: toy_llama(path, attention_biases=True, mlp_biases=True),
+    "sliding window": lambda path: toy_gemma3(path, block_type="Q8_0"),
+    "fused": lambda path: toy_decoder(path, "phi3"),
+    "norms of each head": lambda path: toy_decoder(path, "command-r"),
+    "fused, with biases": lambda path: toy_decoder(path, "gptneox"),
+    "no gate": lambda path: toy_decoder(path, "starcoder2"),
+}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return toy_llama(tmp_path_factory.mktemp("toys") / "toy.gguf", kv_heads=4)
+
+
+def _load(path, **options):
+    return airjax.load(path, **{"vram_budget_gib": 1, "context": 128, **options})
+
+
+def _logits(path, **options):
+    with _load(path, **options) as loaded:
+        ids = np.random.default_rng(0).integers(0, loaded.model.config.vocab_size, 100).tolist()
+        return np.asarray(loaded.logits(ids))
+
+
+@pytest.mark.parametrize("name", _TOYS)
+def test_two_devices_give_the_logits_of_one(tmp_path, name):
+    path = _TOYS[name](tmp_path / "toy.gguf")
+    alone = _logits(path)
+    streamed, resident = (_logits(path, devices=2, resident=kept) for kept in ("none", "all"))
+    assert np.array_equal(streamed, resident)
+    assert np.abs(streamed - alone).max() < _TOLERANCE * np.abs(alone).max()
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_more_devices_and_every_depth_give_the_same(tmp_path, count):
+    path = toy_llama(tmp_path / "toy.gguf", kv_heads=8, heads=8)
+    alone = _logits(path)
+    several = [_logits(path, devices=count, resident="none", stream_depth=depth) for depth in (1, 3)]
+    assert np.array_equal(*several)
+    assert np.abs(several[0] - alone).max() < _TOLERANCE * np.abs(alone).max()
+
+
+def test_each_device_is_sent_its_share(toy):
+    whole = _load(toy, resident="none")
+    with whole, _load(toy, resident="none", devices=4) as loaded:
+        model = loaded.model
+        loaded.logits([1, 2, 3])
+        source = model.weights.ring._source
+        sweeps = source.bytes_put[0] / model.plan.bytes_per_sweep
+        # What was fetched ahead of the next sweep counts too.
+        assert 1 <= sweeps <= 2 and len(set(source.bytes_put)) == 1
+        matrices = sum(
+            slot.nbytes for _, slot in whole.model.manifest.layers[0].layout.tensors if len(slot.shape) > 1
+        )
+        norms = 2 * 4 * model.config.d_model
+        used = sum(slot.nbytes for _, slot in model.manifest.layers[0].layout.tensors)
+        assert used == matrices // 4 + norms
+        assert model.stats.bytes_streamed == 4 * model.plan.bytes_per_sweep
+
+
+def test_a_block_sums_twice_and_gathers_no_weights(toy):
+    with _load(toy, devices=4, resident="all") as loaded:
+        model = loaded.model
+        step = block_step(model.manifest.layers[0].layout, model.config, model.kinds[0], 128)
+        state = engine.new_state(model)
+        try:
+            x = jax.device_put(np.zeros((1, 1, model.config.d_model), np.float32), model.everywhere)
+            positions = jax.device_put(np.zeros((1, 1), np.int32), model.everywhere)
+            lowered = step.lower(model.weights.take(0), x, grown(state.kv[0], 128), positions)
+            text = lowered.compile().as_text()
+        finally:
+            state.close()
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 2
+    assert not re.findall(r"all-gather|all-to-all|collective-permute", text)
+
+
+def test_a_batch_gives_what_each_gives_alone(toy):
+    prompts = [
+        np.random.default_rng(n).integers(0, 60, size).tolist() for n, size in enumerate((3, 70, 1, 20))
+    ]
+    sampler = sampling.temperature(0.8)
+
+    def drawn(**options):
+        found = {}
+        with _load(toy, max_batch=4, **options) as loaded:
+            for n, token in loaded.generate_batch(prompts, samplers=sampler, max_tokens=12, ignore_eos=True):
+                found.setdefault(n, []).append(token.id)
+        return found
+
+    alone = drawn()
+    assert drawn(devices=4, resident="none") == drawn(devices=2, resident="all") == alone
+
+
+def test_a_real_model_writes_the_same_on_three_devices(smollm2):
+    def text(**options):
+        with airjax.load(smollm2, vram_budget_gib=2, context=256, **options) as loaded:
+            ids = loaded.tokenizer.encode("The capital of France is")
+            return [token.id for token in loaded.generate(ids, max_tokens=16)]
+
+    assert text(devices=3, resident="none") == text()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"devices": 3}, "--devices may be 1, 2, 4$"),
+        ({"devices": 9}, "between 1 and 8"),
+        ({"devices": 0}, "between 1 and 8"),
+        ({"devices": 2, "tier": "ring"}, "a tier of the mapping"),
+        ({"devices": 2, "kv_shuttle": "on"}, "kv_shuttle=off"),
+        ({"devices": 2, "draft": "lookup"}, "draft=none"),
+        (
+            {"devices": 2, "ram_budget_gib": 1e-4, "resident": "none"},
+            "pass a larger --ram_budget_gib or --devices=1",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(toy, options, words):
+    with pytest.raises((PlanError, airjax.RequestError), match=words):
+        _load(toy, **options)
+
+
+def test_experts_and_norms_over_all_heads_are_refused(tmp_path):
+    for path in (
+        toy_decoder(tmp_path / "norm.gguf", "olmo2"),
+        toy_mixture(tmp_path / "experts.gguf", "qwen3moe"),
+    ):
+        with pytest.raises(PlanError, match="can't be cut among devices yet"):
+            _load(path, devices=2)
