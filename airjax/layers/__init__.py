@@ -9,6 +9,7 @@ from airjax.layers.mlp import activate as activate
 from airjax.layers.mlp import gated as gated
 from airjax.layers.moe import Grouping as Grouping
 from airjax.layers.moe import Routing as Routing
+from airjax.layers.moe import Scoring as Scoring
 from airjax.layers.moe import choose as choose
 from airjax.layers.moe import group_by_expert as group_by_expert
 from airjax.layers.moe import most_blocks as most_blocks

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from airjax import layers, quants
-from airjax.gguf import GGUF, GGUFError, Layout
+from airjax.gguf import GGUF, GGUFError, Layout, guessing_layers
 from airjax.types import Array, KVCache
 
 _KV_DTYPE_OF = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -54,7 +54,7 @@ class Architecture(Protocol):
 
     def global_specs(self, config: Any) -> dict[str, TensorSpec]: ...
 
-    def block_specs(self, config: Any) -> dict[str, TensorSpec]: ...
+    def block_specs(self, config: Any, layer: int) -> dict[str, TensorSpec]: ...
 
     def layer_kind(self, config: Any, layer: int) -> str:
         """Layers of one kind run the same code; kinds differ in attention window or rope base."""
@@ -188,12 +188,17 @@ def common_sizes(gguf: GGUF, compute_dtype: str, eps: str = "layer_norm_rms_epsi
         raise GGUFError(f"{gguf.path}: the head width must be even for rope, got {head_dim}")
     if "token_embd.weight" not in gguf.tensors:
         raise GGUFError(f"{gguf.path}: tensor token_embd.weight is missing: this is no whole language model")
+    n_layers = key("block_count") - guessing_layers(gguf)
+    if n_layers < 1:
+        raise GGUFError(
+            f"{gguf.path}: {arch}.nextn_predict_layers must be less than block_count: convert the model again"
+        )
     norm_eps = gguf.get(f"{arch}.attention.{eps}", float)
     if not 0 < norm_eps < 1:
         raise GGUFError(f"{gguf.path}: {arch}.attention.{eps} must be in (0, 1), got {norm_eps}")
     return {
         "architecture": arch,
-        "n_layers": key("block_count"),
+        "n_layers": n_layers,
         "d_model": d_model,
         "n_heads": heads,
         "n_kv_heads": kv_heads,
@@ -220,8 +225,8 @@ def check_tensors(gguf: GGUF, architecture: Architecture, config: Config) -> Non
             "convert the model again"
         )
     specs = dict(architecture.global_specs(config))
-    block = architecture.block_specs(config)
     for layer in range(config.n_layers):
+        block = architecture.block_specs(config, layer)
         specs |= {f"blk.{layer}.{name}": spec for name, spec in block.items()}
     for name, spec in specs.items():
         info = gguf.tensors.get(name)
@@ -241,7 +246,13 @@ def check_tensors(gguf: GGUF, architecture: Architecture, config: Config) -> Non
                 f"{gguf.path}: tensor {name} has block type {info.type.name}, which airjax can't read yet: "
                 f"use a file with {known}"
             )
-    unknown = [name for name in gguf.tensors if name.startswith("blk.") and name not in specs]
+    # Layers past the last, which guess further tokens, are not run.
+    guessing = tuple(f"blk.{config.n_layers + n}." for n in range(guessing_layers(gguf)))
+    unknown = [
+        name
+        for name in gguf.tensors
+        if name.startswith("blk.") and name not in specs and not name.startswith(guessing)
+    ]
     if unknown:
         raise GGUFError(
             f"{gguf.path}: tensor {unknown[0]} is not part of a {config.architecture} model of "

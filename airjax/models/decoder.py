@@ -24,7 +24,7 @@ from airjax.models.architecture import (
     project_many,
     vector,
 )
-from airjax.models.experts import expert_specs, feed_forward
+from airjax.models.experts import ROUTER, expert_specs, feed_forward
 from airjax.types import Array, KVCache
 
 _UNROTATED = " unrotated"
@@ -118,15 +118,16 @@ class Decoder:
             "rope_freqs.weight": TensorSpec((len(config.rope_frequencies),), optional=True),
         }
 
-    def block_specs(self, config: DecoderConfig) -> dict[str, TensorSpec]:
+    def block_specs(self, config: DecoderConfig, layer: int) -> dict[str, TensorSpec]:
         """Tensors of one layer, by short name."""
+        mixture = config.experts is not None and config.experts.in_layer(layer)
         d, f = config.d_model, config.d_ff
         q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         matrices = {"attn_qkv": (q + 2 * kv, d)} if config.fused_qkv else {}
         if not config.fused_qkv:
             matrices |= {"attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d)}
         matrices["attn_output"] = (d, q)
-        if config.experts is None:
+        if not mixture:
             matrices |= {"ffn_up": (2 * f if config.fused_gate else f, d), "ffn_down": (d, f)}
             if config.gated and not config.fused_gate:
                 matrices["ffn_gate"] = (f, d)
@@ -148,7 +149,7 @@ class Decoder:
         for name, shape in matrices.items():
             specs[f"{name}.weight"] = TensorSpec(shape)
             specs[f"{name}.bias"] = TensorSpec(shape[:1], optional=True)
-        return specs if config.experts is None else specs | expert_specs(config)
+        return specs | expert_specs(config) if mixture else specs
 
     def layer_kind(self, config: DecoderConfig, layer: int) -> str:
         """Whether a layer sees the whole context, and whether it turns its queries and keys."""
@@ -360,7 +361,7 @@ def _added(x: Array, update: Array, weights: Weights, norm: str, config: Decoder
 
 
 def _feed_forward(h: Array, weights: Weights, config: DecoderConfig) -> Array:
-    if config.experts is not None:
+    if f"{ROUTER}.weight" in weights:
         return feed_forward(h, weights, config)
     if not config.gated:
         up = project(h, weights, "ffn_up", config)

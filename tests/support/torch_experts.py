@@ -25,6 +25,9 @@ _PROJECTIONS = {
     "attn_k_norm": "self_attn.k_norm",
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
@@ -62,6 +65,22 @@ def _model(file: GGUF) -> Any:
         }
         options["attention_bias"] = True
         options["rope_parameters"]["truncate"] = False
+    elif architecture == "glm4moe":
+        kind = "Glm4Moe"
+        width = key("attention.key_length")
+        options |= {
+            "n_routed_experts": key("expert_count"),
+            "n_shared_experts": key("expert_shared_count"),
+            "moe_intermediate_size": key("expert_feed_forward_length"),
+            "norm_topk_prob": key("expert_weights_norm"),
+            "routed_scaling_factor": key("expert_weights_scale"),
+            "n_group": key("expert_group_count", 1),
+            "topk_group": key("expert_group_used_count", 1),
+            "first_k_dense_replace": key("leading_dense_block_count"),
+            "use_qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
+            "attention_bias": True,
+        }
+        options["rope_parameters"]["partial_rotary_factor"] = key("rope.dimension_count", width) / width
     else:
         kind = {"qwen2moe": "Qwen2Moe", "qwen3moe": "Qwen3Moe"}[architecture]
         options |= {
@@ -71,7 +90,9 @@ def _model(file: GGUF) -> Any:
         }
         if architecture == "qwen2moe":
             options["shared_expert_intermediate_size"] = key("expert_shared_feed_forward_length")
-    config = getattr(transformers, f"{kind}Config")(**model_sizes(file, architecture), **options)
+    sizes = model_sizes(file, architecture)
+    sizes["num_hidden_layers"] -= key("nextn_predict_layers", 0)
+    config = getattr(transformers, f"{kind}Config")(**sizes, **options)
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 
 
@@ -82,7 +103,8 @@ def _state(file: GGUF) -> dict[str, torch.Tensor]:
         "model.norm.weight": decoded(file, "output_norm.weight"),
         "lm_head.weight": decoded(file, "output.weight"),
     }
-    for layer in range(file.metadata[f"{architecture}.block_count"]):
+    guessing = file.metadata.get(f"{architecture}.nextn_predict_layers", 0)
+    for layer in range(file.metadata[f"{architecture}.block_count"] - guessing):
         there = f"model.layers.{layer}"
         for ours, theirs in _PROJECTIONS.items():
             for part in ("weight", "bias"):
@@ -97,9 +119,17 @@ def _state(file: GGUF) -> dict[str, torch.Tensor]:
                         values = values[None]
                     if architecture == "gpt-oss" and ours == "ffn_gate_inp":
                         theirs = "mlp.router"
+                    if architecture != "qwen2moe":
+                        theirs = theirs.replace("shared_expert.", "shared_experts.")
                     state[f"{there}.{theirs}.{part}"] = values
         if f"blk.{layer}.attn_sinks.weight" in file.tensors:
             state[f"{there}.self_attn.sinks"] = decoded(file, f"blk.{layer}.attn_sinks.weight")
+        if f"blk.{layer}.exp_probs_b.bias" in file.tensors:
+            state[f"{there}.mlp.gate.e_score_correction_bias"] = decoded(
+                file, f"blk.{layer}.exp_probs_b.bias"
+            )
+        if f"blk.{layer}.ffn_gate.weight" in file.tensors:
+            continue
         gate, up, down = (
             decoded(file, f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up", "down")
         )

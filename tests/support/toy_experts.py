@@ -21,6 +21,27 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "biases": ("attn_q", "attn_k", "attn_v"),
     },
     "qwen3moe": {"count": 8, "used": 3, "qk_norm": True},
+    "glm4moe": {
+        "count": 8,
+        "used": 3,
+        "qk_norm": True,
+        "biases": ("attn_q", "attn_k", "attn_v"),
+        "norms": ("attn_norm", "post_attention_norm"),
+        "shared": 32,
+        "shared_gate": False,
+        "dense": (0,),
+        "choice_bias": True,
+        "guessing": 1,
+        "values": {
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 1.5,
+            "rope.dimension_count": 8,
+            "nextn_predict_layers": 1,
+        },
+    },
     "gpt-oss": {
         "count": 8,
         "used": 3,
@@ -73,7 +94,8 @@ def toy_mixture(
     )
     width = d // heads
     toy = Toy(path, architecture, pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed)
-    toy.sizes(layers, d, f, heads, kv_heads, context=512)
+    guessing = options.get("guessing", 0)
+    toy.sizes(layers + guessing, d, 3 * f if options.get("dense") else f, heads, kv_heads, context=512)
     metadata: dict[str, Any] = {
         "rope.freq_base": 10_000.0,
         "attention.key_length": width,
@@ -83,7 +105,7 @@ def toy_mixture(
     }
     if architecture != "llama":
         metadata["expert_feed_forward_length"] = f
-    if shared:
+    if shared and options.get("shared_gate", True):
         metadata["expert_shared_feed_forward_length"] = shared
     for key, value in (metadata | options.get("values", {}) | (values or {})).items():
         toy.value(key, value)
@@ -104,6 +126,12 @@ def toy_mixture(
         if options.get("qk_norm"):
             for name in ("attn_q_norm", "attn_k_norm"):
                 toy.norm(f"blk.{layer}.{name}.weight", width)
+        if layer in options.get("dense", ()):
+            for name, rows, columns in (("ffn_gate", 3 * f, d), ("ffn_up", 3 * f, d), ("ffn_down", d, 3 * f)):
+                toy.matrix(f"blk.{layer}.{name}.weight", rows, columns)
+            continue
+        if options.get("choice_bias"):
+            toy.tensor(f"blk.{layer}.exp_probs_b.bias", toy.generator.normal(scale=0.3, size=count))
         if "ffn_gate_inp" not in left_out:
             router = toy.generator.normal(scale=2 * d**-0.5, size=(count, d))
             toy.tensor(f"blk.{layer}.ffn_gate_inp.weight", router)
@@ -127,7 +155,12 @@ def toy_mixture(
                 ("ffn_down_shexp", d, shared),
             ):
                 toy.matrix(f"blk.{layer}.{name}.weight", rows, columns)
-            toy.tensor(f"blk.{layer}.ffn_gate_inp_shexp.weight", toy.generator.normal(scale=d**-0.5, size=d))
+            if options.get("shared_gate", True):
+                toy.tensor(
+                    f"blk.{layer}.ffn_gate_inp_shexp.weight", toy.generator.normal(scale=d**-0.5, size=d)
+                )
+    for layer in range(layers, layers + guessing):
+        toy.matrix(f"blk.{layer}.nextn.eh_proj.weight", d, 2 * d)
     return toy.write()
 
 
