@@ -3,6 +3,7 @@
 from airjax.layers.attention import SCORES_BYTES as SCORES_BYTES
 from airjax.layers.attention import AttentionForm as AttentionForm
 from airjax.layers.attention import attention_weights as attention_weights
+from airjax.layers.attention import product_precision as product_precision
 from airjax.layers.attention import read_rows as read_rows
 from airjax.layers.mlp import Activation as Activation
 from airjax.layers.mlp import activate as activate

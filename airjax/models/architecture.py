@@ -148,13 +148,16 @@ def project_many(x: Array, weights: Weights, names: Sequence[str], config: Confi
     ]
 
 
-def common_sizes(gguf: GGUF, compute_dtype: str, eps: str = "layer_norm_rms_epsilon") -> dict[str, Any]:
+def common_sizes(
+    gguf: GGUF, compute_dtype: str, eps: str = "layer_norm_rms_epsilon", head_dim: int | None = None
+) -> dict[str, Any]:
     """The fields of `Config` from the metadata every decoder-only file has.
 
     Args:
       gguf: the open file.
       compute_dtype: as in `Config`.
       eps: the name that the file has for the constant of its norms.
+      head_dim: of the cache's rows, where it is not that of keys and values in the file.
 
     Raises:
       GGUFError: a key is missing, or a value makes no model.
@@ -178,8 +181,9 @@ def common_sizes(gguf: GGUF, compute_dtype: str, eps: str = "layer_norm_rms_epsi
             f"{gguf.path}: {arch}.attention.head_count must be a multiple of head_count_kv, "
             f"got {heads} and {kv_heads}: convert the model again"
         )
-    head_dim = key("attention.key_length", max(d_model // heads, 1))
-    if key("attention.value_length", head_dim) != head_dim:
+    own = head_dim is not None
+    head_dim = key("attention.key_length", max(d_model // heads, 1)) if head_dim is None else head_dim
+    if not own and key("attention.value_length", head_dim) != head_dim:
         raise GGUFError(
             f"{gguf.path}: attention.key_length and value_length must be equal in a {arch} model, "
             f"got {head_dim} and {gguf.metadata[f'{arch}.attention.value_length']}"

@@ -184,7 +184,7 @@ class Decoder:
     ) -> tuple[Array, Array, Array]:
         """The first part of `block`: queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, after rope."""
         batch, new, _ = x.shape
-        h = _norm(x, weights, config.attention_norm, config) if config.pre_norms else x
+        h = self.attention_input(weights, x, config)
         if config.fused_qkv:
             width, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
             q, k, v = jnp.split(project(h, weights, "attn_qkv", config), (width, width + kv), axis=-1)
@@ -203,6 +203,10 @@ class Decoder:
         if config.attention_growth:
             q = q * _growth(positions, config)[..., None, None]
         return q, k, v
+
+    def attention_input(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
+        """What attention takes of hidden states."""
+        return _norm(x, weights, config.attention_norm, config) if config.pre_norms else x
 
     def attend_output(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Array:
         """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states."""
