@@ -542,10 +542,11 @@ def _workspace_bytes(config: Config, manifest: Manifest, context: int, chunk: in
     # Attention keeps its score tile below a limit of its own; two tiles live at once.
     scores = 2 * min(config.n_heads * chunk * context * 4, layers.SCORES_BYTES)
     attention = scores + 4 * chunk * 4 * (d + wide) + decoded * _tile(wide, d)
-    if config.experts is None:
+    experts, feed_forward = config.experts, 0.0
+    if experts is None or not all(experts.in_layer(layer) for layer in range(config.n_layers)):
         feed_forward = 4 * chunk * 4 * (d + f) + decoded * max(_tile(f, d), _tile(d, f))
-    else:
-        feed_forward = _experts_workspace(config, chunk, decoded)
+    if experts is not None:
+        feed_forward = max(feed_forward, _experts_workspace(config, chunk, decoded))
     logits = 2 * itemsize * _tile(config.vocab_size, d) + 3 * max(config.vocab_size * 4, LOGIT_ROWS_BYTES)
     return _FIXED_WORKSPACE_BYTES + int(max(attention, feed_forward, logits))
 

@@ -146,9 +146,7 @@ def _sweep(plan: Plan, config: Config, c: Ceilings, batch: int, new: int, length
     experts, chosen = config.experts, 1.0
     if experts is not None:
         chosen = 1 - (1 - experts.routing.used / experts.count) ** rows
-    met = config.n_layers * _layer_weights(
-        config, 1.0 if experts is None else experts.routing.used / experts.count
-    )
+    met = _weights(config, 1.0 if experts is None else experts.routing.used / experts.count)
     missed_bytes = chosen * plan.expert_bytes * (1 - plan.expert_hit_rate)
     passing_bytes = missed_bytes if plan.expert_slots else plan.bytes_per_sweep
     kernel = c.kernel_bytes_per_s if plan.relaid else None
@@ -171,7 +169,7 @@ def _sweep(plan: Plan, config: Config, c: Ceilings, batch: int, new: int, length
         if rows <= few_rows:
             memory_s += read_bytes / few_rate
         else:
-            decoded_bytes = _itemsize(config) * layers * _layer_weights(config, chosen)
+            decoded_bytes = _itemsize(config) * layers / config.n_layers * _weights(config, chosen)
             memory_s += (read_bytes + 2 * decoded_bytes) / c.memory_bytes_per_s
     # Each new row meets every weight of the layers, the last of a sequence the output matrix, and all the cache.
     products = rows * met + batch * config.vocab_size * config.d_model
@@ -192,12 +190,13 @@ def _kv_row_bytes(plan: Plan) -> float:
     return (plan.kv_host_bytes if plan.shuttle else plan.kv_bytes) / slots
 
 
-def _layer_weights(config: Config, experts: float) -> float:
-    """Weights of a layer's matrices, of the routed experts a share."""
-    specs = models.get(config.architecture).block_specs(config)
+def _weights(config: Config, experts: float) -> float:
+    """Weights of all layers' matrices, of the routed experts a share."""
+    architecture = models.get(config.architecture)
     return sum(
         math.prod(spec.shape) * (experts if len(spec.shape) > 2 else 1)
-        for spec in specs.values()
+        for layer in range(config.n_layers)
+        for spec in architecture.block_specs(config, layer).values()
         if len(spec.shape) > 1
     )
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 # The beginnings of the names of a router's tensors and of the norms before it.
-_READ_BY_ROUTER = ("ffn_gate_inp.", "ffn_norm.", "post_attention_norm.")
+_READ_BY_ROUTER = ("ffn_gate_inp.", "exp_probs_b.", "ffn_norm.", "post_attention_norm.")
 
 
 @flax.struct.dataclass

@@ -16,6 +16,7 @@ from airjax.gguf.manifest import Manifest as Manifest
 from airjax.gguf.manifest import Slot as Slot
 from airjax.gguf.manifest import Span as Span
 from airjax.gguf.manifest import build_manifest as build_manifest
+from airjax.gguf.manifest import guessing_layers as guessing_layers
 from airjax.gguf.manifest import split_experts as split_experts
 from airjax.gguf.reader import GGUF as GGUF
 from airjax.gguf.reader import open_gguf as open_gguf

@@ -197,8 +197,14 @@ def build_manifest(
         raise ValueError(f"align must be a power of two, got {align}: pass 1 for exact ranges, 64 for views")
     layers: dict[int, list[tuple[str, TensorInfo]]] = {}
     others: dict[str, Span] = {}
+    guessing = guessing_layers(gguf)
+    end = (
+        gguf.get(f"{gguf.metadata['general.architecture']}.block_count", int) - guessing if guessing else None
+    )
     for info in gguf.tensors.values():
         match = _BLOCK.fullmatch(info.name)
+        if match and end is not None and int(match[1]) >= end:
+            continue
         if match:
             own = layers.setdefault(int(match[1]), [])
             if match[2] not in without:
@@ -212,6 +218,14 @@ def build_manifest(
             )
     spans = tuple(_span(f"blk.{layer}", layers[layer], align, max_gap) for layer in sorted(layers))
     return Manifest(spans, others)
+
+
+def guessing_layers(gguf: GGUF) -> int:
+    """How many layers at the end of a file guess further tokens (DeepSeek-V3), and are neither run nor carried."""
+    count = int(gguf.get(f"{gguf.metadata.get('general.architecture')}.nextn_predict_layers", int, 0))
+    if count < 0:
+        raise GGUFError(f"{gguf.path}: nextn_predict_layers must not be negative, got {count}")
+    return count
 
 
 def _span(name: str, tensors: Iterable[tuple[str, TensorInfo]], align: int, max_gap: int) -> Span:

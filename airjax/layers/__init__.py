@@ -3,12 +3,14 @@
 from airjax.layers.attention import SCORES_BYTES as SCORES_BYTES
 from airjax.layers.attention import AttentionForm as AttentionForm
 from airjax.layers.attention import attention_weights as attention_weights
+from airjax.layers.attention import product_precision as product_precision
 from airjax.layers.attention import read_rows as read_rows
 from airjax.layers.mlp import Activation as Activation
 from airjax.layers.mlp import activate as activate
 from airjax.layers.mlp import gated as gated
 from airjax.layers.moe import Grouping as Grouping
 from airjax.layers.moe import Routing as Routing
+from airjax.layers.moe import Scoring as Scoring
 from airjax.layers.moe import choose as choose
 from airjax.layers.moe import group_by_expert as group_by_expert
 from airjax.layers.moe import most_blocks as most_blocks

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from airjax import layers, quants
-from airjax.gguf import GGUF, GGUFError, Layout
+from airjax.gguf import GGUF, GGUFError, Layout, guessing_layers
 from airjax.types import Array, KVCache
 
 # Of the mesh of tensor parallelism.
@@ -71,7 +71,7 @@ class Architecture(Protocol):
 
     def global_specs(self, config: Any) -> dict[str, TensorSpec]: ...
 
-    def block_specs(self, config: Any) -> dict[str, TensorSpec]: ...
+    def block_specs(self, config: Any, layer: int) -> dict[str, TensorSpec]: ...
 
     def layer_kind(self, config: Any, layer: int) -> str:
         """Layers of one kind run the same code; kinds differ in attention window or rope base."""
@@ -167,13 +167,16 @@ def project_many(x: Array, weights: Weights, names: Sequence[str], config: Confi
     ]
 
 
-def common_sizes(gguf: GGUF, compute_dtype: str, eps: str = "layer_norm_rms_epsilon") -> dict[str, Any]:
+def common_sizes(
+    gguf: GGUF, compute_dtype: str, eps: str = "layer_norm_rms_epsilon", head_dim: int | None = None
+) -> dict[str, Any]:
     """The fields of `Config` from the metadata every decoder-only file has.
 
     Args:
       gguf: the open file.
       compute_dtype: as in `Config`.
       eps: the name that the file has for the constant of its norms.
+      head_dim: of the cache's rows, where it is not that of keys and values in the file.
 
     Raises:
       GGUFError: a key is missing, or a value makes no model.
@@ -197,8 +200,9 @@ def common_sizes(gguf: GGUF, compute_dtype: str, eps: str = "layer_norm_rms_epsi
             f"{gguf.path}: {arch}.attention.head_count must be a multiple of head_count_kv, "
             f"got {heads} and {kv_heads}: convert the model again"
         )
-    head_dim = key("attention.key_length", max(d_model // heads, 1))
-    if key("attention.value_length", head_dim) != head_dim:
+    own = head_dim is not None
+    head_dim = key("attention.key_length", max(d_model // heads, 1)) if head_dim is None else head_dim
+    if not own and key("attention.value_length", head_dim) != head_dim:
         raise GGUFError(
             f"{gguf.path}: attention.key_length and value_length must be equal in a {arch} model, "
             f"got {head_dim} and {gguf.metadata[f'{arch}.attention.value_length']}"
@@ -207,12 +211,17 @@ def common_sizes(gguf: GGUF, compute_dtype: str, eps: str = "layer_norm_rms_epsi
         raise GGUFError(f"{gguf.path}: the head width must be even for rope, got {head_dim}")
     if "token_embd.weight" not in gguf.tensors:
         raise GGUFError(f"{gguf.path}: tensor token_embd.weight is missing: this is no whole language model")
+    n_layers = key("block_count") - guessing_layers(gguf)
+    if n_layers < 1:
+        raise GGUFError(
+            f"{gguf.path}: {arch}.nextn_predict_layers must be less than block_count: convert the model again"
+        )
     norm_eps = gguf.get(f"{arch}.attention.{eps}", float)
     if not 0 < norm_eps < 1:
         raise GGUFError(f"{gguf.path}: {arch}.attention.{eps} must be in (0, 1), got {norm_eps}")
     return {
         "architecture": arch,
-        "n_layers": key("block_count"),
+        "n_layers": n_layers,
         "d_model": d_model,
         "n_heads": heads,
         "n_kv_heads": kv_heads,
@@ -239,8 +248,8 @@ def check_tensors(gguf: GGUF, architecture: Architecture, config: Config) -> Non
             "convert the model again"
         )
     specs = dict(architecture.global_specs(config))
-    block = architecture.block_specs(config)
     for layer in range(config.n_layers):
+        block = architecture.block_specs(config, layer)
         specs |= {f"blk.{layer}.{name}": spec for name, spec in block.items()}
     for name, spec in specs.items():
         info = gguf.tensors.get(name)
@@ -260,7 +269,13 @@ def check_tensors(gguf: GGUF, architecture: Architecture, config: Config) -> Non
                 f"{gguf.path}: tensor {name} has block type {info.type.name}, which airjax can't read yet: "
                 f"use a file with {known}"
             )
-    unknown = [name for name in gguf.tensors if name.startswith("blk.") and name not in specs]
+    # Layers past the last, which guess further tokens, are not run.
+    guessing = tuple(f"blk.{config.n_layers + n}." for n in range(guessing_layers(gguf)))
+    unknown = [
+        name
+        for name in gguf.tensors
+        if name.startswith("blk.") and name not in specs and not name.startswith(guessing)
+    ]
     if unknown:
         raise GGUFError(
             f"{gguf.path}: tensor {unknown[0]} is not part of a {config.architecture} model of "

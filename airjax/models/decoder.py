@@ -24,7 +24,7 @@ from airjax.models.architecture import (
     project_many,
     vector,
 )
-from airjax.models.experts import expert_specs, feed_forward
+from airjax.models.experts import ROUTER, expert_specs, feed_forward
 from airjax.types import Array, KVCache
 
 _UNROTATED = " unrotated"
@@ -118,15 +118,16 @@ class Decoder:
             "rope_freqs.weight": TensorSpec((len(config.rope_frequencies),), optional=True),
         }
 
-    def block_specs(self, config: DecoderConfig) -> dict[str, TensorSpec]:
+    def block_specs(self, config: DecoderConfig, layer: int) -> dict[str, TensorSpec]:
         """Tensors of one layer, by short name."""
+        mixture = config.experts is not None and config.experts.in_layer(layer)
         d, f = config.d_model, config.d_ff
         q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         matrices = {"attn_qkv": (q + 2 * kv, d)} if config.fused_qkv else {}
         if not config.fused_qkv:
             matrices |= {"attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d)}
         matrices["attn_output"] = (d, q)
-        if config.experts is None:
+        if not mixture:
             matrices |= {"ffn_up": (2 * f if config.fused_gate else f, d), "ffn_down": (d, f)}
             if config.gated and not config.fused_gate:
                 matrices["ffn_gate"] = (f, d)
@@ -148,7 +149,7 @@ class Decoder:
         for name, shape in matrices.items():
             specs[f"{name}.weight"] = TensorSpec(shape)
             specs[f"{name}.bias"] = TensorSpec(shape[:1], optional=True)
-        return specs if config.experts is None else specs | expert_specs(config)
+        return specs | expert_specs(config) if mixture else specs
 
     def layer_kind(self, config: DecoderConfig, layer: int) -> str:
         """Whether a layer sees the whole context, and whether it turns its queries and keys."""
@@ -183,7 +184,7 @@ class Decoder:
     ) -> tuple[Array, Array, Array]:
         """The first part of `block`: queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, after rope."""
         batch, new, _ = x.shape
-        h = _norm(x, weights, config.attention_norm, config) if config.pre_norms else x
+        h = self.attention_input(weights, x, config)
         if config.fused_qkv:
             width, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
             q, k, v = jnp.split(project(h, weights, "attn_qkv", config), (width, width + kv), axis=-1)
@@ -202,6 +203,10 @@ class Decoder:
         if config.attention_growth:
             q = q * _growth(positions, config)[..., None, None]
         return q, k, v
+
+    def attention_input(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
+        """What attention takes of hidden states."""
+        return _norm(x, weights, config.attention_norm, config) if config.pre_norms else x
 
     def attend_output(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Array:
         """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states."""
@@ -360,7 +365,7 @@ def _added(x: Array, update: Array, weights: Weights, norm: str, config: Decoder
 
 
 def _feed_forward(h: Array, weights: Weights, config: DecoderConfig) -> Array:
-    if config.experts is not None:
+    if f"{ROUTER}.weight" in weights:
         return feed_forward(h, weights, config)
     if not config.gated:
         up = project(h, weights, "ffn_up", config)

@@ -6,7 +6,8 @@ the numbers are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,10 @@ from airjax.models.architecture import Config, TensorSpec, Weights, project, pro
 from airjax.types import Array
 
 ROUTER = "ffn_gate_inp"
+_CHOICE_BIAS = "exp_probs_b.bias"
+# By the numbers that files have for them.
+_SCORINGS: dict[int, layers.Scoring] = {1: "softmax", 2: "sigmoid", 3: "softmax of chosen"}
+_FUNCTION_OF = {scoring: number for number, scoring in _SCORINGS.items()}
 EXPERT_MATRICES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 # As in `quants.matmul`: up to this many rows each goes to its experts alone.
 _FEW_ROWS = 8
@@ -40,6 +45,10 @@ class Experts:
       shared_gate: a token's own weight for that (Qwen 2).
       activation: of the gates.
       biases: router and experts have them; they are small, and stay with the rest of the layer.
+      choice_bias: the router has a bias that moves the choice but not the weights (DeepSeek-V3).
+      first: so many layers before the first mixture have a plain feed-forward part.
+      every: from there on each so manyth layer is a mixture, the last of each group.
+      on_input: a token's weight for an expert multiplies what the expert takes, not what it gives (Llama 4).
     """
 
     count: int
@@ -49,9 +58,24 @@ class Experts:
     shared_gate: bool = False
     activation: layers.Activation = "silu"
     biases: bool = False
+    choice_bias: bool = False
+    first: int = 0
+    every: int = 1
+    on_input: bool = False
+
+    def in_layer(self, layer: int) -> bool:
+        """Whether a layer is a mixture."""
+        return layer >= self.first and (layer - self.first + 1) % self.every == 0
 
 
-def read_experts(gguf: GGUF, sizes: Mapping[str, Any], *, normalized: bool, width: str) -> Experts:
+def read_experts(
+    gguf: GGUF,
+    sizes: Mapping[str, Any],
+    *,
+    normalized: bool,
+    width: str,
+    scoring: layers.Scoring = "softmax",
+) -> Experts:
     """The experts of a file by the keys that most files share.
 
     Args:
@@ -59,6 +83,7 @@ def read_experts(gguf: GGUF, sizes: Mapping[str, Any], *, normalized: bool, widt
       sizes: from `common_sizes`.
       normalized: whether the chosen experts' weights sum to one, where the file does not say it.
       width: key of an expert's width.
+      scoring: where the file does not say it.
 
     Raises:
       GGUFError: a number makes no mixture of experts.
@@ -81,7 +106,40 @@ def read_experts(gguf: GGUF, sizes: Mapping[str, Any], *, normalized: bool, widt
         )
     normalized = gguf.get(f"{arch}.expert_weights_norm", bool, normalized)
     scale = gguf.get(f"{arch}.expert_weights_scale", float, 1.0)
-    return Experts(count, key(width), layers.Routing(used, normalized=normalized, scale=scale or 1.0))
+    function = gguf.get(f"{arch}.expert_gating_func", int, 0) or _FUNCTION_OF[scoring]
+    if function not in _SCORINGS:
+        raise GGUFError(
+            f"{gguf.path}: {arch}.expert_gating_func must be 1 (softmax), 2 (sigmoid) or 3 (softmax of chosen), "
+            f"got {function}"
+        )
+    groups = gguf.get(f"{arch}.expert_group_count", int, 0) or 1
+    kept = gguf.get(f"{arch}.expert_group_used_count", int, 0) or groups
+    if groups < 1 or count % groups or not 0 < kept <= groups or used > kept * (count // groups):
+        raise GGUFError(
+            f"{gguf.path}: {arch}.expert_group_count and expert_group_used_count must cut {count} experts in equal "
+            f"groups with {used} to choose from, got {groups} and {kept}: convert the model again"
+        )
+    if groups > 1 and count // groups < 2:
+        raise GGUFError(
+            f"{gguf.path}: {arch}.expert_group_count must leave 2 experts in a group, got {groups}"
+        )
+    routing = layers.Routing(used, _SCORINGS[function], normalized, scale or 1.0)
+    if kept < groups:
+        # DeepSeek-V2, whose scores are a softmax, takes the best of a group, DeepSeek-V3 the best two.
+        best = 1 if routing.scoring == "softmax" else 2
+        routing = dataclasses.replace(routing, groups=groups, groups_used=kept, group_best=best)
+    first = gguf.get(f"{arch}.leading_dense_block_count", int, 0)
+    if not 0 <= first <= sizes["n_layers"]:
+        raise GGUFError(
+            f"{gguf.path}: {arch}.leading_dense_block_count must be at most block_count, got {first}"
+        )
+    return Experts(
+        count, key(width), routing, choice_bias=_has_choice_bias(gguf, sizes["n_layers"]), first=first
+    )
+
+
+def _has_choice_bias(gguf: GGUF, n_layers: int) -> bool:
+    return any(f"blk.{layer}.{_CHOICE_BIAS}" in gguf.tensors for layer in range(n_layers))
 
 
 def expert_specs(config: Config) -> dict[str, TensorSpec]:
@@ -101,6 +159,8 @@ def expert_specs(config: Config) -> dict[str, TensorSpec]:
     specs = {f"{name}.weight": TensorSpec(shape) for name, shape in shapes.items()}
     if experts.biases:
         specs |= {f"{name}.bias": TensorSpec(shapes[name][:-1]) for name in (ROUTER, *EXPERT_MATRICES)}
+    if experts.choice_bias:
+        specs[_CHOICE_BIAS] = TensorSpec((experts.count,))
     return specs
 
 
@@ -108,7 +168,24 @@ def feed_forward(h: Array, weights: Weights, config: Config) -> Array:
     """A layer's feed-forward part with all of its experts at hand: `[B, T, D]` to `[B, T, D]`."""
     ids, gates = route(h, weights, config)
     products = expert_products(h, ids, stacks(weights), biases(weights, config), None, None, config)
-    return combined(products, gates, shared(h, weights, config))
+    if not config.experts.shared_d_ff:
+        return combined(products, gates, None)
+
+    def beside() -> Array:
+        found = shared(h, weights, config)
+        assert found is not None
+        return found
+
+    # XLA's CPU backend would fuse the last factor of the shared experts with the sum, and round once less than where
+    # the routed experts come through a pool, in a program of their own; into a `lax.cond` it does not fuse.
+    alone = jax.lax.platform_dependent(
+        ids, cpu=lambda ids: _shared_alone(ids, h, beside), default=lambda ids: beside()
+    )
+    return combined(products, gates, alone)
+
+
+def _shared_alone(ids: Array, h: Array, beside: Callable[[], Array]) -> Array:
+    return jax.lax.cond(ids[0, 0, 0] >= 0, beside, lambda: jnp.zeros_like(h))
 
 
 def route(h: Array, weights: Weights, config: Config) -> tuple[Array, Array]:
@@ -116,7 +193,8 @@ def route(h: Array, weights: Weights, config: Config) -> tuple[Array, Array]:
     logits = quants.matmul(h, weights[f"{ROUTER}.weight"], dtype=np.dtype(np.float32))
     if config.experts.biases:
         logits = logits + quants.dequantize(weights[f"{ROUTER}.bias"])
-    return layers.choose(logits, config.experts.routing)
+    bias = quants.dequantize(weights[_CHOICE_BIAS]) if config.experts.choice_bias else None
+    return layers.choose(logits, config.experts.routing, bias)
 
 
 def shared(h: Array, weights: Weights, config: Config) -> Array | None:

@@ -43,7 +43,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
 
 
 def _rope(gguf: GGUF, width: int) -> dict[str, Any]:
-    """YaRN whose ends are not rounded to whole pairs."""
+    """YaRN whose ends are not rounded to whole pairs, as the model was trained; llama.cpp rounds them, and differs."""
     base = gguf.get("gpt-oss.rope.freq_base", float)
     scaling = gguf.get("gpt-oss.rope.scaling.type", str, "none")
     if scaling not in ("none", "yarn"):

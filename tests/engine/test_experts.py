@@ -103,8 +103,12 @@ def test_a_pool_of_any_size_gives_the_numbers_of_resident_layers(path, resident,
         np.testing.assert_array_equal(_results(loaded)[0], resident[0])
 
 
-def test_biases_sinks_and_windows_come_through_the_pool_too(tmp_path):
-    toy = toy_mixture(tmp_path / "toy.gguf", "gpt-oss", block_type="MXFP4", layers=2)
+@pytest.mark.parametrize(
+    ("model", "block_type"),
+    [("gpt-oss", "MXFP4"), ("glm4moe", "Q4_0"), ("qwen2moe", "Q4_0"), ("deepseek2", "Q8_0")],
+)
+def test_biases_sinks_windows_and_dense_layers_come_through_the_pool_too(tmp_path, model, block_type):
+    toy = toy_mixture(tmp_path / "toy.gguf", model, block_type=block_type, layers=3)
     with _load(toy, resident="all") as loaded:
         expected = _results(loaded)
     with _load(toy, 5) as loaded:

@@ -34,9 +34,79 @@ def test_weights_that_sum_to_one_are_the_files_own_matter(tmp_path, normalized):
         assert max_kl(torch_mixture_logits(path, ids), loaded.logits(ids)) < 1e-6
 
 
+def test_groups_limit_the_choice_as_in_transformers(tmp_path):
+    groups = {"expert_group_count": 4, "expert_group_used_count": 2}
+    path = toy_mixture(tmp_path / "toy.gguf", "glm4moe", values=groups)
+    with _load(path) as loaded:
+        ids = random_ids(loaded.model.config.vocab_size, 70)
+        theirs = torch_mixture_logits(path, ids)
+        assert max_kl(theirs, loaded.logits(ids)) < 1e-6
+    with _load(toy_mixture(tmp_path / "free.gguf", "glm4moe")) as loaded:
+        assert max_kl(theirs, loaded.logits(ids)) > 1e-3
+
+
+def test_groups_of_a_softmax_count_as_their_best_expert(tmp_path):
+    groups = {"expert_group_count": 4, "expert_group_used_count": 2}
+    values = MIXTURES["deepseek2-lite"]["values"] | groups
+    path = toy_mixture(tmp_path / "toy.gguf", "deepseek2-lite", values=values)
+    with _load(path) as loaded:
+        ids = random_ids(loaded.model.config.vocab_size, 70)
+        assert max_kl(torch_mixture_logits(path, ids), loaded.logits(ids)) < 1e-6
+
+
+def test_latent_attention_keeps_one_vector_of_a_token(tmp_path):
+    with _load(toy_mixture(tmp_path / "toy.gguf", "deepseek2")) as loaded:
+        config = loaded.model.config
+        assert (config.n_kv_heads, config.head_dim) == (1, 32 + 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"attention.kv_lora_rank": 0}, "attention.kv_lora_rank must be a positive number, got 0"),
+        ({"rope.dimension_count": 32}, "must be even and less than a key's width 32, got 32"),
+        ({"attention.q_lora_rank": 40}, r"attn_q_a.weight must have shape \(40, 64\) by the metadata"),
+        ({"rope.scaling.type": "longrope"}, "rope.scaling.type 'longrope' can't be run"),
+    ],
+)
+def test_latent_attention_that_does_not_fit_is_refused_by_name(tmp_path, values, message):
+    values = MIXTURES["deepseek2"]["values"] | values
+    with pytest.raises(GGUFError, match=message):
+        _load(toy_mixture(tmp_path / "toy.gguf", "deepseek2", values=values))
+
+
+def test_layers_that_guess_further_tokens_are_not_carried(tmp_path):
+    with _load(toy_mixture(tmp_path / "toy.gguf", "glm4moe", layers=2)) as loaded:
+        assert "blk.2.nextn.eh_proj.weight" in loaded.model.gguf.tensors
+        assert loaded.model.config.n_layers == len(loaded.model.manifest.layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"expert_gating_func": 4}, r"expert_gating_func must be 1 \(softmax\), 2 .* got 4"),
+        ({"expert_group_count": 3}, "must cut 8 experts in equal groups"),
+        ({"expert_group_count": 8, "expert_group_used_count": 4}, "must leave 2 experts in a group, got 8"),
+        ({"leading_dense_block_count": 9}, "leading_dense_block_count must be at most block_count, got 9"),
+        ({"leading_dense_block_count": 0}, "tensor blk.0.ffn_gate_inp.weight is missing"),
+        ({"nextn_predict_layers": 4}, "nextn_predict_layers must be less than block_count"),
+    ],
+)
+def test_a_mixture_with_dense_layers_that_don_t_fit_is_refused_by_name(tmp_path, values, message):
+    with pytest.raises(GGUFError, match=message):
+        _load(toy_mixture(tmp_path / "toy.gguf", "glm4moe", values=values))
+
+
 @pytest.mark.parametrize(
     ("model", "block_type"),
-    [("qwen2moe", "Q4_0"), ("mixtral", "Q8_0"), ("qwen3moe", "Q4_K"), ("gpt-oss", "MXFP4")],
+    [
+        ("qwen2moe", "Q4_0"),
+        ("mixtral", "Q8_0"),
+        ("qwen3moe", "Q4_K"),
+        ("gpt-oss", "MXFP4"),
+        ("glm4moe", "Q8_0"),
+        ("deepseek2", "Q4_0"),
+    ],
 )
 def test_quantized_experts_give_the_logits_of_transformers(tmp_path, model, block_type):
     path = toy_mixture(tmp_path / "toy.gguf", model, block_type=block_type, layers=2)
@@ -55,7 +125,8 @@ def test_token_by_token_and_in_pieces_equals_the_full_forward(tmp_path, model):
 
 
 @pytest.mark.parametrize(
-    ("model", "block_type"), [("qwen2moe", "Q4_0"), ("qwen3moe", "Q4_K"), ("gpt-oss", "Q8_0")]
+    ("model", "block_type"),
+    [("qwen2moe", "Q4_0"), ("qwen3moe", "Q4_K"), ("gpt-oss", "Q8_0"), ("deepseek2", "Q8_0")],
 )
 def test_streamed_with_the_shuttle_equals_resident(tmp_path, model, block_type):
     path = toy_mixture(tmp_path / "toy.gguf", model, block_type=block_type, layers=2)

@@ -18,6 +18,12 @@ _PROJECTIONS = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "post_attention_norm": "post_attention_layernorm",
@@ -25,6 +31,9 @@ _PROJECTIONS = {
     "attn_k_norm": "self_attn.k_norm",
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
@@ -62,6 +71,48 @@ def _model(file: GGUF) -> Any:
         }
         options["attention_bias"] = True
         options["rope_parameters"]["truncate"] = False
+    elif architecture == "deepseek2":
+        sigmoid = key("expert_gating_func", 1) == 2
+        kind = "DeepseekV3" if sigmoid else "DeepseekV2"
+        suffix = "_mla" if "blk.0.attn_k_b.weight" in file.tensors else ""
+        rotated = key("rope.dimension_count")
+        options |= {
+            "num_key_value_heads": key("attention.head_count"),
+            "head_dim": rotated,
+            "qk_rope_head_dim": rotated,
+            "qk_nope_head_dim": key(f"attention.key_length{suffix}") - rotated,
+            "v_head_dim": key(f"attention.value_length{suffix}"),
+            "kv_lora_rank": key("attention.kv_lora_rank"),
+            "q_lora_rank": key("attention.q_lora_rank"),
+            "n_routed_experts": key("expert_count"),
+            "n_shared_experts": key("expert_shared_count"),
+            "moe_intermediate_size": key("expert_feed_forward_length"),
+            "norm_topk_prob": key("expert_weights_norm", False),
+            "routed_scaling_factor": key("expert_weights_scale"),
+            "n_group": key("expert_group_count", 1),
+            "topk_group": key("expert_group_used_count", 1),
+            "first_k_dense_replace": key("leading_dense_block_count"),
+        }
+        if not sigmoid:
+            options["topk_method"] = "greedy" if options["n_group"] == 1 else "group_limited_greedy"
+        if options["rope_parameters"]["rope_type"] == "yarn":
+            options["rope_parameters"] |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+    elif architecture == "glm4moe":
+        kind = "Glm4Moe"
+        width = key("attention.key_length")
+        options |= {
+            "n_routed_experts": key("expert_count"),
+            "n_shared_experts": key("expert_shared_count"),
+            "moe_intermediate_size": key("expert_feed_forward_length"),
+            "norm_topk_prob": key("expert_weights_norm"),
+            "routed_scaling_factor": key("expert_weights_scale"),
+            "n_group": key("expert_group_count", 1),
+            "topk_group": key("expert_group_used_count", 1),
+            "first_k_dense_replace": key("leading_dense_block_count"),
+            "use_qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
+            "attention_bias": True,
+        }
+        options["rope_parameters"]["partial_rotary_factor"] = key("rope.dimension_count", width) / width
     else:
         kind = {"qwen2moe": "Qwen2Moe", "qwen3moe": "Qwen3Moe"}[architecture]
         options |= {
@@ -71,8 +122,16 @@ def _model(file: GGUF) -> Any:
         }
         if architecture == "qwen2moe":
             options["shared_expert_intermediate_size"] = key("expert_shared_feed_forward_length")
-    config = getattr(transformers, f"{kind}Config")(**model_sizes(file, architecture), **options)
-    return getattr(transformers, f"{kind}ForCausalLM")(config)
+    sizes = model_sizes(file, architecture)
+    sizes["num_hidden_layers"] -= key("nextn_predict_layers", 0)
+    config = getattr(transformers, f"{kind}Config")(**(sizes | options))
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    for name, module in model.named_modules():
+        if name.endswith(
+            ("q_a_layernorm", "kv_a_layernorm")
+        ):  # transformers fixes theirs at what DeepSeek's models have
+            module.variance_epsilon = sizes["rms_norm_eps"]
+    return model
 
 
 def _state(file: GGUF) -> dict[str, torch.Tensor]:
@@ -82,7 +141,8 @@ def _state(file: GGUF) -> dict[str, torch.Tensor]:
         "model.norm.weight": decoded(file, "output_norm.weight"),
         "lm_head.weight": decoded(file, "output.weight"),
     }
-    for layer in range(file.metadata[f"{architecture}.block_count"]):
+    guessing = file.metadata.get(f"{architecture}.nextn_predict_layers", 0)
+    for layer in range(file.metadata[f"{architecture}.block_count"] - guessing):
         there = f"model.layers.{layer}"
         for ours, theirs in _PROJECTIONS.items():
             for part in ("weight", "bias"):
@@ -97,9 +157,21 @@ def _state(file: GGUF) -> dict[str, torch.Tensor]:
                         values = values[None]
                     if architecture == "gpt-oss" and ours == "ffn_gate_inp":
                         theirs = "mlp.router"
+                    if architecture != "qwen2moe":
+                        theirs = theirs.replace("shared_expert.", "shared_experts.")
                     state[f"{there}.{theirs}.{part}"] = values
         if f"blk.{layer}.attn_sinks.weight" in file.tensors:
             state[f"{there}.self_attn.sinks"] = decoded(file, f"blk.{layer}.attn_sinks.weight")
+        if f"blk.{layer}.attn_k_b.weight" in file.tensors:
+            to_keys, to_values = (decoded(file, f"blk.{layer}.attn_{part}_b.weight") for part in ("k", "v"))
+            both = torch.cat([to_keys.swapaxes(1, 2), to_values], dim=1).flatten(0, 1)
+            state[f"{there}.self_attn.kv_b_proj.weight"] = both
+        if f"blk.{layer}.exp_probs_b.bias" in file.tensors:
+            state[f"{there}.mlp.gate.e_score_correction_bias"] = decoded(
+                file, f"blk.{layer}.exp_probs_b.bias"
+            )
+        if f"blk.{layer}.ffn_gate.weight" in file.tensors:
+            continue
         gate, up, down = (
             decoded(file, f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up", "down")
         )

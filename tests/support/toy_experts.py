@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 from toy_models import Toy, wide_blocks
@@ -21,6 +22,27 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "biases": ("attn_q", "attn_k", "attn_v"),
     },
     "qwen3moe": {"count": 8, "used": 3, "qk_norm": True},
+    "glm4moe": {
+        "count": 8,
+        "used": 3,
+        "qk_norm": True,
+        "biases": ("attn_q", "attn_k", "attn_v"),
+        "norms": ("attn_norm", "post_attention_norm"),
+        "shared": 32,
+        "shared_gate": False,
+        "dense": (0,),
+        "choice_bias": True,
+        "guessing": 1,
+        "values": {
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 1.5,
+            "rope.dimension_count": 8,
+            "nextn_predict_layers": 1,
+        },
+    },
     "gpt-oss": {
         "count": 8,
         "used": 3,
@@ -34,7 +56,70 @@ MIXTURES: dict[str, dict[str, Any]] = {
             "rope.scaling.original_context_length": 64,
         },
     },
+    # As DeepSeek-V3: a cache of one key head, which the metadata give the widths of.
+    "deepseek2": {
+        "count": 8,
+        "used": 3,
+        "latent": {"q_rank": 96, "split": True},
+        "shared": 64,
+        "shared_gate": False,
+        "dense": (0,),
+        "choice_bias": True,
+        "values": {
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 2,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "expert_group_count": 4,
+            "expert_group_used_count": 2,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 64,
+            "rope.scaling.yarn_log_multiplier": 0.1,
+        },
+    },
+    # As files of DeepSeek-V2 that were converted early: one matrix of keys and values, and queries without a rank.
+    "deepseek2-lite": {
+        "architecture": "deepseek2",
+        "count": 8,
+        "used": 3,
+        "latent": {"q_rank": 0, "split": False},
+        "shared": 64,
+        "shared_gate": False,
+        "dense": (0,),
+        "values": {"leading_dense_block_count": 1, "expert_shared_count": 2, "expert_weights_scale": 1.5},
+    },
 }
+# Widths of a toy's latent vector, of a head's key without its rotated part, of that part, and of a value.
+_RANK, _KEY, _ROTATED, _VALUE = 32, 24, 8, 32
+
+
+def _latent_matrices(d: int, heads: int, q_rank: int, split: bool) -> list[dict[str, Any]]:
+    """Metadata of latent attention, its matrices, its norms and its stacks by head."""
+    suffix = "_mla" if split else ""
+    metadata = {
+        f"attention.key_length{suffix}": _KEY + _ROTATED,
+        f"attention.value_length{suffix}": _VALUE,
+        "attention.kv_lora_rank": _RANK,
+        "rope.dimension_count": _ROTATED,
+    }
+    if split:
+        metadata |= {"attention.key_length": _RANK + _ROTATED, "attention.value_length": _RANK}
+    q = heads * (_KEY + _ROTATED)
+    matrices = {"attn_kv_a_mqa": (_RANK + _ROTATED, d), "attn_output": (d, heads * _VALUE)}
+    norms, stacks = {"attn_kv_a_norm": _RANK}, {}
+    if q_rank:
+        metadata["attention.q_lora_rank"] = q_rank
+        matrices |= {"attn_q_a": (q_rank, d), "attn_q_b": (q, q_rank)}
+        norms["attn_q_a_norm"] = q_rank
+    else:
+        matrices["attn_q"] = (q, d)
+    if split:
+        stacks = {"attn_k_b": (heads, _RANK, _KEY), "attn_v_b": (heads, _VALUE, _RANK)}
+    else:
+        matrices["attn_kv_b"] = (heads * (_KEY + _VALUE), _RANK)
+    return [metadata, matrices, norms, stacks]
 
 
 def toy_mixture(
@@ -73,7 +158,12 @@ def toy_mixture(
     )
     width = d // heads
     toy = Toy(path, architecture, pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed)
-    toy.sizes(layers, d, f, heads, kv_heads, context=512)
+    guessing = options.get("guessing", 0)
+    latent = options.get("latent")
+    if latent:
+        own, latent_matrices, latent_norms, latent_stacks = _latent_matrices(d, heads, **latent)
+        kv_heads = 1 if latent["split"] else heads
+    toy.sizes(layers + guessing, d, 3 * f if options.get("dense") else f, heads, kv_heads, context=512)
     metadata: dict[str, Any] = {
         "rope.freq_base": 10_000.0,
         "attention.key_length": width,
@@ -81,21 +171,35 @@ def toy_mixture(
         "expert_count": count,
         "expert_used_count": used,
     }
+    if latent:
+        metadata |= own
     if architecture != "llama":
         metadata["expert_feed_forward_length"] = f
-    if shared:
+    if shared and options.get("shared_gate", True):
         metadata["expert_shared_feed_forward_length"] = shared
     for key, value in (metadata | options.get("values", {}) | (values or {})).items():
         toy.value(key, value)
     toy.outside(d, separate_output=True)
     q, kv, count = heads * width, kv_heads * width, stacked or count
+    attention = [
+        ("attn_q", q, d, 1.5),
+        ("attn_k", kv, d, 1.5),
+        ("attn_v", kv, d, 1.0),
+        ("attn_output", d, q, 1.0),
+    ]
+    if latent:
+        attention = [(name, *shape, 1.5) for name, shape in latent_matrices.items()]
     for layer in range(layers):
-        for name, rows, columns, gain in (
-            ("attn_q", q, d, 1.5),
-            ("attn_k", kv, d, 1.5),
-            ("attn_v", kv, d, 1.0),
-            ("attn_output", d, q, 1.0),
-        ):
+        if latent:
+            for name, width in latent_norms.items():
+                toy.norm(f"blk.{layer}.{name}.weight", width)
+            for name, (stack, rows, columns) in latent_stacks.items():
+                if columns % gguf.GGML_QUANT_SIZES[GGMLType[block_type]][0]:
+                    values = toy.generator.normal(scale=columns**-0.5, size=(stack, rows, columns))
+                    toy.tensor(f"blk.{layer}.{name}.weight", values)
+                else:
+                    toy.stack(f"blk.{layer}.{name}.weight", stack, rows, columns, 1.5)
+        for name, rows, columns, gain in attention:
             toy.matrix(f"blk.{layer}.{name}.weight", rows, columns, gain)
             if name in options.get("biases", ()):
                 toy.tensor(f"blk.{layer}.{name}.bias", toy.generator.normal(scale=0.5, size=rows))
@@ -104,6 +208,12 @@ def toy_mixture(
         if options.get("qk_norm"):
             for name in ("attn_q_norm", "attn_k_norm"):
                 toy.norm(f"blk.{layer}.{name}.weight", width)
+        if layer in options.get("dense", ()):
+            for name, rows, columns in (("ffn_gate", 3 * f, d), ("ffn_up", 3 * f, d), ("ffn_down", d, 3 * f)):
+                toy.matrix(f"blk.{layer}.{name}.weight", rows, columns)
+            continue
+        if options.get("choice_bias"):
+            toy.tensor(f"blk.{layer}.exp_probs_b.bias", toy.generator.normal(scale=0.3, size=count))
         if "ffn_gate_inp" not in left_out:
             router = toy.generator.normal(scale=2 * d**-0.5, size=(count, d))
             toy.tensor(f"blk.{layer}.ffn_gate_inp.weight", router)
@@ -127,7 +237,12 @@ def toy_mixture(
                 ("ffn_down_shexp", d, shared),
             ):
                 toy.matrix(f"blk.{layer}.{name}.weight", rows, columns)
-            toy.tensor(f"blk.{layer}.ffn_gate_inp_shexp.weight", toy.generator.normal(scale=d**-0.5, size=d))
+            if options.get("shared_gate", True):
+                toy.tensor(
+                    f"blk.{layer}.ffn_gate_inp_shexp.weight", toy.generator.normal(scale=d**-0.5, size=d)
+                )
+    for layer in range(layers, layers + guessing):
+        toy.matrix(f"blk.{layer}.nextn.eh_proj.weight", d, 2 * d)
     return toy.write()
 
 
