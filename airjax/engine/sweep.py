@@ -12,6 +12,7 @@ import numpy as np
 
 from airjax import layers
 from airjax.engine.experts import attend_and_route, run_experts
+from airjax.engine.fetched import run_fetched
 from airjax.engine.hooks import Hook, attention_step
 from airjax.engine.long import long_layer
 from airjax.engine.model import Model
@@ -117,12 +118,15 @@ def sweep(
         end = run_end(model, state, layer, positions) if hook is None else layer
         if end > layer:
             x = _run(model, x, state, range(layer, end), lengths, device_positions)
+            watch_run(model, x, range(layer, end))
             layer = end
             continue
         step = steps[layer]
         weights = model.weights.take(layer)
         before = x
-        if model.pool_holds(layer):
+        if model.device_fetches(layer):
+            x = _run(model, x, state, range(layer, layer + 1), lengths, device_positions)
+        elif model.pool_holds(layer):
             kv = grown(state.kv[layer], lengths[layer])
             routed, state.kv[layer] = attend_and_route(
                 model, layer, weights, before, kv, device_positions, lengths[layer]
@@ -197,7 +201,7 @@ def run_end(
     alone = model.timeline is not None and model.timeline.each_layer
     if (
         not model.plan.streamed
-        and model.pool is None
+        and (model.pool is None or model.pool.on_device)
         and state.shuttle is None
         and positions.shape[1] == 1
         and not alone
@@ -210,16 +214,17 @@ def run_end(
 def _run(
     model: Model, x: Array, state: State, run: range, lengths: list[int], device_positions: Array
 ) -> Array:
-    step = run_step(
-        tuple((model.manifest.layers[layer].layout, model.kinds[layer], lengths[layer]) for layer in run),
-        model.config,
-    )
-    buffers = [model.weights.take(layer) for layer in run]
     kvs = [grown(state.kv[layer], lengths[layer]) for layer in run]
-    x, kvs = step(buffers, x, kvs, device_positions)
+    if model.pool is not None:
+        x, kvs = run_fetched(model, run, x, kvs, None, device_positions, lengths)
+    else:
+        step = run_step(
+            tuple((model.manifest.layers[layer].layout, model.kinds[layer], lengths[layer]) for layer in run),
+            model.config,
+        )
+        x, kvs = step([model.weights.take(layer) for layer in run], x, kvs, device_positions)
     state.kv[run.start : run.stop] = kvs
     model.pending = x
-    watch_run(model, x, run)
     return x
 
 

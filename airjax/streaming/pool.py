@@ -119,6 +119,8 @@ class Pool:
       wait_s: time in which the device had done all earlier work and waited for experts.
     """
 
+    on_device = False
+
     def __init__(
         self,
         shapes: Sequence[Shape],
