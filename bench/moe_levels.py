@@ -10,8 +10,8 @@ choices that went to a tenth of the experts. Layers add little to the hidden sta
 experts are easier to predict ("right") than those of a trained one. Prompts and draws are random tokens, others in each
 pass. One sequence has a prompt of 512 tokens, several have 64 each. GB are 10^9 bytes.
 
-Where llama-cpp-python is installed, llama.cpp runs the same file at the same VRAM beside it (`moe_peer.py`), in a process
-of its own. Each run may take `--run_s` at most, and what does not fit before the deadline is listed as not run.
+Where llama-cpp-python is installed, llama.cpp runs the same file at the same VRAM beside it (`moe_peer.py`), in a
+process of its own. Each run may take `--run_s` at most; what does not fit before the deadline is listed as not run.
 
 "law" is the link's time for the bytes that were missed, as a share of the measured time: 100 % means that nothing but
 the link can make it faster. The link's rate is probed with pinned memory in the same process.

@@ -70,7 +70,7 @@ def _fetched_by(who):
     """Experts are fetched by the host although the device could."""
     if who == "device":
         return contextlib.nullcontext()
-    return mock.patch.object(plan, "_fetchable", lambda *args: False)
+    return mock.patch.object(plan, "_fetchable", return_value=False)
 
 
 def _load(path, slots=None, max_batch=None, by="host", **options):
@@ -108,8 +108,10 @@ def resident(path):
 
 @pytest.mark.parametrize(
     ("by", "slots"),
-    [("host", _USED), ("host", 20), ("host", _EXPERTS * _LAYERS)]
-    + [("device", _EXPERTS), ("device", 20), ("device", _EXPERTS * _LAYERS)],
+    [
+        *(("host", slots) for slots in (_USED, 20, _EXPERTS * _LAYERS)),
+        *(("device", slots) for slots in (_EXPERTS, 20, _EXPERTS * _LAYERS)),
+    ],
 )
 def test_a_pool_of_any_size_gives_the_numbers_of_resident_layers(path, resident, by, slots):
     with _load(path, slots, by=by) as loaded:
