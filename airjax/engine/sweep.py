@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
 
 _SMALLEST_LENGTH = 256
+# Layers with experts of a pool that share a call: such a layer is many kernels, so long runs take long to compile.
+_FETCHED_RUN = 16
 
 
 @dataclass
@@ -197,6 +199,8 @@ def run_end(
     dispatched ahead: then the device stands still until the host has prepared the whole call.
     """
     end = first
+    if model.pool is not None:
+        most = min(most or _FETCHED_RUN, _FETCHED_RUN)
     last = model.config.n_layers if most is None else min(first + most, model.config.n_layers)
     alone = model.timeline is not None and model.timeline.each_layer
     if (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ class DevicePool:
 
     Attributes:
       state: the pool as a value; steps take it, donated, and give the next.
-      timeline: records nothing yet: what is fetched shows as bytes of the layers' compute.
+      timeline: records what a sweep fetched as one bar at its end, as long as the device measured, if given.
       chosen: how many tokens chose each expert so far, `[layers, E]`.
     """
 
@@ -118,7 +119,11 @@ class DevicePool:
                 misses=misses,
                 demand_bytes=int(fetched[:, 0] @ self._unit_bytes),
             )
-            taken.append((owner, stats, float(fetched[:, 1].sum()) / 1e9))
+            seconds = float(fetched[:, 1].sum()) / 1e9
+            if self.timeline is not None and misses:
+                now = time.perf_counter()
+                self.timeline.add("host to device", "experts", now - seconds, now, stats.demand_bytes)
+            taken.append((owner, stats, seconds))
 
     def close(self) -> None:
         """Waits for the device, frees the slots and closes the tier."""
