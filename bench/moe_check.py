@@ -4,6 +4,7 @@
 
 Small random mixtures in Q4_K and MXFP4, in float32: logits of 200 tokens, 24 greedy tokens of one sequence and of five
 in a batch, with all layers resident, and with pools filled by the device and by the host. Exits with 1 if any differs.
+On a GPU the kernel that fetches is then timed, with experts of the size that Qwen3-30B-A3B has in Q4_K.
 """
 
 from __future__ import annotations
@@ -71,6 +72,57 @@ def budget_gib(path: str, **options: Any) -> float:
     return (planned.peak_bytes - spare * span.slot_bytes) / _GIB + 1e-5
 
 
+def time_fetch(device: Any) -> None:
+    """What a fetch costs with nothing missing, and how fast experts cross the link."""
+    from airjax import streaming
+    from airjax.engine import fetch
+    from airjax.streaming import Form, PinnedMemory
+
+    experts, part = 128, 884_736
+    slots, parts = 2 * experts, tuple((n * part, part) for n in range(3))
+    form = Form(0, experts, parts, slots, 3 * part, fetch.usable(device))
+    if not form.capability:
+        print("no kernel that fetches here")
+        return
+    generator = np.random.default_rng(0)
+    with PinnedMemory.allocate(3 * experts * part, pin=True) as memory:
+        memory.array[::4096] = 1
+        addresses = [memory.device_address + n * experts * part for n in range(3)]
+        sources = streaming.Sources(fetch._info(0, addresses, device))
+        calls = 48
+
+        def chain(state: Any, chosen: Any) -> Any:
+            for _ in range(calls):
+                state, where = fetch.fetch(state, form, sources, chosen)
+                # The next one waits for this one, as it does in a model.
+                chosen = chosen + (where[0] < -1).astype(np.int32)
+            return state
+
+        step = jax.jit(chain, donate_argnums=0)
+        state = streaming.empty([(slots, 3 * part)], experts, 1)
+        chosen = jax.device_put(generator.integers(0, experts, 8).astype(np.int32), device)
+        times = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            state = step(state, chosen)
+            jax.block_until_ready(state)
+            times.append(time.perf_counter() - begin)
+        print(f"nothing missing: {1e6 * sorted(times)[10] / calls:.1f} us a layer, of {calls} in one program")
+        one = jax.jit(fetch.fetch, static_argnums=1, donate_argnums=0)
+        for count in (1, 4, 16, 64, 128):
+            rates = []
+            for _ in range(6):
+                state = streaming.empty([(slots, 3 * part)], experts, 1)
+                chosen = jax.device_put(
+                    generator.choice(experts, count, replace=False).astype(np.int32), device
+                )
+                state, _ = one(state, form, sources, chosen)
+                ((number, nanoseconds),) = np.asarray(state.fetched)
+                assert number == count
+                rates.append(count * 3 * part / nanoseconds)
+            print(f"{count} experts: {sorted(rates)[3]:.1f} GB/s")
+
+
 def main() -> None:
     """Writes the models, runs all ways, prints what differs."""
     parser = argparse.ArgumentParser(
@@ -107,6 +159,8 @@ def main() -> None:
                 )
         finally:
             path.unlink(missing_ok=True)
+    if jax.devices()[0].platform == "gpu":
+        time_fetch(jax.devices()[0])
     print("all equal" if not bad else f"{bad} ways differ")
     sys.exit(bad > 0)
 
