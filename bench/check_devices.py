@@ -98,8 +98,11 @@ def main() -> int:
     args = parser.parse_args()
     begin = time.perf_counter()
     device = jax.devices()[0]
-    print(f"{len(jax.devices())} x {device.device_kind}, JAX {jax.__version__}, NCCL_NVLS_ENABLE="
-          f"{os.environ.get('NCCL_NVLS_ENABLE')}, {free_device_bytes(device) >> 30} GiB free", flush=True)
+    print(
+        f"{len(jax.devices())} x {device.device_kind}, JAX {jax.__version__}, NCCL_NVLS_ENABLE="
+        f"{os.environ.get('NCCL_NVLS_ENABLE')}, {free_device_bytes(device) >> 30} GiB free",
+        flush=True,
+    )
     path = str(args.folder / "check_devices.gguf")
     shape = synthetic.SHAPES[args.shape]._replace(layers=4, vocabulary=_VOCABULARY)
     synthetic.write(path, shape, gguf.GGMLQuantizationType.Q4_K)
