@@ -209,12 +209,7 @@ def make_plan(
     everything = sum(_relaid_bytes(span) for span in _device_globals(manifest)) + workspace + sum(kv_rows)
     everything += sum(_relaid_bytes(span) for span in manifest.layers)
     streams = resident == "none" or (resident == "auto" and everything > vram_budget_bytes)
-    # Kernels of layers that are cut among devices: not built yet.
-    relaid = (
-        backend in _KERNEL_BACKENDS
-        and config.mesh is None
-        and (not streams or drafts or (max_batch or 1) > 1)
-    )
+    relaid = backend in _KERNEL_BACKENDS and (not streams or drafts or (max_batch or 1) > 1)
     if resident == "dense" and config.experts is None:
         raise PlanError(f"{gguf.path}: resident=dense is for mixtures of experts: pass --resident=auto")
     if (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from airjax import models, quants
 from airjax.engine.shards import ShardedLayer, cut_layers, local_manifest
@@ -23,6 +23,7 @@ from airjax.engine.weights import (
     open_pool,
     open_sharded_weights,
     open_weights,
+    put_shards,
     put_span,
 )
 from airjax.gguf import (
@@ -88,13 +89,13 @@ class Model:
     def everywhere(self) -> Placement:
         """Where hidden states and all else that every device needs are put."""
         mesh = self.config.mesh
-        return self.device if mesh is None else NamedSharding(mesh, PartitionSpec())
+        return self.device if mesh is None else NamedSharding(mesh, models.WHOLE)
 
     @functools.cached_property
     def by_heads(self) -> Placement:
         """Where the KV cache lies, whose second axis is heads."""
         mesh = self.config.mesh
-        return self.device if mesh is None else NamedSharding(mesh, PartitionSpec(None, models.AXIS))
+        return self.device if mesh is None else NamedSharding(mesh, models.BY_HEADS)
 
     @functools.cached_property
     def kinds(self) -> list[str]:
@@ -212,7 +213,7 @@ def open_model(
             _check_devices(gguf, config, manifest, len(devices), tier, kv_shuttle, drafts)
             assert isinstance(config, DecoderConfig)
             cut = cut_layers(gguf, config, len(devices))
-            manifest = local_manifest(manifest, cut)
+            manifest = local_manifest(gguf, manifest, cut, len(devices))
             config = models.local_config(config, Mesh(np.array(devices), (models.AXIS,)))
             kv_shuttle = "off"
         plan = make_plan(
@@ -241,15 +242,14 @@ def open_model(
         output = "output.weight" if "output.weight" in manifest.globals else "token_embd.weight"
         kept.append(manifest.globals[output].layout)
         capability = quants.usable(matrix_types(kept), device) if plan.relaid else ""
-        everywhere: Placement = device
         if cut:
-            weights = open_sharded_weights(gguf, cut, config.mesh, plan, timeline)
-            everywhere = NamedSharding(config.mesh, PartitionSpec())
+            weights = open_sharded_weights(gguf, cut, config.mesh, plan, timeline, capability)
         else:
             weights = open_weights(gguf, manifest, plan, device, timeline, capability)
+        put, place = (put_shards, config.mesh) if cut else (put_span, device)
         try:
             globals_ = {
-                name: put_span(gguf, span, everywhere, capability if name == output else "")
+                name: put(gguf, span, place, capability if name == output else "")
                 for name, span in manifest.globals.items()
                 if name in architecture.global_specs(config)
                 and name != "rope_freqs.weight"

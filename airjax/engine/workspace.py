@@ -13,6 +13,7 @@ from airjax import layers, models, sampling
 from airjax.engine.batch import table_of
 from airjax.engine.experts import finish_step, route_step
 from airjax.engine.long import attend_step, begin_step, end_step
+from airjax.engine.shards import is_cut
 from airjax.engine.step import (
     block_step,
     draw_rows_step,
@@ -143,7 +144,8 @@ def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
     left_out = {"rope_freqs.weight", EMBEDDING if plan.host_embedding else ""}
     names = [name for name in manifest.globals if name in architecture.global_specs(config)]
     layouts = tuple((name, manifest.globals[name].layout) for name in names if name not in left_out)
-    buffers = {name: _buffers(layout) for name, layout in layouts}
+    shards = {name: config.shards if is_cut(manifest.globals[name]) else 1 for name in names}
+    buffers = {name: _buffers(layout, shards[name]) for name, layout in layouts}
     embed = 0
     if not plan.host_embedding:
         embed = _workspace(embed_step(layouts, config), buffers, _array((1, plan.prefill_chunk), jnp.int32))

@@ -2,6 +2,7 @@
 
 import re
 
+import cpu_kernel
 import jax
 import numpy as np
 import pytest
@@ -113,6 +114,23 @@ def test_a_batch_gives_what_each_gives_alone(toy):
 
     alone = drawn()
     assert drawn(devices=4, resident="none") == drawn(devices=2, resident="all") == alone
+
+
+def test_resident_layers_of_each_device_are_relaid(tmp_path, monkeypatch):
+    path = toy_llama(tmp_path / "toy.gguf", block_type="Q4_K", head_width=128, separate_output=True)
+    alone = _logits(path)
+    cpu_kernel.install(monkeypatch)
+    with _load(path, devices=2, resident="all") as loaded:
+        model = loaded.model
+        assert model.plan.relaid and all(model.weights.relaid(layer) for layer in range(model.config.n_layers))
+        (output,) = jax.tree.leaves(model.globals["output.weight"])
+        assert output.sharding.shard_shape(output.shape)[0] * 2 == len(output)
+        ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 100).tolist()
+        got = np.asarray(loaded.logits(ids))
+        tokens = [token.id for token in loaded.generate(ids[:9], max_tokens=8, ignore_eos=True)]
+    assert np.abs(got - alone).max() < 1e-4 * np.abs(alone).max()
+    with _load(path, resident="all") as loaded:
+        assert [token.id for token in loaded.generate(ids[:9], max_tokens=8, ignore_eos=True)] == tokens
 
 
 def test_a_real_model_writes_the_same_on_three_devices(smollm2):
