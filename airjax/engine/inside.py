@@ -90,7 +90,8 @@ def capture(
             raise ValueError(f"a layer must be between 0 and {model.config.n_layers - 1}, got {layer}")
     rows: dict[int, list[np.ndarray]] = {depth: [] for depth in hidden}
     seen: dict[int, np.ndarray] = {
-        layer: np.zeros((model.config.n_heads, len(ids), len(ids)), np.float32) for layer in attention
+        layer: np.zeros((model.config.n_heads * model.config.shards, len(ids), len(ids)), np.float32)
+        for layer in attention
     }
 
     def keep(depth: int, x: Array, positions: np.ndarray) -> Array:

@@ -98,6 +98,12 @@ class Model:
         return self.device if mesh is None else NamedSharding(mesh, models.BY_HEADS)
 
     @functools.cached_property
+    def by_bytes(self) -> Placement:
+        """Where flat buffers lie, of which each device has its own part."""
+        mesh = self.config.mesh
+        return self.device if mesh is None else NamedSharding(mesh, models.BYTES)
+
+    @functools.cached_property
     def kinds(self) -> list[str]:
         """The kind of each layer."""
         return [self.architecture.layer_kind(self.config, layer) for layer in range(self.config.n_layers)]
@@ -210,12 +216,11 @@ def open_model(
         manifest = build_manifest(gguf, align)
         cut: tuple[ShardedLayer, ...] = ()
         if len(devices) > 1:
-            _check_devices(gguf, config, manifest, len(devices), tier, kv_shuttle, drafts)
+            _check_devices(gguf, config, manifest, len(devices), tier)
             assert isinstance(config, DecoderConfig)
             cut = cut_layers(gguf, config, len(devices))
             manifest = local_manifest(gguf, manifest, cut, len(devices))
             config = models.local_config(config, Mesh(np.array(devices), (models.AXIS,)))
-            kv_shuttle = "off"
         plan = make_plan(
             gguf,
             manifest,
@@ -278,18 +283,13 @@ def open_model(
     )
 
 
-def _check_devices(
-    gguf: GGUF, config: Config, manifest: Manifest, count: int, tier: str, kv_shuttle: str, drafts: bool
-) -> None:
+def _check_devices(gguf: GGUF, config: Config, manifest: Manifest, count: int, tier: str) -> None:
     types = {(name, slot.type) for span in manifest.layers for name, slot in span.layout.tensors}
     try:
         models.check_cuts(str(gguf.path), config, types, count)
     except ValueError as error:
         raise PlanError(str(error)) from None
-    for asked, what, remedy in (
-        (tier == "ring", "reads the file through a ring", "a tier of the mapping"),
-        (kv_shuttle == "on", "keeps its KV cache on the host", "--kv_shuttle=off"),
-        (drafts, "checks drafts", "--draft=none"),
-    ):
-        if asked:
-            raise PlanError(f"a model on {count} devices {what} on none of them yet: pass {remedy}")
+    if tier == "ring":
+        raise PlanError(
+            f"a model on {count} devices reads the file through a ring on none of them yet: pass a tier of the mapping"
+        )

@@ -337,7 +337,7 @@ def put_row(state: Any, row: Any, slot: Array) -> Any:
 
 
 def logits_of(buffers: Globals, layouts: GlobalLayouts, x: Array, config: Config) -> Array:
-    """Hidden states `[..., D]` to logits `[..., V]`; each device of a mesh makes those of its part of the vocabulary."""
+    """Hidden states `[..., D]` to logits `[..., V]`: each device makes those of its part of the vocabulary."""
     architecture = models.get(config.architecture)
     cut = config.mesh is not None and any(
         name in models.VOCABULARY_CUT and layout.tensors[0][1].shape[0] < config.vocab_size

@@ -57,7 +57,7 @@ def new_state(model: Model, batch: int = 1) -> State:
         shuttle = Shuttle(
             plan.kv_slots,
             layers.rows_struct(row, config.kv_dtype),
-            model.device,
+            model.by_bytes,
             plan.kv_pieces,
             plan.kv_block,
             pin=model.device.platform != "cpu",

@@ -86,7 +86,7 @@ def _block(
             _array(table.shape, jnp.int32),
         )
     if plan.shuttle:
-        piece = piece_struct(slots, shuttled_row(config, sequences))
+        piece = piece_struct(slots * config.shards, shuttled_row(config, sequences))
         return shuttled_block_step(layout, config, kind), (piece,)
     shape = (sequences, config.all_kv_heads, slots, config.head_dim)
     return block_step(layout, config, kind, slots), (_cache(shape, config),)
@@ -126,11 +126,12 @@ def _long(
     positions: jax.ShapeDtypeStruct,
 ) -> int:
     """Workspace of a layer whose cache comes in pieces."""
-    buffers = _buffers(layout)
+    buffers = _buffers(layout, config.shards)
     begin, attend = begin_step(layout, config, kind), attend_step(config, kind, slots)
     q, partial, rows = jax.eval_shape(begin, buffers, x, positions)
-    piece = piece_struct(plan.kv_block, shuttled_row(config, x.shape[0]))
-    waiting = sum(_nbytes(leaf) for leaf in jax.tree.leaves((q, partial, rows)))
+    piece = piece_struct(plan.kv_block * config.shards, shuttled_row(config, x.shape[0]))
+    # Each device has its own heads.
+    waiting = sum(_nbytes(leaf) for leaf in jax.tree.leaves((q, partial, rows))) // config.shards
     return max(
         _workspace(begin, buffers, x, positions),
         _workspace(attend, q, partial, piece, _array((), jnp.int32), positions) + waiting,

@@ -105,6 +105,7 @@ def local_config(config: DecoderConfig, mesh: jax.sharding.Mesh) -> DecoderConfi
         n_kv_heads=max(config.n_kv_heads // count, 1),
         d_ff=config.d_ff // count,
         mesh=mesh,
+        kv_copies=max(count // config.n_kv_heads, 1),
     )
 
 

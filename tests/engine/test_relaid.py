@@ -9,7 +9,7 @@ from toy_models import toy_llama
 
 import airjax
 from airjax import plan
-from airjax.quants import cuda, kernels, packed, selftest
+from airjax.quants import cuda, selftest
 
 _IDS = list(range(3, 33))
 

@@ -95,7 +95,7 @@ class _Chain(NamedTuple):
                 key[None],
                 (np.int32(draws), np.full((1, 1), position, np.int32)),
             ),
-            model.device,
+            model.everywhere,
         )
         while True:
             last, logprob, state, embedded, numbers = draw(
@@ -152,7 +152,8 @@ class SmallerModel:
         x, row = self._read(ids)
         start = time.perf_counter()
         if self._vocabulary is None:
-            state = sequel.sampler_state
+            # The sequence's model may be on several devices.
+            state = jax.device_put(sequel.sampler_state, model.everywhere)
         else:
             state = self._sampler.init(np.zeros((1, 0), np.int32), model.config.vocab_size)
 
@@ -259,7 +260,7 @@ class ResidentLayers:
         """The resident layers for one token."""
         model, where = self._model, np.full((1, 1), position, np.int32)
         lengths = lengths_at(model, where)
-        placed = jax.device_put(where, model.device) if placed is None else placed
+        placed = jax.device_put(where, model.everywhere) if placed is None else placed
         for layer in model.plan.resident:
             kv = grown(self._state.kv[layer], lengths[layer])
             layout, kind = model.manifest.layers[layer].layout, model.kinds[layer]
