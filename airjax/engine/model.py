@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from airjax import models, quants
+from airjax.engine import hosts
 from airjax.engine.shards import ShardedLayer, cut_layers, local_manifest
 from airjax.engine.stats import Stats, has_compact_allocator
 from airjax.engine.step import GlobalLayouts, Globals
@@ -33,6 +36,7 @@ from airjax.gguf import (
     Layout,
     Manifest,
     build_manifest,
+    fingerprint,
     open_gguf,
     split_experts,
 )
@@ -90,6 +94,10 @@ class Model:
         """Where hidden states and all else that every device needs are put."""
         mesh = self.config.mesh
         return self.device if mesh is None else NamedSharding(mesh, models.WHOLE)
+
+    def put(self, tree: Any) -> Any:
+        """Host values, the same in all processes, everywhere."""
+        return hosts.put(tree, self.everywhere)
 
     @functools.cached_property
     def by_heads(self) -> Placement:
@@ -203,7 +211,8 @@ def open_model(
 ) -> Model:
     """Opens a file, checks it, plans, and only then takes memory.
 
-    With more than one of `devices` each layer is cut among them; `device` is then their first, and budgets are of each.
+    With more than one of `devices` each layer is cut among them; `device` is then the first that this process has, and
+    budgets are of each.
 
     Raises:
       GGUFError: the file can't be run.
@@ -281,6 +290,18 @@ def open_model(
         pool=pool,
         experts=experts,
     )
+
+
+def check_alike(model: Model) -> None:
+    """Whether all processes have opened the same file under the same plan.
+
+    Raises:
+      PlanError: one has not.
+    """
+    if hosts.several():
+        hosts.check_same("file", fingerprint(model.gguf))
+        plan = repr(dataclasses.replace(model.plan, tier_reason=""))
+        hosts.check_same("plan", hashlib.sha256(plan.encode()).hexdigest()[:12])
 
 
 def _check_devices(gguf: GGUF, config: Config, manifest: Manifest, count: int, tier: str) -> None:

@@ -111,6 +111,28 @@ def is_cut(span: Span) -> bool:
     return any(extent.shard < 0 for extent in span.extents)
 
 
+def own_ranges(
+    gguf: GGUF, layers: Sequence[ShardedLayer], mesh: Mesh, streamed: Sequence[int]
+) -> list[np.ndarray]:
+    """What crosses the links to this process's devices from the file's mapping, as whole pages that don't overlap."""
+    pages: list[tuple[int, int, int]] = []  # file, first byte, end
+    for layer in streamed:
+        for piece in layers[layer].pieces:
+            if piece.slot.extent < len(layers[layer].layout.sizes) - 1:
+                info = gguf.tensors[piece.name]
+                for number, _ in local_devices(mesh):
+                    begin = info.offset + piece_start(piece, info, mesh.size, number)
+                    extent = Extent(info.shard, begin, piece.slot.nbytes)
+                    pages.append((info.shard, extent.page_start, extent.page_end))
+    ranges: list[tuple[int, int, int]] = []
+    for shard, begin, end in sorted(pages):
+        if ranges and ranges[-1][0] == shard and begin <= ranges[-1][2]:
+            shard, begin, before = ranges.pop()
+            end = max(before, end)
+        ranges.append((shard, begin, end))
+    return [gguf.maps[shard][begin:end] for shard, begin, end in ranges]
+
+
 def put_rows(gguf: GGUF, name: str, mesh: Mesh) -> Buffers:
     """Each device's rows of a tensor outside the layers, to stay there."""
     info = gguf.tensors[name]

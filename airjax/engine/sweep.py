@@ -100,7 +100,7 @@ def sweep(
     """
     model.gguf.check_unchanged()
     if device_positions is None:
-        device_positions = jax.device_put(positions, model.everywhere)
+        device_positions = model.put(positions)
     if hook is not None:
         if hook.attention and state.shuttle is not None:
             raise ValueError(

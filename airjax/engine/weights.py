@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from airjax import models, quants
-from airjax.engine.shards import ShardedLayer, Shards, is_cut, put_rows
+from airjax.engine import hosts
+from airjax.engine.shards import ShardedLayer, Shards, is_cut, own_ranges, put_rows
 from airjax.gguf import GGUF, ExpertSlot, ExpertSpan, GGMLType, Layout, Manifest, Slot, Span
 from airjax.models import Buffers
 from airjax.plan import Plan
@@ -97,9 +98,9 @@ def matrix_types(layouts: Iterable[Layout]) -> frozenset[GGMLType]:
     )
 
 
-def put_span(gguf: GGUF, span: Span, device: jax.Device | jax.sharding.Sharding, capability: str) -> Buffers:
+def put_span(gguf: GGUF, span: Span, device: jax.Device | NamedSharding, capability: str) -> Buffers:
     """Copies a span to the device to stay there, and re-lays it for the kernels of `capability`, if any."""
-    buffers = tuple(jax.device_put(view, device) for view in span_views(gguf, span))
+    buffers = tuple(hosts.put(view, device) for view in span_views(gguf, span))
     return _relaid(buffers, span.layout, capability)
 
 
@@ -178,7 +179,10 @@ def open_sharded_weights(
 ) -> LayerWeights:
     """`open_weights` for layers that are cut among the devices of a mesh."""
     pin = _can_pin(mesh.devices.flat[0])
-    registered = _registered(gguf) if plan.streamed and plan.tier == "registered mapping" else []
+    registered: list[PinnedMemory] = []
+    if plan.streamed and plan.tier == "registered mapping":
+        # Of several processes each reads its own ranges of the file, and pins no others.
+        registered = _registered(own_ranges(gguf, cut, mesh, plan.streamed) if hosts.several() else gguf.maps)
     source = Shards(gguf, cut, mesh, plan.streamed, pin, registered)
     try:
         resident = {
@@ -209,7 +213,7 @@ def _open_source(
             timeline=timeline,
         )
         return ReadSource(reader, device)
-    registered = _registered(gguf) if plan.tier == "registered mapping" else []
+    registered = _registered(gguf.maps) if plan.tier == "registered mapping" else []
     return MappedSource([span_views(gguf, span) for span in manifest.layers], device, registered)
 
 
@@ -247,7 +251,7 @@ def open_pool(
             timeline=timeline,
         )
     else:
-        registered = _registered(gguf) if plan.tier == "registered mapping" else []
+        registered = _registered(gguf.maps) if plan.tier == "registered mapping" else []
         source = MappedUnits(gguf.maps, stacks, device, registered)
     kinds: dict[tuple[ExpertSlot, ...], list[int]] = {}
     for layer, span in enumerate(experts):
@@ -271,11 +275,11 @@ def open_pool(
         raise
 
 
-def _registered(gguf: GGUF) -> list[PinnedMemory]:
+def _registered(mappings: Sequence[np.ndarray]) -> list[PinnedMemory]:
     """The file's mappings as sources of DMA; none of them, with a warning, where the driver refuses."""
     registered: list[PinnedMemory] = []
     try:
-        for mapping in gguf.maps:
+        for mapping in mappings:
             registered.append(PinnedMemory.register_mapping(mapping))
     except BaseException as error:
         for handle in registered:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from airjax.streaming.pinned import PinnedMemory
 from airjax.streaming.timeline import Timeline
@@ -97,13 +98,10 @@ class Shuttle:
         # uint8 [S, row bytes], by layer, block and number among this process's devices.
         self._host: dict[tuple[int, int, int], np.ndarray] = {}
         # New rows come down by the copy engine, not through a staging buffer of the driver.
-        self._landing_place: jax.sharding.Sharding
-        if isinstance(place, NamedSharding):
-            by_heads = PartitionSpec(None, *place.spec)
-            self._landing_place = NamedSharding(place.mesh, by_heads, memory_kind="pinned_host")
-        else:
-            self._landing_place = jax.sharding.SingleDeviceSharding(place, memory_kind="pinned_host")
-        self._landing: dict[int, tuple[LayerKV, np.ndarray]] = {}
+        self._landing_places = [
+            jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host") for device in self._devices
+        ]
+        self._landing: dict[int, tuple[list[LayerKV], np.ndarray]] = {}
         self._to_put: collections.deque[_Range] = collections.deque()
         self._ahead: collections.deque[tuple[int, Piece]] = collections.deque()
         self._busy: collections.deque[tuple[Array, Any]] = collections.deque()
@@ -155,7 +153,8 @@ class Shuttle:
           positions: `[B, T]`, negative for padding rows.
         """
         self.bytes_down += rows.nbytes
-        landing = jax.device_put(rows, self._landing_place)
+        parts = [jax.tree.map(functools.partial(_on, device=device), rows) for device in self._devices]
+        landing = jax.device_put(parts, self._landing_places)
         if self._timeline is not None:
             self._timeline.watch("device to host", f"kv {layer}", landing, rows.nbytes)
         self._landing[layer] = (landing, positions)
@@ -232,8 +231,8 @@ class Shuttle:
         if landing is None:
             return
         rows, positions = landing
-        for part, device in enumerate(self._devices):
-            values = [_on(leaf, device) for leaf in jax.tree.leaves(rows)]  # [B, K, T, H] each
+        for part, own_rows in enumerate(rows):
+            values = [np.asarray(leaf) for leaf in jax.tree.leaves(own_rows)]  # [B, K, T, H] each
             for sequence, row_positions in enumerate(positions):
                 used = np.flatnonzero(row_positions >= 0)
                 slots = row_positions[used] % self._sizes[layer]
@@ -283,9 +282,10 @@ def piece_struct(slots: int, row: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((slots, _fields(row)[-1].stop), jnp.uint8)
 
 
-def _on(array: Array, device: jax.Device) -> np.ndarray:
+def _on(array: Array, device: jax.Device) -> Array:
     """A device's part of an array."""
-    return next(np.asarray(shard.data) for shard in array.addressable_shards if shard.device == device)
+    part: Array = next(shard.data for shard in array.addressable_shards if shard.device == device)
+    return part
 
 
 def _view(host: np.ndarray, field: _Field) -> np.ndarray:

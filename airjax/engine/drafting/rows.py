@@ -114,7 +114,7 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
     model.gguf.check_unchanged()
     lengths = [lengths_at(model, position[None, None]) for position in positions]
     xs = [embed(model, np.array([[token]], np.int32)) for token in ids]
-    placed = jax.device_put([position[None, None] for position in positions], model.everywhere)
+    placed = model.put([position[None, None] for position in positions])
     model.begin_sweep()
     shuttle = state.shuttle
     if shuttle is not None:

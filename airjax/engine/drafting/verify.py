@@ -85,7 +85,7 @@ def ask(
             (np.int32(draws), np.int32(len(ids))),
             None if masks is None else np.pad(masks, ((0, fill), (0, 0))),
         )
-    placed: Question = jax.device_put(question, model.everywhere)
+    placed: Question = model.put(question)
     return placed
 
 
