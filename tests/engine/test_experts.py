@@ -171,7 +171,7 @@ def _decode_bytes(loaded, count, seed):
     return loaded.stats
 
 
-@pytest.mark.parametrize(("by", "slots"), [("host", _USED), ("host", 40), ("device", 40)])
+@pytest.mark.parametrize(("by", "slots"), [("host", _USED), ("host", 40), ("device", 20)])
 def test_little_more_crosses_the_link_than_was_chosen_and_not_there(path, by, slots):
     with _load(path, slots, by=by) as loaded:
         (unit_bytes,) = {span.unit_bytes for span in loaded.model.experts}
@@ -190,7 +190,7 @@ def test_little_more_crosses_the_link_than_was_chosen_and_not_there(path, by, sl
 
 
 def test_how_many_experts_are_missing_compiles_nothing(path):
-    with _load(path, 17, by="device") as loaded:
+    with _load(path, 20, by="device") as loaded:
         _decode_bytes(loaded, 8, 0)
         before = compilations()
         misses = {_decode_bytes(loaded, 8, seed).experts.misses for seed in range(1, 6)}
@@ -202,7 +202,9 @@ def test_the_next_sweep_is_dispatched_before_its_token_is_read(path, monkeypatch
     with _load(path, 20, by="device") as loaded:
         assert loaded.model.runs_ahead
         sweep, read = generation.sweep, jax.device_get
-        monkeypatch.setattr(generation, "sweep", lambda *args: order.append("sweep") or sweep(*args))
+        monkeypatch.setattr(
+            generation, "sweep", lambda *args, **more: order.append("sweep") or sweep(*args, **more)
+        )
         monkeypatch.setattr(jax, "device_get", lambda tree: order.append("read") or read(tree))
         stats = _decode_bytes(loaded, 4, 0)
     assert order == ["sweep", *["sweep", "read"] * 3, "read"]
@@ -251,7 +253,7 @@ def test_a_batch_gives_the_numbers_of_resident_layers_and_shares_experts(path):
     prompts = [random_ids(100, 4 + 17 * n, n) for n in range(5)]
     with _load(path, resident="all", max_batch=5) as loaded:
         expected, _ = _batch(loaded, prompts)
-    for by, slots in (("host", 5), ("device", 30)):
+    for by, slots in (("host", 5), ("device", 20)):
         with _load(path, slots, max_batch=5, by=by) as loaded:
             drawn, stats = _batch(loaded, prompts)
             assert drawn == expected
@@ -270,7 +272,7 @@ def test_the_meter_reports_experts(path):
 
 
 def test_a_generation_left_in_the_middle_leaves_the_pool_usable(path, resident):
-    with _load(path, 17, by="device") as loaded:
+    with _load(path, 20, by="device") as loaded:
         draws = loaded.generate(random_ids(100, 9), max_tokens=20, ignore_eos=True)
         next(draws)
         draws.close()
