@@ -13,6 +13,7 @@ from airjax import layers, models, sampling
 from airjax.engine.batch import table_of
 from airjax.engine.experts import finish_step, route_step
 from airjax.engine.long import attend_step, begin_step, end_step
+from airjax.engine.stages import staged
 from airjax.engine.step import (
     block_step,
     draw_rows_step,
@@ -67,7 +68,7 @@ def compiled_workspace(
                 used = _long(layout, config, kind, slots, plan, x, positions)
             else:
                 step, cache = _block(layout, config, kind, slots, plan, sequences)
-                used = _workspace(step, _buffers(layout, config.shards), x, *cache, positions)
+                used = _workspace_of(step, layout, config.shards, x, *cache, positions)
             # The input of the block before is still waited for while the next one is dispatched.
             largest = max(largest, used + 2 * _nbytes(x))
     return largest
@@ -125,15 +126,14 @@ def _long(
     positions: jax.ShapeDtypeStruct,
 ) -> int:
     """Workspace of a layer whose cache comes in pieces."""
-    buffers = _buffers(layout)
     begin, attend = begin_step(layout, config, kind), attend_step(config, kind, slots)
-    q, partial, rows = jax.eval_shape(begin, buffers, x, positions)
+    q, partial, rows = jax.eval_shape(begin, _buffers(layout), x, positions)
     piece = piece_struct(plan.kv_block, shuttled_row(config, x.shape[0]))
     waiting = sum(_nbytes(leaf) for leaf in jax.tree.leaves((q, partial, rows)))
     return max(
-        _workspace(begin, buffers, x, positions),
+        _workspace_of(begin, layout, 1, x, positions),
         _workspace(attend, q, partial, piece, _array((), jnp.int32), positions) + waiting,
-        _workspace(end_step(layout, config), buffers, x, partial) + waiting,
+        _workspace_of(end_step(layout, config), layout, 1, x, partial) + waiting,
     )
 
 
@@ -163,6 +163,16 @@ def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
         numbers = _array((), jnp.int32), _array((1, 1), jnp.int32)
         used = _workspace(step, buffers, x, tokens, state, tokens, keys, numbers, None)
     return max(embed, used + _nbytes(x))
+
+
+def _workspace_of(step: Any, layout: Layout, shards: int, *args: Any) -> int:
+    """Of a layer's step, which goes in stages where the layer is cut: then what waits between stages counts too."""
+    if not layout.pieces:
+        return _workspace(step, _buffers(layout, shards), *args)
+    return max(
+        _workspace(stage.run, *stage.arguments(_buffers(layout))) + stage.waiting_bytes
+        for stage in staged(step, layout, *args).stages.values()
+    )
 
 
 def _workspace(step: Any, *args: Any) -> int:
