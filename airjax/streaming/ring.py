@@ -130,7 +130,6 @@ class Ring:
         start = time.perf_counter()
         jax.block_until_ready(weights)
         self.wait_s += time.perf_counter() - start
-        self._free_ready()
         if self._depth == 1:
             jax.block_until_ready(done)
             self._free(keep=0)
