@@ -15,8 +15,10 @@ from airjax import layers
 from airjax.engine.experts import attend_and_route, run_experts
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
+from airjax.engine.passing import Passing
+from airjax.engine.stages import chain
 from airjax.engine.step import paged_block_step, paged_run_step
-from airjax.engine.sweep import run_end, settle, watch_run
+from airjax.engine.sweep import run_end, settles, watch_run
 from airjax.plan import KV_PAGE
 from airjax.types import Array, LayerKV, PagedKV
 
@@ -144,7 +146,9 @@ def shared_sweep(
             continue
         step = paged_block_step(model.manifest.layers[layer].layout, config, model.kinds[layer])
         weights = model.weights.take(layer)
+        wait = [settles(model, layer, group.positions) for group in groups]
         if model.pool_holds(layer):
+            assert not isinstance(weights, Passing)
             before = xs[-1]
             routed = []
             for x, (positions, table) in zip(xs, placed, strict=True):
@@ -153,15 +157,16 @@ def shared_sweep(
                 routed.append(part)
             xs = run_experts(model, layer, routed, [group.positions for group in groups])
         else:
-            for at, (positions, table) in enumerate(placed):
-                before = xs[at]
-                xs[at], state.layers[layer] = step(weights, before, state.layers[layer], table, positions)
-                settle(model, layer, groups[at].positions, xs[at])
+            before = xs[-1]
+            calls = [(step, x, (table, positions)) for x, (positions, table) in zip(xs, placed, strict=True)]
+            xs, state.layers[layer] = chain(weights, state.layers[layer], calls, wait)
         model.pending = xs[-1]
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", xs[-1])
         # Groups run in order: when the last one's input is ready, no earlier layer is at work.
         model.weights.release(layer, weights, before, done=xs[-1])
+        if wait[-1]:
+            jax.block_until_ready(xs[-1])
         layer += 1
     model.count_sweep(state)
     return xs

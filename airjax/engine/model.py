@@ -41,7 +41,16 @@ from airjax.gguf import (
     split_experts,
 )
 from airjax.models import Architecture, Buffers, Config, DecoderConfig
-from airjax.plan import EMBEDDING, EXPERT_TENSORS, Plan, PlanError, Resident, Switch, make_plan
+from airjax.plan import (
+    EMBEDDING,
+    EXPERT_TENSORS,
+    Plan,
+    PlanError,
+    Resident,
+    Switch,
+    make_plan,
+    piece_bytes,
+)
 from airjax.streaming import Pool, PoolStats, Timeline
 
 if TYPE_CHECKING:
@@ -222,7 +231,9 @@ def open_model(
     try:
         architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype)
         align = _CPU_ALIGNMENT if device.platform == "cpu" else 1
-        manifest = build_manifest(gguf, align)
+        # Devices that share each layer take whole layers.
+        pieces = None if len(devices) > 1 else piece_bytes(device.platform)
+        manifest = build_manifest(gguf, align, piece_bytes=pieces)
         cut: tuple[ShardedLayer, ...] = ()
         if len(devices) > 1:
             _check_devices(gguf, config, manifest, len(devices), tier)
@@ -248,6 +259,8 @@ def open_model(
             compact=has_compact_allocator(device),
             drafts=drafts,
         )
+        if not plan.streamed and not cut:
+            manifest = build_manifest(gguf, align)
         experts: tuple[ExpertSpan | None, ...] = ()
         if plan.expert_slots:
             manifest, experts = split_experts(gguf, EXPERT_TENSORS, align)

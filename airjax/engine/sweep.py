@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,9 @@ from airjax.engine.experts import attend_and_route, run_experts
 from airjax.engine.hooks import Hook, attention_step
 from airjax.engine.long import long_layer
 from airjax.engine.model import Model
+from airjax.engine.passing import Passing
+from airjax.engine.stages import call, needs
 from airjax.engine.step import block_step, run_step, shuttled_block_step
-from airjax.models import Buffers
 from airjax.streaming import Shuttle
 from airjax.types import Array, LayerKV
 
@@ -120,9 +122,10 @@ def sweep(
             layer = end
             continue
         step = steps[layer]
-        weights = model.weights.take(layer)
+        weights, wait = model.weights.take(layer), settles(model, layer, positions)
         before = x
         if model.pool_holds(layer):
+            assert not isinstance(weights, Passing)
             kv = grown(state.kv[layer], lengths[layer])
             routed, state.kv[layer] = attend_and_route(
                 model, layer, weights, before, kv, device_positions, lengths[layer]
@@ -130,13 +133,16 @@ def sweep(
             (x,) = run_experts(model, layer, [routed], [positions])
         elif state.shuttle is None:
             kv = grown(state.kv[layer], lengths[layer])
-            x, state.kv[layer] = step(weights, before, kv, device_positions)
+            keep: set[int] = set()
+            if hook is not None and layer in hook.attention:
+                keep = needs(weights, _attention_step(model, layer, lengths), before, kv, device_positions)
+            x, state.kv[layer] = call(weights, step, before, kv, device_positions, wait=wait, keep=keep)
         else:
             if lengths[layer] > state.shuttle.block:
-                x, rows = long_layer(model, state.shuttle, layer, weights, before, device_positions)
+                x, rows = long_layer(model, state.shuttle, layer, weights, before, device_positions, wait)
             else:
                 for piece in state.shuttle.pieces(layer):  # there is one
-                    x, rows = step(weights, before, piece.kv, device_positions)
+                    x, rows = call(weights, step, before, piece.kv, device_positions, wait=wait)
                     state.shuttle.release(x)
             state.shuttle.keep(layer, rows, positions)
         model.pending = x
@@ -144,42 +150,35 @@ def sweep(
             model.timeline.watch("compute", f"layer {layer}", x)
         if hook is not None:
             if layer in hook.attention:
-                _show_attention(model, state, hook, layer, weights, before, lengths[layer], positions)
+                attend = _attention_step(model, layer, lengths)
+                seen = call(weights, attend, before, state.kv[layer], device_positions)
+                # The layer's weights may be overwritten once they are released.
+                jax.block_until_ready(seen)
+                assert hook.attended is not None
+                hook.attended(layer, seen, positions)
             x = hook.at(layer + 1, x, positions)
         model.weights.release(layer, weights, before, done=x)
-        settle(model, layer, positions, x)
+        if wait:
+            jax.block_until_ready(x)
         layer += 1
     model.count_sweep(state)
     return x
 
 
-def _show_attention(
-    model: Model,
-    state: State,
-    hook: Hook,
-    layer: int,
-    weights: Buffers,
-    before: Array,
-    length: int,
-    positions: np.ndarray,
-) -> None:
-    step = attention_step(model.manifest.layers[layer].layout, model.config, model.kinds[layer], length)
-    seen = step(weights, before, state.kv[layer], positions)
-    # The layer's weights may be overwritten once they are released.
-    jax.block_until_ready(seen)
-    assert hook.attended is not None
-    hook.attended(layer, seen, positions)
+def _attention_step(model: Model, layer: int, lengths: list[int]) -> Callable[..., Array]:
+    return attention_step(
+        model.manifest.layers[layer].layout, model.config, model.kinds[layer], lengths[layer]
+    )
 
 
-def settle(model: Model, layer: int, positions: np.ndarray, x: Array) -> None:
-    """Waits for a layer of more than one row where layers are streamed: no two of them hold their workspace at once.
+def settles(model: Model, layer: int, positions: np.ndarray) -> bool:
+    """Whether to wait for a layer: of more than one row where layers are streamed no two hold their workspace at once.
 
     The link, whose next transfers are under way, does not notice, and the device hardly: such a layer takes
     far longer than its dispatch. A decoding step of the kernels needs no such workspace.
     """
     kernels = model.weights.relaid(layer) and positions.shape[1] == 1
-    if model.plan.streamed and positions.size > 1 and not kernels:
-        jax.block_until_ready(x)
+    return bool(model.plan.streamed) and positions.size > 1 and not kernels
 
 
 def run_end(

@@ -14,6 +14,7 @@ from airjax.engine.batch import table_of
 from airjax.engine.experts import finish_step, route_step
 from airjax.engine.long import attend_step, begin_step, end_step
 from airjax.engine.shards import is_cut
+from airjax.engine.stages import staged
 from airjax.engine.step import (
     block_step,
     draw_rows_step,
@@ -68,7 +69,7 @@ def compiled_workspace(
                 used = _long(layout, config, kind, slots, plan, x, positions)
             else:
                 step, cache = _block(layout, config, kind, slots, plan, sequences)
-                used = _workspace(step, _buffers(layout, config.shards), x, *cache, positions)
+                used = _workspace_of(step, layout, config.shards, x, *cache, positions)
             # The input of the block before is still waited for while the next one is dispatched.
             largest = max(largest, used + 2 * _nbytes(x))
     return largest
@@ -133,9 +134,9 @@ def _long(
     # Each device has its own heads.
     waiting = sum(_nbytes(leaf) for leaf in jax.tree.leaves((q, partial, rows))) // config.shards
     return max(
-        _workspace(begin, buffers, x, positions),
+        _workspace_of(begin, layout, config.shards, x, positions),
         _workspace(attend, q, partial, piece, _array((), jnp.int32), positions) + waiting,
-        _workspace(end_step(layout, config), buffers, x, partial) + waiting,
+        _workspace_of(end_step(layout, config), layout, config.shards, x, partial) + waiting,
     )
 
 
@@ -166,6 +167,16 @@ def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
         numbers = _array((), jnp.int32), _array((1, 1), jnp.int32)
         used = _workspace(step, buffers, x, tokens, state, tokens, keys, numbers, None)
     return max(embed, used + _nbytes(x))
+
+
+def _workspace_of(step: Any, layout: Layout, shards: int, *args: Any) -> int:
+    """Of a layer's step, which goes in stages where the layer is cut: then what waits between stages counts too."""
+    if not layout.pieces:
+        return _workspace(step, _buffers(layout, shards), *args)
+    return max(
+        _workspace(stage.run, *stage.arguments(_buffers(layout))) + stage.waiting_bytes
+        for stage in staged(step, layout, *args).stages.values()
+    )
 
 
 def _workspace(step: Any, *args: Any) -> int:

@@ -13,6 +13,8 @@ from airjax import layers, models
 from airjax.engine.experts import attend_and_route, run_experts
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
+from airjax.engine.passing import Passing
+from airjax.engine.stages import chain
 from airjax.engine.step import block_step, shuttled_row
 from airjax.engine.sweep import State, grown, lengths_at, sweep
 from airjax.models import Config
@@ -128,13 +130,15 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
         else:
             (piece,) = shuttle.pieces(layer)
             kv = _unpack_step(model.config)(piece.kv)
-        for row, x in enumerate(xs):
-            if model.pool_holds(layer):
+        if model.pool_holds(layer):
+            assert not isinstance(weights, Passing)
+            for row, x in enumerate(xs):
                 routed, kv = attend_and_route(model, layer, weights, x, kv, placed[row], lengths[row][layer])
                 (xs[row],) = run_experts(model, layer, [routed], [positions[row : row + 1, None]])
-                continue
-            step = block_step(layout, model.config, kind, lengths[row][layer])
-            xs[row], kv = step(weights, x, kv, placed[row])
+        else:
+            steps = [block_step(layout, model.config, kind, length[layer]) for length in lengths]
+            calls = [(step, x, (where,)) for step, x, where in zip(steps, xs, placed, strict=True)]
+            xs, kv = chain(weights, kv, calls, [False] * len(xs))
         if shuttle is None:
             state.kv[layer] = kv
         else:
