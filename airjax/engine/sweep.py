@@ -178,7 +178,9 @@ def settles(model: Model, layer: int, positions: np.ndarray) -> bool:
     far longer than its dispatch. A decoding step of the kernels needs no such workspace.
     """
     kernels = model.weights.relaid(layer) and positions.shape[1] == 1
-    return bool(model.plan.streamed) and positions.size > 1 and not kernels
+    # XLA's CPU backend may run out of threads, where several programs wait in them for sums over the devices.
+    alone = model.config.mesh is not None and model.device.platform == "cpu"
+    return alone or (bool(model.plan.streamed) and positions.size > 1 and not kernels)
 
 
 def run_end(
