@@ -59,6 +59,7 @@ from airjax.models.experts import decoded_experts as decoded_experts
 from airjax.models.experts import expert_products as expert_products
 from airjax.models.experts import route as route
 from airjax.models.experts import shared as shared
+from airjax.models.experts import with_kernels as with_kernels
 from airjax.models.sharding import check_cuts as check_cuts
 from airjax.models.sharding import cut_of as cut_of
 from airjax.models.sharding import local_config as local_config
