@@ -269,6 +269,7 @@ def open_model(
         output = "output.weight" if "output.weight" in manifest.globals else "token_embd.weight"
         kept.append(manifest.globals[output].layout)
         capability = quants.usable(matrix_types(kept), device) if plan.relaid else ""
+        config = models.with_kernels(config, gguf, device)
         if cut:
             weights = open_sharded_weights(gguf, cut, config.mesh, plan, timeline, capability)
         else:

@@ -28,6 +28,8 @@ _FUNCTION_OF = {scoring: number for number, scoring in _SCORINGS.items()}
 EXPERT_MATRICES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 # As in `quants.matmul`: up to this many rows each goes to its experts alone.
 _FEW_ROWS = 8
+# Up to this many rows the fused kernels are faster than decoding experts and a product.
+_KERNEL_ROWS = 512
 # Weights of experts that are decoded at once where there are more rows, and bytes that are gathered where not.
 TILE_WEIGHTS = 32 << 20
 GATHERED_BYTES = 128 << 20
@@ -49,6 +51,7 @@ class Experts:
       first: so many layers before the first mixture have a plain feed-forward part.
       every: from there on each so manyth layer is a mixture, the last of each group.
       on_input: a token's weight for an expert multiplies what the expert takes, not what it gives (Llama 4).
+      capability: of the CUDA device whose kernels multiply the experts; "" for XLA alone.
     """
 
     count: int
@@ -62,6 +65,7 @@ class Experts:
     first: int = 0
     every: int = 1
     on_input: bool = False
+    capability: str = ""
 
     def in_layer(self, layer: int) -> bool:
         """Whether a layer is a mixture."""
@@ -136,6 +140,15 @@ def read_experts(
     return Experts(
         count, key(width), routing, choice_bias=_has_choice_bias(gguf, sizes["n_layers"]), first=first
     )
+
+
+def with_kernels(config: Config, gguf: GGUF, device: jax.Device) -> Config:
+    """The configuration with which experts are multiplied by the fused kernels, if these are right on the device."""
+    if getattr(config, "experts", None) is None:
+        return config
+    types = {info.type for name, info in gguf.tensors.items() if name.split(".")[-2] in EXPERT_MATRICES}
+    capability = quants.mixture_usable(types, device)
+    return dataclasses.replace(config, experts=dataclasses.replace(config.experts, capability=capability))
 
 
 def _has_choice_bias(gguf: GGUF, n_layers: int) -> bool:
@@ -250,6 +263,8 @@ def expert_products(
     pairs = ids.reshape(-1)
     out = jnp.zeros((len(pairs), rows.shape[1])) if before is None else before.reshape(len(pairs), -1)
     product = _by_pair if len(rows) <= _FEW_ROWS else _by_expert
+    if config.experts.capability and len(rows) <= _KERNEL_ROWS and quants.takes(*parts.values()):
+        product = _by_kernels
     return product(rows, pairs, parts, own_biases, slots, out, config).reshape(*lead, used, -1)
 
 
@@ -266,6 +281,32 @@ def combined(products: Array, gates: Array, beside: Array | None) -> Array:
 def block_rows(rows: int) -> int:
     """Rows of a block of one expert: from 64 on XLA's CPU backend sums in the same order however a prompt is cut."""
     return 64 if rows >= 64 else 16
+
+
+def _by_kernels(
+    rows: Array,
+    pairs: Array,
+    parts: Mapping[str, quants.Stacked],
+    own_biases: Mapping[str, Array],
+    slots: Array | None,
+    out: Array,
+    config: Config,
+) -> Array:
+    """Each expert's blocks read once for the tokens that chose it, in three launches."""
+    gate, up, down = (parts[name] for name in EXPERT_MATRICES)
+    experts = config.experts
+    products = quants.mixture_products(
+        rows.astype(jnp.float32),
+        pairs,
+        slots,
+        (gate, up, down),
+        tuple(own_biases[name] for name in EXPERT_MATRICES) if own_biases else None,
+        experts=experts.count,
+        activation=experts.activation,
+        dtype=np.dtype(config.compute_dtype),
+        capability=experts.capability,
+    )
+    return products if slots is None else jnp.where(slots[pairs][:, None] >= 0, products, out)
 
 
 def _by_pair(
