@@ -80,6 +80,7 @@ class Engine:
     @property
     def stats(self) -> engine.Stats:
         """What the last run measured."""
+        self.model.count_fetched()
         return self.model.stats
 
     @property

@@ -13,6 +13,7 @@ import numpy as np
 
 from airjax import layers
 from airjax.engine.experts import attend_and_route, run_experts
+from airjax.engine.fetched import run_fetched
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.passing import Passing
@@ -142,12 +143,19 @@ def shared_sweep(
         end = run_end(model, state, layer, groups[0].positions, _RUN_LAYERS) if len(groups) == 1 else layer
         if end > layer:
             xs = [_run(model, xs[0], state, range(layer, end), *placed[0])]
+            watch_run(model, xs[0], range(layer, end))
             layer = end
             continue
         step = paged_block_step(model.manifest.layers[layer].layout, config, model.kinds[layer])
         weights = model.weights.take(layer)
         wait = [settles(model, layer, group.positions) for group in groups]
-        if model.pool_holds(layer):
+        if model.device_fetches(layer):
+            before = xs[-1]
+            xs = [
+                _run(model, x, state, range(layer, layer + 1), *where)
+                for x, where in zip(xs, placed, strict=True)
+            ]
+        elif model.pool_holds(layer):
             assert not isinstance(weights, Passing)
             before = xs[-1]
             routed = []
@@ -173,14 +181,15 @@ def shared_sweep(
 
 
 def _run(model: Model, x: Array, state: PagedState, run: range, positions: Array, table: Array) -> Array:
-    blocks = tuple((model.manifest.layers[layer].layout, model.kinds[layer]) for layer in run)
-    buffers = [model.weights.take(layer) for layer in run]
     pages = [state.layers[layer] for layer in run]
-    x, state.layers[run.start : run.stop] = paged_run_step(blocks, model.config)(
-        buffers, x, pages, table, positions
-    )
+    if model.pool is not None:
+        x, pages = run_fetched(model, run, x, pages, table, positions, None)
+    else:
+        blocks = tuple((model.manifest.layers[layer].layout, model.kinds[layer]) for layer in run)
+        buffers = [model.weights.take(layer) for layer in run]
+        x, pages = paged_run_step(blocks, model.config)(buffers, x, pages, table, positions)
+    state.layers[run.start : run.stop] = pages
     model.pending = x
-    watch_run(model, x, run)
     return x
 
 

@@ -157,6 +157,9 @@ class Scheduler:
             failed = [sequence for sequence in batch if sequence.slot >= 0]
             events += [self._fail(sequence, f"the sweep failed: {error}") for sequence in failed]
             self._start_over()
+        # What is in flight may still be at work.
+        self.model.count_fetched(keep=int(self._flight is not None))
+        self._count()
         self.stats.busy_s += time.perf_counter() - start
         return events
 
@@ -341,7 +344,6 @@ class Scheduler:
                 self._fill(sequence, int((group.positions[row] >= 0).sum()))
         for sequence in drafted:
             self._fill(sequence, 1)
-        self._count()
         events = self._pool(members, xs, placed)
         alone = len(groups) == 1 and not masks and not drafted
         if alone and all(s.pending == 0 and s.slot >= 0 for s in members[0]):
@@ -452,7 +454,7 @@ class Scheduler:
         has a row in one sweep too many, which writes behind what it leaves.
         """
         plan = self.model.plan
-        if plan.streamed or plan.expert_slots or plan.host_embedding:
+        if not self.model.runs_ahead:
             return False
         if self._drafts is not None and not self._drafts.asleep:
             return False
@@ -487,7 +489,6 @@ class Scheduler:
         (x,) = shared_sweep(self.model, [group], self._state, [(positions, table)])
         for sequence in flight.sequences:
             sequence.filled += 1
-        self._count()
         out = self._launch(x, Rows(*rows), flight.sequences, None)
         return Flight(flight.sequences, group, (positions, table), x, Rows(*rows), out)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from airjax import layers
 from airjax.engine.experts import attend_and_route, run_experts
+from airjax.engine.fetched import run_fetched
 from airjax.engine.hooks import Hook, attention_step
 from airjax.engine.long import long_layer
 from airjax.engine.model import Model
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
 
 _SMALLEST_LENGTH = 256
+# Layers with experts of a pool that share a call: such a layer is many kernels, so long runs take long to compile.
+_FETCHED_RUN = 16
 
 
 @dataclass
@@ -119,12 +122,15 @@ def sweep(
         end = run_end(model, state, layer, positions) if hook is None else layer
         if end > layer:
             x = _run(model, x, state, range(layer, end), lengths, device_positions)
+            watch_run(model, x, range(layer, end))
             layer = end
             continue
         step = steps[layer]
         weights, wait = model.weights.take(layer), settles(model, layer, positions)
         before = x
-        if model.pool_holds(layer):
+        if model.device_fetches(layer):
+            x = _run(model, x, state, range(layer, layer + 1), lengths, device_positions)
+        elif model.pool_holds(layer):
             assert not isinstance(weights, Passing)
             kv = grown(state.kv[layer], lengths[layer])
             routed, state.kv[layer] = attend_and_route(
@@ -194,11 +200,13 @@ def run_end(
     dispatched ahead: then the device stands still until the host has prepared the whole call.
     """
     end = first
+    if model.pool is not None:
+        most = min(most or _FETCHED_RUN, _FETCHED_RUN)
     last = model.config.n_layers if most is None else min(first + most, model.config.n_layers)
     alone = model.timeline is not None and model.timeline.each_layer
     if (
         not model.plan.streamed
-        and model.pool is None
+        and (model.pool is None or model.pool.on_device)
         and state.shuttle is None
         and positions.shape[1] == 1
         and not alone
@@ -211,16 +219,17 @@ def run_end(
 def _run(
     model: Model, x: Array, state: State, run: range, lengths: list[int], device_positions: Array
 ) -> Array:
-    step = run_step(
-        tuple((model.manifest.layers[layer].layout, model.kinds[layer], lengths[layer]) for layer in run),
-        model.config,
-    )
-    buffers = [model.weights.take(layer) for layer in run]
     kvs = [grown(state.kv[layer], lengths[layer]) for layer in run]
-    x, kvs = step(buffers, x, kvs, device_positions)
+    if model.pool is not None:
+        x, kvs = run_fetched(model, run, x, kvs, None, device_positions, lengths)
+    else:
+        step = run_step(
+            tuple((model.manifest.layers[layer].layout, model.kinds[layer], lengths[layer]) for layer in run),
+            model.config,
+        )
+        x, kvs = step([model.weights.take(layer) for layer in run], x, kvs, device_positions)
     state.kv[run.start : run.stop] = kvs
     model.pending = x
-    watch_run(model, x, run)
     return x
 
 

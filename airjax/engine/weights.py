@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from airjax import models, quants
 from airjax.engine import hosts
+from airjax.engine.fetch import addressed_sources, mapped_sources, usable
 from airjax.engine.passing import Passing, ring_items
 from airjax.engine.shards import ShardedLayer, Shards, is_cut, own_ranges, put_rows
 from airjax.gguf import GGUF, ExpertSlot, ExpertSpan, GGMLType, Layout, Manifest, Slot, Span
@@ -19,7 +21,9 @@ from airjax.models import Buffers
 from airjax.plan import Plan
 from airjax.streaming import (
     CALL_BYTES,
+    STAGED_BYTES,
     ByteRange,
+    DevicePool,
     MappedSource,
     MappedUnits,
     PinnedMemory,
@@ -280,7 +284,7 @@ def open_pool(
     plan: Plan,
     device: jax.Device,
     timeline: Timeline | None,
-) -> Pool:
+) -> Pool | DevicePool:
     """Takes the memory of the pool of experts and opens the tier that fills it.
 
     Args:
@@ -291,6 +295,22 @@ def open_pool(
       timeline: records events, or None.
     """
     source: UnitSource
+    shapes = _pool_shapes(experts, plan)
+    count = next(span.experts for span in experts if span is not None)
+    registered = _registered(gguf.maps) if plan.tier == "registered mapping" else []
+    if plan.device_fetch and (registered or not _can_pin(device)):
+        try:
+            return _open_device_pool(gguf, experts, shapes, count, registered, device, timeline)
+        except PinningError as error:
+            logging.warning(
+                "airjax: the device can't read the file's mapping (%s): the host fetches experts", error
+            )
+        except BaseException:
+            _close_all(registered)
+            raise
+    if plan.device_fetch:
+        # It was planned without room for what waits on its way to a slot.
+        shapes = [_without_staged(shape, len(shapes)) for shape in shapes]
     stacks = [
         []
         if span is None
@@ -308,13 +328,51 @@ def open_pool(
             timeline=timeline,
         )
     else:
-        registered = _registered(gguf.maps) if plan.tier == "registered mapping" else []
         source = MappedUnits(gguf.maps, stacks, device, registered)
+    try:
+        most = plan.host_slot_bytes or CALL_BYTES
+        return Pool(shapes, count, len(experts), source, device, EXPERT_POLICY, most, timeline)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _open_device_pool(
+    gguf: GGUF,
+    experts: Sequence[ExpertSpan | None],
+    shapes: Sequence[Shape],
+    count: int,
+    registered: Sequence[PinnedMemory],
+    device: jax.Device,
+    timeline: Timeline | None,
+) -> DevicePool:
+    sources = {
+        layer: addressed_sources(registered, span, layer * count, device)
+        if registered
+        else mapped_sources(gguf.maps, span, layer * count, device)
+        for layer, span in enumerate(experts)
+        if span is not None
+    }
+    return DevicePool(
+        shapes,
+        count,
+        len(experts),
+        sources,
+        usable(device) if registered else "",
+        device,
+        EXPERT_POLICY,
+        functools.partial(_close_all, registered),
+        timeline,
+    )
+
+
+def _pool_shapes(experts: Sequence[ExpertSpan | None], plan: Plan) -> list[Shape]:
+    """The kinds of experts, with as many slots as were planned."""
     kinds: dict[tuple[ExpertSlot, ...], list[int]] = {}
     for layer, span in enumerate(experts):
         if span is not None:
             kinds.setdefault(span.slots, []).append(layer)
-    shapes = [
+    return [
         Shape(
             tuple(layers),
             tuple((slot.offset, slot.nbytes) for slot in slots),
@@ -323,13 +381,18 @@ def open_pool(
         )
         for (slots, layers), count in zip(kinds.items(), plan.expert_slots, strict=True)
     ]
-    count = next(span.experts for span in experts if span is not None)
-    try:
-        most = plan.host_slot_bytes or CALL_BYTES
-        return Pool(shapes, count, len(experts), source, device, EXPERT_POLICY, most, timeline)
-    except BaseException:
-        source.close()
-        raise
+
+
+def _without_staged(shape: Shape, kinds: int) -> Shape:
+    staged = -(-STAGED_BYTES // (kinds * shape.slot_bytes))
+    return shape._replace(slots=max(shape.slots - staged, 1))
+
+
+def _close_all(registered: Sequence[PinnedMemory]) -> None:
+    """Unregisters mappings, each even if another fails."""
+    with contextlib.ExitStack() as handles:
+        for handle in registered:
+            handles.callback(handle.close)
 
 
 def _registered(mappings: Sequence[np.ndarray]) -> list[PinnedMemory]:

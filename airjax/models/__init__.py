@@ -59,6 +59,7 @@ from airjax.models.experts import decoded_experts as decoded_experts
 from airjax.models.experts import expert_products as expert_products
 from airjax.models.experts import route as route
 from airjax.models.experts import shared as shared
+from airjax.models.experts import shared_apart as shared_apart
 from airjax.models.experts import with_kernels as with_kernels
 from airjax.models.passing import held_at_once as held_at_once
 from airjax.models.passing import passing_order as passing_order

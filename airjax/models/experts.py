@@ -181,8 +181,13 @@ def feed_forward(h: Array, weights: Weights, config: Config) -> Array:
     """A layer's feed-forward part with all of its experts at hand: `[B, T, D]` to `[B, T, D]`."""
     ids, gates = route(h, weights, config)
     products = expert_products(h, ids, stacks(weights), biases(weights, config), None, None, config)
+    return combined(products, gates, shared_apart(h, ids, weights, config))
+
+
+def shared_apart(h: Array, ids: Array, weights: Weights, config: Config) -> Array | None:
+    """`shared` in the program of the routed experts, whose `ids` it takes, with the numbers of a program of its own."""
     if not config.experts.shared_d_ff:
-        return combined(products, gates, None)
+        return None
 
     def beside() -> Array:
         found = shared(h, weights, config)
@@ -191,10 +196,10 @@ def feed_forward(h: Array, weights: Weights, config: Config) -> Array:
 
     # XLA's CPU backend would fuse the last factor of the shared experts with the sum, and round once less than where
     # the routed experts come through a pool, in a program of their own; into a `lax.cond` it does not fuse.
-    alone = jax.lax.platform_dependent(
+    apart: Array = jax.lax.platform_dependent(
         ids, cpu=lambda ids: _shared_alone(ids, h, beside), default=lambda ids: beside()
     )
-    return combined(products, gates, alone)
+    return apart
 
 
 def _shared_alone(ids: Array, h: Array, beside: Callable[[], Array]) -> Array:

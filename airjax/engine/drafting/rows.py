@@ -11,6 +11,7 @@ import numpy as np
 
 from airjax import layers, models
 from airjax.engine.experts import attend_and_route, run_experts
+from airjax.engine.fetched import run_fetched
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.passing import Passing
@@ -91,8 +92,7 @@ def sweep_rows(model: Model, state: State, ids: Sequence[int], first: int) -> Sw
 
 def may_run_ahead(model: Model) -> bool:
     """Whether a sweep may be dispatched before the host looks at its token: nothing waits for the link."""
-    plan = model.plan
-    return not plan.streamed and model.pool is None and not plan.shuttle and not plan.host_embedding
+    return model.runs_ahead
 
 
 def rows_apart(model: Model, state: State, last: int) -> bool:
@@ -130,7 +130,11 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
         else:
             (piece,) = shuttle.pieces(layer)
             kv = _unpack_step(model.config)(piece.kv)
-        if model.pool_holds(layer):
+        if model.device_fetches(layer):
+            for row, x in enumerate(xs):
+                run = range(layer, layer + 1)
+                xs[row], (kv,) = run_fetched(model, run, x, [kv], None, placed[row], lengths[row])
+        elif model.pool_holds(layer):
             assert not isinstance(weights, Passing)
             for row, x in enumerate(xs):
                 routed, kv = attend_and_route(model, layer, weights, x, kv, placed[row], lengths[row][layer])
