@@ -21,6 +21,7 @@ from airjax.api import Engine
 from airjax.engine import BatchStats
 from airjax.plan import KV_PAGE
 from airjax.server.metrics import Metrics
+from airjax.server.programs import Programs
 from airjax.server.sampler import Settings, keyless_sampler, make_sampler
 from airjax.text import Grammar
 
@@ -199,6 +200,7 @@ class Worker:
       state: where it stands.
       stage: what it does while loading.
       error: why the engine could not be opened.
+      programs: drops compiled programs when there are too many.
       whole_cache: whether all KV pages are made at once; to be set while the engine is being opened.
     """
 
@@ -214,6 +216,7 @@ class Worker:
         self.error: Exception | None = None
         self.started = time.monotonic()
         self.metrics = metrics
+        self.programs = Programs()
         self._open_engine = open_engine
         self._max_queue = max_queue
         self.whole_cache = False
@@ -313,6 +316,7 @@ class Worker:
         try:
             while self._obey():
                 self._step()
+                self.programs.look()
         finally:
             self.state = "stopped"
             self._fail_all("the server is shutting down")
