@@ -172,13 +172,11 @@ class Scheduler:
     def rows_of(self, count: int, width: int = 1) -> int:
         """Rows of the call that takes `width` tokens of `count` sequences: few distinct numbers, so few programs.
 
-        On a CPU a row more costs as much as the first; a GPU's kernels hardly notice up to 8, and little up to 32.
-        Prompts have a call to themselves, or share one that has as many rows as a chunk.
+        On a CPU a row more costs as much as the first; a GPU's kernels hardly notice up to 8, and little up to 32, of
+        decoding sequences. Prompts keep it busy.
         """
-        if self.model.device.platform == "cpu":
+        if width > 1 or self.model.device.platform == "cpu":
             return 1 << (count - 1).bit_length()
-        if width > 1:
-            return count if count == 1 else max(count, self.model.plan.prefill_chunk // width)
         rows = 1
         while rows < count:
             rows *= 8 if rows < 8 else 4

@@ -438,7 +438,7 @@ def test_a_batch_that_cannot_be_planned_is_refused(toy, options, message):
 
 
 def _as_on_a_gpu(scheduler):
-    """Sizes of calls as they are on a GPU, where prompts share calls of a whole chunk."""
+    """Sizes of calls as they are on a GPU."""
     own = type(scheduler).rows_of
     plan = scheduler.model.plan
     elsewhere = SimpleNamespace(model=SimpleNamespace(device=SimpleNamespace(platform="gpu"), plan=plan))
@@ -447,10 +447,11 @@ def _as_on_a_gpu(scheduler):
 
 
 @pytest.mark.parametrize("resident", ["all", "none"])
-def test_prompts_share_a_call_of_a_whole_chunk_and_go_on_decoding_in_fewer_rows(toy, alone, resident):
+def test_prompts_share_a_call_and_go_on_decoding_in_one_of_another_size(toy, alone, resident):
     with _open(toy, resident=resident) as batch:
         scheduler = _as_on_a_gpu(batch.scheduler(_SAMPLER))
-        assert [scheduler.rows_of(count, 64) for count in (1, 2, 8)] == [1, 8, 8]
+        assert [scheduler.rows_of(count, 64) for count in (1, 3, 8)] == [1, 4, 8]
+        assert [scheduler.rows_of(count) for count in (1, 3, 8, 9)] == [1, 8, 8, 32]
         prompts = [_prompts()[0]] * 3 + [_prompts()[1]]
         numbers = [scheduler.submit(_request(ids, n)) for n, ids in enumerate(prompts)]
         found = _run(scheduler)
