@@ -134,10 +134,22 @@ def shared_sweep(
       ReadError: a reader thread failed.
     """
     model.gguf.check_unchanged()
-    config = model.config
     placed = place(model, groups) if placed is None else placed
-    xs = [embed(model, group.ids) for group in groups]
     model.begin_sweep()
+    if model.plan.streamed or model.pool is not None:
+        xs = _pass(model, groups, state, placed)
+    else:  # nothing to share: one after the other, so that a decoding group goes in runs of layers
+        xs = [_pass(model, [group], state, [own])[0] for group, own in zip(groups, placed, strict=True)]
+    model.count_sweep(state)
+    return xs
+
+
+def _pass(
+    model: Model, groups: Sequence[Group], state: PagedState, placed: Sequence[tuple[Array, Array]]
+) -> list[Array]:
+    """All layers for groups that share each of them."""
+    config = model.config
+    xs = [embed(model, group.ids) for group in groups]
     layer = 0
     while layer < config.n_layers:
         end = run_end(model, state, layer, groups[0].positions, _RUN_LAYERS) if len(groups) == 1 else layer
@@ -176,7 +188,6 @@ def shared_sweep(
         if wait[-1]:
             jax.block_until_ready(xs[-1])
         layer += 1
-    model.count_sweep(state)
     return xs
 
 
