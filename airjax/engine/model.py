@@ -204,7 +204,7 @@ def open_model(
     """
     gguf = open_gguf(path)
     try:
-        architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype)
+        architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype, context)
         align = _CPU_ALIGNMENT if device.platform == "cpu" else 1
         manifest = build_manifest(gguf, align)
         cut: tuple[ShardedLayer, ...] = ()
@@ -252,7 +252,7 @@ def open_model(
                 name: put_span(gguf, span, everywhere, capability if name == output else "")
                 for name, span in manifest.globals.items()
                 if name in architecture.global_specs(config)
-                and name != "rope_freqs.weight"
+                and name.removesuffix(".weight") not in models.ROPE_DIVISORS
                 and not (plan.host_embedding and name == EMBEDDING)
             }
             jax.block_until_ready(globals_)

@@ -76,8 +76,10 @@ def check_cuts(path: str, config: Config, types: Iterable[tuple[str, GGMLType]],
       ValueError: they cannot; the message names the counts that work.
     """
     assert isinstance(config, DecoderConfig)
-    if config.experts is not None or config.qk_norm == "whole":
-        what = "a mixture of experts" if config.experts is not None else "a norm over all heads at once"
+    what = "a mixture of experts" if config.experts is not None else ""
+    what = what or ("a norm over all heads at once" if config.qk_norm == "whole" else "")
+    what = what or ("a model with heads of several widths" if config.local_head_dim else "")
+    if what:
         raise ValueError(f"{path}: {what} can't be cut among devices yet: pass --devices=1")
     columns = {
         (cut_of(name, config).parts[0], GGML_QUANT_SIZES[kind][0])

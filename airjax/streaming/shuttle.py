@@ -52,7 +52,7 @@ class Shuttle:
 
     Args:
       sizes: S of each layer.
-      row: shapes and dtypes `[B, K, H]` of the keys (or the values) of one position.
+      rows: shapes and dtypes `[B, K, H]` of the keys (or the values) of one position of each layer.
       device: where the blocks run.
       pieces: how many pieces may be alive on the device at once, at least 2.
       block: positions of a piece.
@@ -67,7 +67,7 @@ class Shuttle:
     def __init__(
         self,
         sizes: Sequence[int],
-        row: Any,
+        rows: Sequence[Any],
         device: jax.Device,
         pieces: int,
         block: int,
@@ -80,7 +80,7 @@ class Shuttle:
         self.wait_s = 0.0
         self.block = block
         self._sizes = tuple(sizes)
-        self._fields = _fields(row)
+        self._fields = [_fields(row) for row in rows]
         self._device = device
         self._pieces = max(pieces, 2)
         self._pin = pin
@@ -149,10 +149,10 @@ class Shuttle:
     def read(self, layer: int, slots: np.ndarray) -> list[np.ndarray]:
         """The rows of some slots of a layer, by the leaves of the cache: `[n, B, K, ...]` each."""
         self._land(layer)
-        rows = [np.empty((len(slots), *field.part.shape), field.part.dtype) for field in self._fields]
+        rows = [np.empty((len(slots), *field.part.shape), field.part.dtype) for field in self._fields[layer]]
         for block, inside in self._by_block(slots):
             host = self._block(layer, block)
-            for field, target in zip(self._fields, rows, strict=True):
+            for field, target in zip(self._fields[layer], rows, strict=True):
                 target[inside] = _view(host, field)[slots[inside] % self.block]
         return rows
 
@@ -161,7 +161,7 @@ class Shuttle:
         self._land(layer)
         for block, inside in self._by_block(slots):
             host = self._block(layer, block)
-            for field, new in zip(self._fields, rows, strict=True):
+            for field, new in zip(self._fields[layer], rows, strict=True):
                 _view(host, field)[slots[inside] % self.block] = new[inside]
 
     def close(self) -> None:
@@ -208,7 +208,7 @@ class Shuttle:
             slots = row_positions[used] % self._sizes[layer]
             for block, inside in self._by_block(slots):
                 host = self._block(layer, block)
-                for field, new in zip(self._fields, values, strict=True):
+                for field, new in zip(self._fields[layer], values, strict=True):
                     target = _view(host, field)
                     target[slots[inside] % self.block, sequence] = new[sequence][:, used[inside]].swapaxes(
                         0, 1
@@ -223,7 +223,7 @@ class Shuttle:
         """Host memory of a block of a layer, uint8 `[S, row bytes]`."""
         if (layer, block) not in self._host:
             size = min(self.block, self._sizes[layer] - block * self.block)
-            row_bytes = self._fields[-1].stop
+            row_bytes = self._fields[layer][-1].stop
             memory = PinnedMemory.allocate(size * row_bytes, pin=self._pin)
             self._memory.append(memory)
             self._host[layer, block] = memory.array[: size * row_bytes].reshape(size, row_bytes)

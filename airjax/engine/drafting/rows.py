@@ -127,7 +127,7 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
             kv = grown(state.kv[layer], lengths[-1][layer])
         else:
             (piece,) = shuttle.pieces(layer)
-            kv = _unpack_step(model.config)(piece.kv)
+            kv = _unpack_step(model.config, kind)(piece.kv)
         for row, x in enumerate(xs):
             if model.pool_holds(layer):
                 routed, kv = attend_and_route(model, layer, weights, x, kv, placed[row], lengths[row][layer])
@@ -150,9 +150,9 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
 
 
 @functools.cache
-def _unpack_step(config: Config) -> Callable[[Array], LayerKV]:
+def _unpack_step(config: Config, kind: str) -> Callable[[Array], LayerKV]:
     """jitted `(piece uint8 [S, row bytes]) -> the cache of a layer`."""
-    return jax.jit(lambda piece: to_cache(piece, shuttled_row(config, 1)))
+    return jax.jit(lambda piece: to_cache(piece, shuttled_row(config, kind, 1)))
 
 
 _read_rows = jax.jit(layers.read_rows)
