@@ -214,12 +214,7 @@ def make_plan(
     everything = sum(_relaid_bytes(span) for span in _device_globals(manifest)) + workspace + sum(kv_rows)
     everything += sum(_relaid_bytes(span) for span in manifest.layers)
     streams = resident == "none" or (resident == "auto" and everything > vram_budget_bytes)
-    # Kernels of layers that are cut among devices: not built yet.
-    relaid = (
-        backend in _KERNEL_BACKENDS
-        and config.mesh is None
-        and (not streams or drafts or (max_batch or 1) > 1)
-    )
+    relaid = backend in _KERNEL_BACKENDS and (not streams or drafts or (max_batch or 1) > 1)
     if resident == "dense" and config.experts is None:
         raise PlanError(f"{gguf.path}: resident=dense is for mixtures of experts: pass --resident=auto")
     if resident == "dense" and not config.experts.pooled:
@@ -293,7 +288,7 @@ def make_plan(
     workspace = shuttled_workspace if shuttle else workspace
     fixed = globals_bytes + workspace
     kv_bytes = shuttled if shuttle else sum(kv_rows)
-    kv_host_bytes = sum(kv_rows) if shuttle else 0
+    kv_host_bytes = config.shards_here * sum(kv_rows) if shuttle else 0
 
     left = vram_budget_bytes - fixed - kv_bytes - gaps
     if resident == "all":
@@ -325,8 +320,8 @@ def make_plan(
     # Of layers that are cut among devices, what does not lie in one piece in the file is copied into host memory.
     packed_bytes = 0
     if config.mesh is not None:
-        packed_bytes = config.shards * sum(manifest.layers[layer].layout.sizes[-1] for layer in streamed)
-    left_of_ram = (ram_budget_bytes - kv_host_bytes - packed_bytes) // config.shards
+        packed_bytes = config.shards_here * sum(manifest.layers[layer].layout.sizes[-1] for layer in streamed)
+    left_of_ram = (ram_budget_bytes - kv_host_bytes - packed_bytes) // config.shards_here
     chosen, reason = _choose_tier(tier, backend, manifest, streamed, left_of_ram)
     if config.mesh is not None and chosen == "ring":
         raise PlanError(

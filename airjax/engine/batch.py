@@ -106,9 +106,7 @@ def copy_pages(state: PagedState, sources: Sequence[int], targets: Sequence[int]
 
 def place(model: Model, groups: Sequence[Group]) -> list[tuple[Array, Array]]:
     """Positions and page tables of groups on the device."""
-    placed: list[tuple[Array, Array]] = jax.device_put(
-        [(group.positions, group.table) for group in groups], model.everywhere
-    )
+    placed: list[tuple[Array, Array]] = model.put([(group.positions, group.table) for group in groups])
     return placed
 
 

@@ -31,12 +31,11 @@ class Draws:
         self._model = model
         self._sampler = sampler
         nothing = np.full((slots + 1, 1), -1, np.int32)
-        self._states, self._keys = jax.device_put(
+        self._states, self._keys = model.put(
             (
                 sampler.init(nothing, model.config.vocab_size),
                 jax.random.split(jax.random.key(0), slots + 1),
             ),
-            model.everywhere,
         )
 
     def suits(self, request: Request) -> bool:
@@ -53,8 +52,9 @@ class Draws:
 
     def put(self, slot: int, row: Any, key: Array) -> None:
         """Gives a slot its state and its key."""
+        row, keys = self._model.put((row, key[None]))
         self._states = put_row(self._states, row, np.int32(slot))
-        self._keys = put_row(self._keys, key[None], np.int32(slot))
+        self._keys = put_row(self._keys, keys, np.int32(slot))
 
     def row(self, slot: int) -> Any:
         """The state of a slot, `[1, ...]`."""

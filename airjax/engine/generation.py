@@ -114,7 +114,7 @@ def generate(
         x, row = last
     draw = draw_step(model.layouts, model.config, sampler.apply)
     context = np.asarray(prompt, np.int32)[None]
-    sampler_state, token, keys, last_row, numbers = jax.device_put(
+    sampler_state, token, keys, last_row, numbers = model.put(
         (
             sampler.init(context[:, :-1], model.config.vocab_size),
             context[:, -1],
@@ -122,9 +122,8 @@ def generate(
             np.array([row], np.int32),
             (np.int32(earlier_draws), np.full((1, 1), len(prompt) - 1, np.int32)),
         ),
-        model.everywhere,
     )
-    only_row = jax.device_put(np.zeros(1, np.int32), model.everywhere)
+    only_row = model.put(np.zeros(1, np.int32))
     # Where nothing waits for the link, the device is given the next sweep before the host looks at the token.
     ahead = not model.plan.streamed and model.pool is None and state.shuttle is None
     for count in range(max_tokens):

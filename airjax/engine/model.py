@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from airjax import models, quants
+from airjax.engine import hosts
 from airjax.engine.shards import ShardedLayer, cut_layers, local_manifest
 from airjax.engine.stats import Stats, has_compact_allocator
 from airjax.engine.step import GlobalLayouts, Globals
@@ -23,6 +26,7 @@ from airjax.engine.weights import (
     open_pool,
     open_sharded_weights,
     open_weights,
+    put_shards,
     put_span,
 )
 from airjax.gguf import (
@@ -32,6 +36,7 @@ from airjax.gguf import (
     Layout,
     Manifest,
     build_manifest,
+    fingerprint,
     open_gguf,
     split_experts,
 )
@@ -88,13 +93,23 @@ class Model:
     def everywhere(self) -> Placement:
         """Where hidden states and all else that every device needs are put."""
         mesh = self.config.mesh
-        return self.device if mesh is None else NamedSharding(mesh, PartitionSpec())
+        return self.device if mesh is None else NamedSharding(mesh, models.WHOLE)
+
+    def put(self, tree: Any) -> Any:
+        """Host values, the same in all processes, everywhere."""
+        return hosts.put(tree, self.everywhere)
 
     @functools.cached_property
     def by_heads(self) -> Placement:
         """Where the KV cache lies, whose second axis is heads."""
         mesh = self.config.mesh
-        return self.device if mesh is None else NamedSharding(mesh, PartitionSpec(None, models.AXIS))
+        return self.device if mesh is None else NamedSharding(mesh, models.BY_HEADS)
+
+    @functools.cached_property
+    def by_bytes(self) -> Placement:
+        """Where flat buffers lie, of which each device has its own part."""
+        mesh = self.config.mesh
+        return self.device if mesh is None else NamedSharding(mesh, models.BYTES)
 
     @functools.cached_property
     def kinds(self) -> list[str]:
@@ -196,7 +211,8 @@ def open_model(
 ) -> Model:
     """Opens a file, checks it, plans, and only then takes memory.
 
-    With more than one of `devices` each layer is cut among them; `device` is then their first, and budgets are of each.
+    With more than one of `devices` each layer is cut among them; `device` is then the first that this process has, and
+    budgets are of each.
 
     Raises:
       GGUFError: the file can't be run.
@@ -209,12 +225,11 @@ def open_model(
         manifest = build_manifest(gguf, align)
         cut: tuple[ShardedLayer, ...] = ()
         if len(devices) > 1:
-            _check_devices(gguf, config, manifest, len(devices), tier, kv_shuttle, drafts)
+            _check_devices(gguf, config, manifest, len(devices), tier)
             assert isinstance(config, DecoderConfig)
             cut = cut_layers(gguf, config, len(devices))
-            manifest = local_manifest(manifest, cut)
+            manifest = local_manifest(gguf, manifest, cut, len(devices))
             config = models.local_config(config, Mesh(np.array(devices), (models.AXIS,)))
-            kv_shuttle = "off"
         plan = make_plan(
             gguf,
             manifest,
@@ -241,15 +256,14 @@ def open_model(
         output = "output.weight" if "output.weight" in manifest.globals else "token_embd.weight"
         kept.append(manifest.globals[output].layout)
         capability = quants.usable(matrix_types(kept), device) if plan.relaid else ""
-        everywhere: Placement = device
         if cut:
-            weights = open_sharded_weights(gguf, cut, config.mesh, plan, timeline)
-            everywhere = NamedSharding(config.mesh, PartitionSpec())
+            weights = open_sharded_weights(gguf, cut, config.mesh, plan, timeline, capability)
         else:
             weights = open_weights(gguf, manifest, plan, device, timeline, capability)
+        put, place = (put_shards, config.mesh) if cut else (put_span, device)
         try:
             globals_ = {
-                name: put_span(gguf, span, everywhere, capability if name == output else "")
+                name: put(gguf, span, place, capability if name == output else "")
                 for name, span in manifest.globals.items()
                 if name in architecture.global_specs(config)
                 and name.removesuffix(".weight") not in models.ROPE_DIVISORS
@@ -278,18 +292,25 @@ def open_model(
     )
 
 
-def _check_devices(
-    gguf: GGUF, config: Config, manifest: Manifest, count: int, tier: str, kv_shuttle: str, drafts: bool
-) -> None:
+def check_alike(model: Model) -> None:
+    """Whether all processes have opened the same file under the same plan.
+
+    Raises:
+      PlanError: one has not.
+    """
+    if hosts.several():
+        hosts.check_same("file", fingerprint(model.gguf))
+        plan = repr(dataclasses.replace(model.plan, tier_reason=""))
+        hosts.check_same("plan", hashlib.sha256(plan.encode()).hexdigest()[:12])
+
+
+def _check_devices(gguf: GGUF, config: Config, manifest: Manifest, count: int, tier: str) -> None:
     types = {(name, slot.type) for span in manifest.layers for name, slot in span.layout.tensors}
     try:
         models.check_cuts(str(gguf.path), config, types, count)
     except ValueError as error:
         raise PlanError(str(error)) from None
-    for asked, what, remedy in (
-        (tier == "ring", "reads the file through a ring", "a tier of the mapping"),
-        (kv_shuttle == "on", "keeps its KV cache on the host", "--kv_shuttle=off"),
-        (drafts, "checks drafts", "--draft=none"),
-    ):
-        if asked:
-            raise PlanError(f"a model on {count} devices {what} on none of them yet: pass {remedy}")
+    if tier == "ring":
+        raise PlanError(
+            f"a model on {count} devices reads the file through a ring on none of them yet: pass a tier of the mapping"
+        )

@@ -399,7 +399,7 @@ class Scheduler:
                     slots[row], counts[row] = sequence.slot, sequence.drawn + at
                     tokens[row] = sequence.draft[at - 1] if at else sequence.ids[-1]
             checks.append((np.full(rows, at, np.int32), slots, tokens, counts))
-        return [Rows(*each) for each in jax.device_put(checks, self.model.everywhere)]
+        return [Rows(*each) for each in self.model.put(checks)]
 
     def _check_drafts(
         self, x: Array, sequences: Sequence[BatchSequence], checks: Sequence[Rows]
@@ -481,7 +481,7 @@ class Scheduler:
         old = flight.group
         pages = table_of([sequence.pages for sequence in flight.sequences], len(old.positions))
         if pages.shape != old.table.shape or (pages != old.table).any():
-            table = jax.device_put(pages, self.model.everywhere)
+            table = self.model.put(pages)
         # Of positions that are on the device the host needs to know only which rows are padding.
         group = Group(ids, np.minimum(old.positions[:, :1], 0), pages)
         (x,) = shared_sweep(self.model, [group], self._state, [(positions, table)])
@@ -526,7 +526,7 @@ class Scheduler:
             if sequence.pending == (group.positions[row] >= 0).sum():
                 slots[row], tokens[row], counts[row] = sequence.slot, sequence.ids[-1], sequence.drawn
         last = np.maximum((group.positions >= 0).sum(axis=1).astype(np.int32) - 1, 0)
-        return Rows(*jax.device_put((last, slots, tokens, counts), self.model.everywhere))
+        return Rows(*self.model.put((last, slots, tokens, counts)))
 
     def _draw(
         self,

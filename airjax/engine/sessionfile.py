@@ -164,7 +164,8 @@ def _check_shapes(model: Model, rows: list[list[np.ndarray]], filled: int, count
         raise ValueError
     config = model.config
     for parts, kind, slots in zip(rows, model.kinds, model.plan.kv_slots, strict=True):
-        row: Any = layers.rows_struct((1, *config.all_kv_shape(kind)), config.kv_dtype)
+        heads, width = config.all_kv_shape(kind)
+        row: Any = layers.rows_struct((1, heads // config.kv_copies, width), config.kv_dtype)
         template = jax.tree.leaves(LayerKV(row, row))
         window = model.architecture.window(model.config, kind)
         needed = min(filled, window or slots)

@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from airjax import layers, models, quants, sampling
 from airjax.gguf import GGMLType, Layout
-from airjax.models import Buffers, Config
+from airjax.models import BY_HEADS, BYTES, WHOLE, Buffers, Config, spread
 from airjax.plan import EMBEDDING
 from airjax.streaming import to_cache
 from airjax.types import Array, LayerKV, PagedKV
@@ -22,16 +21,6 @@ GlobalLayouts = tuple[tuple[str, Layout], ...]
 
 # Decoding on a CPU with 512-bit vectors gains 3 to 10 %; LLVM prefers half of that, and a GPU does not read it.
 jit = functools.partial(jax.jit, compiler_options={"xla_cpu_prefer_vector_width": 512})
-
-_WHOLE, _BYTES, _HEADS = PartitionSpec(), PartitionSpec(models.AXIS), PartitionSpec(None, models.AXIS)
-
-
-def spread(function: Callable[..., Any], config: Config, inside: Any, outside: Any) -> Callable[..., Any]:
-    """The function of one device's part on all devices of the configuration's mesh; itself without a mesh."""
-    if config.mesh is None:
-        return function
-    # Sums over the devices are the function's own; what it returns whole is equal on all of them.
-    return jax.shard_map(function, mesh=config.mesh, in_specs=inside, out_specs=outside, check_vma=False)
 
 
 @functools.cache
@@ -51,7 +40,7 @@ def block_step(
 
     @functools.partial(jit, donate_argnames="kv")
     def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Any:
-        whole = spread(part, config, (_BYTES, _WHOLE, _HEADS, _WHOLE), (_WHOLE, _HEADS))
+        whole = spread(part, config.mesh, (BYTES, WHOLE, BY_HEADS, WHOLE), (WHOLE, BY_HEADS))
         return whole(buffers, x, kv, positions)
 
     return block
@@ -74,7 +63,7 @@ def paged_block_step(layout: Layout, config: Config, kind: str) -> Callable[...,
 
     @functools.partial(jit, donate_argnames="pages")
     def block(buffers: Buffers, x: Array, pages: LayerKV, table: Array, positions: Array) -> Any:
-        whole = spread(part, config, (_BYTES, _WHOLE, _HEADS, _WHOLE, _WHOLE), (_WHOLE, _HEADS))
+        whole = spread(part, config.mesh, (BYTES, WHOLE, BY_HEADS, WHOLE, WHOLE), (WHOLE, BY_HEADS))
         return whole(buffers, x, pages, table, positions)
 
     return block
@@ -95,16 +84,18 @@ def run_step(
     """
     architecture = models.get(config.architecture)
 
-    @functools.partial(jit, donate_argnames="kvs")
-    def run(
-        buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array
-    ) -> tuple[Array, list[LayerKV]]:
+    def parts(buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array) -> Any:
         written: list[Any] = []
         for (layout, kind, length), part, kv in zip(blocks, buffers, kvs, strict=True):
             weights = models.unpack(part, layout)
             x, new = architecture.block(weights, x, kv, positions, config, kind, length)
             written.append(new)
         return x, written
+
+    @functools.partial(jit, donate_argnames="kvs")
+    def run(buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array) -> Any:
+        whole = spread(parts, config.mesh, (BYTES, WHOLE, BY_HEADS, WHOLE), (WHOLE, BY_HEADS))
+        return whole(buffers, x, kvs, positions)
 
     return run
 
@@ -116,10 +107,7 @@ def paged_run_step(
     """`run_step` for a batch: jitted `([buffers], x [B, T, D], [pages], table, positions) -> (x, [pages])`."""
     architecture = models.get(config.architecture)
 
-    @functools.partial(jit, donate_argnames="pages")
-    def run(
-        buffers: list[Buffers], x: Array, pages: list[LayerKV], table: Array, positions: Array
-    ) -> tuple[Array, list[LayerKV]]:
+    def parts(buffers: list[Buffers], x: Array, pages: list[LayerKV], table: Array, positions: Array) -> Any:
         written = []
         for (layout, kind), part, own in zip(blocks, buffers, pages, strict=True):
             weights = models.unpack(part, layout)
@@ -127,6 +115,11 @@ def paged_run_step(
             assert isinstance(kv, PagedKV)
             written.append(kv.pages)
         return x, written
+
+    @functools.partial(jit, donate_argnames="pages")
+    def run(buffers: list[Buffers], x: Array, pages: list[LayerKV], table: Array, positions: Array) -> Any:
+        whole = spread(parts, config.mesh, (BYTES, WHOLE, BY_HEADS, WHOLE, WHOLE), (WHOLE, BY_HEADS))
+        return whole(buffers, x, pages, table, positions)
 
     return run
 
@@ -140,13 +133,17 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
     """
     architecture = models.get(config.architecture)
 
-    @jit
-    def block(buffers: Buffers, x: Array, piece: Array, positions: Array) -> tuple[Array, LayerKV]:
+    def part(buffers: Buffers, x: Array, piece: Array, positions: Array) -> Any:
         weights = models.unpack(buffers, layout)
         cache = to_cache(piece, shuttled_row(config, kind, len(x)))
         x, written = architecture.block(weights, x, cache, positions, config, kind, cache.k.shape[2])
         assert isinstance(written, LayerKV)
         return x, layers.read_rows(written, positions)
+
+    @jit
+    def block(buffers: Buffers, x: Array, piece: Array, positions: Array) -> Any:
+        whole = spread(part, config.mesh, (BYTES, WHOLE, BYTES, WHOLE), (WHOLE, BY_HEADS))
+        return whole(buffers, x, piece, positions)
 
     return block
 
@@ -186,11 +183,10 @@ def host_embed_step(type: GGMLType, config: Config) -> Callable[..., Array]:
 @functools.cache
 def unembed_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]:
     """jitted `(globals, x [..., D]) -> logits [..., V]`."""
-    architecture = models.get(config.architecture)
 
     @jit
     def unembed(buffers: Globals, x: Array) -> Array:
-        return architecture.unembed(unpack_globals(buffers, layouts), x, config)
+        return logits_of(buffers, layouts, x, config)
 
     return unembed
 
@@ -222,7 +218,7 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
     ) -> Any:
         weights = unpack_globals(buffers, layouts)
         last = jnp.take_along_axis(x, row[:, None, None], axis=1)[:, 0]  # [B, D]
-        logits = architecture.unembed(weights, last, config)  # [B, V]
+        logits = logits_of(buffers, layouts, last, config)  # [B, V]
         masked = logits if allowed is None else sampling.mask_tokens(logits, allowed)
         filtered, state = apply(masked, state, token)
         drawn = sampling.draw(filtered, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, numbers[0]))
@@ -253,7 +249,6 @@ def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int)
       per slot and is donated. `allowed` is None or packed bits `[B, W]`. A token is -1 where nothing can be drawn. The
       entropy is the model's own, 0 where `top` is 0. The draws of a sequence are those of `draw_step`.
     """
-    architecture = models.get(config.architecture)
 
     @functools.partial(jit, donate_argnames="state")
     def draw(
@@ -267,9 +262,8 @@ def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int)
         count: Array,
         allowed: Array | None,
     ) -> Any:
-        weights = unpack_globals(buffers, layouts)
         last = jnp.take_along_axis(x, row[:, None, None], axis=1)[:, 0]  # [B, D]
-        logits = architecture.unembed(weights, last, config)  # [B, V]
+        logits = logits_of(buffers, layouts, last, config)  # [B, V]
         own = jax.nn.log_softmax(logits)
         masked = logits if allowed is None else sampling.mask_tokens(logits, allowed)
         filtered, rows = apply(masked, jax.tree.map(lambda leaf: leaf[slot], state), token)
@@ -294,11 +288,10 @@ def top_step(layouts: GlobalLayouts, config: Config, top: int) -> Callable[..., 
     Returns:
       jitted `(globals, x [B, 1, D]) -> (ids [B, top], logprobs [B, top], entropy [B])`.
     """
-    architecture = models.get(config.architecture)
 
     @jit
     def best(buffers: Globals, x: Array) -> tuple[Array, Array, Array]:
-        own = jax.nn.log_softmax(architecture.unembed(unpack_globals(buffers, layouts), x[:, 0], config))
+        own = jax.nn.log_softmax(logits_of(buffers, layouts, x[:, 0], config))
         entropy = -jnp.sum(jnp.where(own > -jnp.inf, jnp.exp(own) * own, 0.0), axis=-1)
         logprobs, ids = jax.lax.top_k(own, top)
         return ids, logprobs, entropy
@@ -341,6 +334,22 @@ def next_rows(drawn: Array, rows: Any, positions: Array, spare: int) -> tuple[Ar
 def put_row(state: Any, row: Any, slot: Array) -> Any:
     """Puts one sequence's row, with a leading axis of 1, into a pytree with a row per slot, which is donated."""
     return jax.tree.map(lambda leaf, new: leaf.at[slot].set(new[0]), state, row)
+
+
+def logits_of(buffers: Globals, layouts: GlobalLayouts, x: Array, config: Config) -> Array:
+    """Hidden states `[..., D]` to logits `[..., V]`: each device makes those of its part of the vocabulary."""
+    architecture = models.get(config.architecture)
+    cut = config.mesh is not None and any(
+        name in models.VOCABULARY_CUT and layout.tensors[0][1].shape[0] < config.vocab_size
+        for name, layout in layouts
+    )
+
+    def logits(buffers: Globals, x: Array) -> Array:
+        part: Array = architecture.unembed(unpack_globals(buffers, layouts), x, config)
+        return jax.lax.all_gather(part, models.AXIS, axis=part.ndim - 1, tiled=True) if cut else part
+
+    lie = {name: BYTES if cut and name in models.VOCABULARY_CUT else WHOLE for name, _ in layouts}
+    return spread(logits, config.mesh, (lie, WHOLE), WHOLE)(buffers, x)
 
 
 def unpack_globals(buffers: Globals, layouts: GlobalLayouts) -> models.Weights:

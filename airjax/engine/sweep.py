@@ -56,7 +56,7 @@ def new_state(model: Model, batch: int = 1) -> State:
         shuttle = Shuttle(
             plan.kv_slots,
             [shuttled_row(config, kind, batch) for kind in model.kinds],
-            model.device,
+            model.by_bytes,
             plan.kv_pieces,
             plan.kv_block,
             pin=model.device.platform != "cpu",
@@ -100,7 +100,7 @@ def sweep(
     """
     model.gguf.check_unchanged()
     if device_positions is None:
-        device_positions = jax.device_put(positions, model.everywhere)
+        device_positions = model.put(positions)
     if hook is not None:
         if hook.attention and state.shuttle is not None:
             raise ValueError(

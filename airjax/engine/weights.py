@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from airjax import quants
-from airjax.engine.shards import ShardedLayer, Shards
+from airjax import models, quants
+from airjax.engine import hosts
+from airjax.engine.shards import ShardedLayer, Shards, is_cut, own_ranges, put_rows
 from airjax.gguf import GGUF, ExpertSlot, ExpertSpan, GGMLType, Layout, Manifest, Slot, Span
 from airjax.models import Buffers
 from airjax.plan import Plan
@@ -97,23 +98,38 @@ def matrix_types(layouts: Iterable[Layout]) -> frozenset[GGMLType]:
     )
 
 
-def put_span(gguf: GGUF, span: Span, device: jax.Device | jax.sharding.Sharding, capability: str) -> Buffers:
+def put_span(gguf: GGUF, span: Span, device: jax.Device | NamedSharding, capability: str) -> Buffers:
     """Copies a span to the device to stay there, and re-lays it for the kernels of `capability`, if any."""
-    buffers = tuple(jax.device_put(view, device) for view in span_views(gguf, span))
-    if not capability or not matrix_types([span.layout]):
+    buffers = tuple(hosts.put(view, device) for view in span_views(gguf, span))
+    return _relaid(buffers, span.layout, capability)
+
+
+def put_shards(gguf: GGUF, span: Span, mesh: Mesh, capability: str) -> Buffers:
+    """`put_span` of a tensor outside the layers, of which each device of the mesh gets its rows or all."""
+    if not is_cut(span):
+        return put_span(gguf, span, NamedSharding(mesh, models.WHOLE), capability)
+    return _relaid(put_rows(gguf, span.name, mesh), span.layout, capability, mesh)
+
+
+def _relaid(buffers: tuple[Array, ...], layout: Layout, capability: str, mesh: Mesh | None = None) -> Buffers:
+    if not capability or not matrix_types([layout]):
         return buffers
     # One tensor at a time, and waited for: what is on the way is bounded by the largest.
     relaid = {
-        name: jax.block_until_ready(_relay(buffers[slot.extent], slot)) for name, slot in span.layout.tensors
+        name: jax.block_until_ready(_relay(buffers[slot.extent], slot, mesh)) for name, slot in layout.tensors
     }
     return {capability: relaid}
 
 
-@functools.partial(jax.jit, static_argnames="slot")
-def _relay(buffer: Array, slot: Slot) -> Array:
-    """A matrix as records, if it can be re-laid, else the bytes of the tensor alone."""
-    w = quants.view(buffer, slot.type, slot.shape, slot.offset)
-    return quants.pack(w).data if quants.packable(slot.type, slot.shape) else w.data.reshape(-1)
+@functools.partial(jax.jit, static_argnames=("slot", "mesh"))
+def _relay(buffer: Array, slot: Slot, mesh: Mesh | None) -> Array:
+    """A matrix as records, if it can be re-laid, else the bytes of the tensor alone; of each device's part."""
+
+    def relay(buffer: Array) -> Array:
+        w = quants.view(buffer, slot.type, slot.shape, slot.offset)
+        return quants.pack(w).data if quants.packable(slot.type, slot.shape) else w.data.reshape(-1)
+
+    return models.spread(relay, mesh, models.BYTES, models.BYTES)(buffer)
 
 
 def open_weights(
@@ -154,14 +170,24 @@ def open_weights(
 
 
 def open_sharded_weights(
-    gguf: GGUF, cut: Sequence[ShardedLayer], mesh: Mesh, plan: Plan, timeline: Timeline | None
+    gguf: GGUF,
+    cut: Sequence[ShardedLayer],
+    mesh: Mesh,
+    plan: Plan,
+    timeline: Timeline | None,
+    capability: str = "",
 ) -> LayerWeights:
     """`open_weights` for layers that are cut among the devices of a mesh."""
     pin = _can_pin(mesh.devices.flat[0])
-    registered = _registered(gguf) if plan.streamed and plan.tier == "registered mapping" else []
+    registered: list[PinnedMemory] = []
+    if plan.streamed and plan.tier == "registered mapping":
+        # Of several processes each reads its own ranges of the file, and pins no others.
+        registered = _registered(own_ranges(gguf, cut, mesh, plan.streamed) if hosts.several() else gguf.maps)
     source = Shards(gguf, cut, mesh, plan.streamed, pin, registered)
     try:
-        resident = {layer: source.put(layer) for layer in plan.resident}
+        resident = {
+            layer: _relaid(source.put(layer), cut[layer].layout, capability, mesh) for layer in plan.resident
+        }
         jax.block_until_ready(resident)
         source.bytes_put = [0] * mesh.size
         ring = Ring(source, plan.streamed, plan.stream_depth, timeline) if plan.streamed else None
@@ -187,7 +213,7 @@ def _open_source(
             timeline=timeline,
         )
         return ReadSource(reader, device)
-    registered = _registered(gguf) if plan.tier == "registered mapping" else []
+    registered = _registered(gguf.maps) if plan.tier == "registered mapping" else []
     return MappedSource([span_views(gguf, span) for span in manifest.layers], device, registered)
 
 
@@ -225,7 +251,7 @@ def open_pool(
             timeline=timeline,
         )
     else:
-        registered = _registered(gguf) if plan.tier == "registered mapping" else []
+        registered = _registered(gguf.maps) if plan.tier == "registered mapping" else []
         source = MappedUnits(gguf.maps, stacks, device, registered)
     kinds: dict[tuple[ExpertSlot, ...], list[int]] = {}
     for layer, span in enumerate(experts):
@@ -249,11 +275,11 @@ def open_pool(
         raise
 
 
-def _registered(gguf: GGUF) -> list[PinnedMemory]:
+def _registered(mappings: Sequence[np.ndarray]) -> list[PinnedMemory]:
     """The file's mappings as sources of DMA; none of them, with a warning, where the driver refuses."""
     registered: list[PinnedMemory] = []
     try:
-        for mapping in gguf.maps:
+        for mapping in mappings:
             registered.append(PinnedMemory.register_mapping(mapping))
     except BaseException as error:
         for handle in registered:

@@ -13,6 +13,7 @@ from airjax import layers, models, sampling
 from airjax.engine.batch import table_of
 from airjax.engine.experts import finish_step, route_step
 from airjax.engine.long import attend_step, begin_step, end_step
+from airjax.engine.shards import is_cut
 from airjax.engine.step import (
     block_step,
     draw_rows_step,
@@ -86,7 +87,7 @@ def _block(
             _array(table.shape, jnp.int32),
         )
     if plan.shuttle:
-        piece = piece_struct(slots, shuttled_row(config, kind, sequences))
+        piece = piece_struct(slots * config.shards, shuttled_row(config, kind, sequences))
         return shuttled_block_step(layout, config, kind), (piece,)
     shape = (sequences, heads, slots, width)
     return block_step(layout, config, kind, slots), (_cache(shape, config),)
@@ -126,11 +127,12 @@ def _long(
     positions: jax.ShapeDtypeStruct,
 ) -> int:
     """Workspace of a layer whose cache comes in pieces."""
-    buffers = _buffers(layout)
+    buffers = _buffers(layout, config.shards)
     begin, attend = begin_step(layout, config, kind), attend_step(config, kind, slots)
     q, partial, rows = jax.eval_shape(begin, buffers, x, positions)
-    piece = piece_struct(plan.kv_block, shuttled_row(config, kind, x.shape[0]))
-    waiting = sum(_nbytes(leaf) for leaf in jax.tree.leaves((q, partial, rows)))
+    piece = piece_struct(plan.kv_block * config.shards, shuttled_row(config, kind, x.shape[0]))
+    # Each device has its own heads.
+    waiting = sum(_nbytes(leaf) for leaf in jax.tree.leaves((q, partial, rows))) // config.shards
     return max(
         _workspace(begin, buffers, x, positions),
         _workspace(attend, q, partial, piece, _array((), jnp.int32), positions) + waiting,
@@ -146,7 +148,8 @@ def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
         left_out.add(EMBEDDING)
     names = [name for name in manifest.globals if name in architecture.global_specs(config)]
     layouts = tuple((name, manifest.globals[name].layout) for name in names if name not in left_out)
-    buffers = {name: _buffers(layout) for name, layout in layouts}
+    shards = {name: config.shards if is_cut(manifest.globals[name]) else 1 for name in names}
+    buffers = {name: _buffers(layout, shards[name]) for name, layout in layouts}
     embed = 0
     if not plan.host_embedding:
         embed = _workspace(embed_step(layouts, config), buffers, _array((1, plan.prefill_chunk), jnp.int32))

@@ -74,9 +74,16 @@ from airjax.models.experts import decoded_experts as decoded_experts
 from airjax.models.experts import expert_products as expert_products
 from airjax.models.experts import route as route
 from airjax.models.experts import shared as shared
+from airjax.models.sharding import BY_HEADS as BY_HEADS
+from airjax.models.sharding import BY_HEADS_LAST as BY_HEADS_LAST
+from airjax.models.sharding import BYTES as BYTES
+from airjax.models.sharding import VOCABULARY_CUT as VOCABULARY_CUT
+from airjax.models.sharding import WHOLE as WHOLE
+from airjax.models.sharding import Cut as Cut
 from airjax.models.sharding import check_cuts as check_cuts
 from airjax.models.sharding import cut_of as cut_of
 from airjax.models.sharding import local_config as local_config
+from airjax.models.sharding import spread as spread
 
 _MODULES = (
     arcee,

@@ -35,7 +35,7 @@ class Config:
 
     `compute_dtype` is the dtype of products ("float32", "bfloat16", "float16"), `kv_dtype` the form of the KV cache
     (one of `layers.KV_DTYPES`), `experts` an `experts.Experts` where the feed-forward part is a mixture of them. With a
-    `mesh` the sizes are those of one device's part; see `sharding`.
+    `mesh` the sizes are those of one device's part; see `sharding`. `kv_copies` neighbours have the same KV heads.
     """
 
     architecture: str
@@ -52,13 +52,14 @@ class Config:
     kv_dtype: str
     experts: Any = field(default=None, kw_only=True)
     mesh: Any = field(default=None, kw_only=True)
+    kv_copies: int = field(default=1, kw_only=True)
 
     def kv_shape(self, kind: str) -> tuple[int, int]:
         """Heads of keys and values, and their width, in a kind of layer; the heads of one device."""
         return self.n_kv_heads, self.head_dim
 
     def all_kv_shape(self, kind: str) -> tuple[int, int]:
-        """The same with the heads of all devices."""
+        """The same with the heads of all devices, copies included."""
         heads, width = self.kv_shape(kind)
         return heads * self.shards, width
 
@@ -66,6 +67,11 @@ class Config:
     def shards(self) -> int:
         """On how many devices each layer lies."""
         return 1 if self.mesh is None else int(self.mesh.size)
+
+    @property
+    def shards_here(self) -> int:
+        """On how many devices of this process."""
+        return 1 if self.mesh is None else len(self.mesh.local_devices)
 
 
 class Architecture(Protocol):

@@ -63,14 +63,14 @@ def compile_ptx(source: str, capability: str) -> str:
         options = [b"--std=c++17", f"--gpu-architecture=compute_{capability.replace('.', '')}".encode()]
         failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         if failed:
-            log = _text(nvrtc, "ProgramLog", program).strip().splitlines()
+            log = _output(nvrtc, "ProgramLog", program).strip().splitlines()
             raise CudaError(f"NVRTC refused the kernel for {capability}: {os.linesep.join(log[:5])}")
-        return _text(nvrtc, "PTX", program)
+        return _output(nvrtc, "PTX", program)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _text(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> str:
+def _output(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> str:
     size = ctypes.c_size_t()
     if nvrtc[f"nvrtcGet{what}Size"](program, ctypes.byref(size)):
         raise CudaError(f"NVRTC gave no {what}")
@@ -78,6 +78,12 @@ def _text(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> str:
     if nvrtc[f"nvrtcGet{what}"](program, buffer):
         raise CudaError(f"NVRTC gave no {what}")
     return buffer.value.decode()
+
+
+@functools.cache
+def text(name: str) -> str:
+    """A file of CUDA C++ beside this one."""
+    return (Path(__file__).parent / name).read_text()
 
 
 def capability(device: jax.Device) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from airjax import layers
+from airjax import layers, models
 from airjax.engine.experts import attend_and_route, run_experts
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
@@ -114,7 +114,7 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
     model.gguf.check_unchanged()
     lengths = [lengths_at(model, position[None, None]) for position in positions]
     xs = [embed(model, np.array([[token]], np.int32)) for token in ids]
-    placed = jax.device_put([position[None, None] for position in positions], model.device)
+    placed = model.put([position[None, None] for position in positions])
     model.begin_sweep()
     shuttle = state.shuttle
     if shuttle is not None:
@@ -139,7 +139,7 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
             state.kv[layer] = kv
         else:
             shuttle.release(xs[-1])
-            shuttle.keep(layer, _read_rows(kv, positions[None]), positions[None])
+            shuttle.keep(layer, _read_step(model.config)(kv, positions[None]), positions[None])
         model.pending = xs[-1]
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", xs[-1])
@@ -152,7 +152,18 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
 @functools.cache
 def _unpack_step(config: Config, kind: str) -> Callable[[Array], LayerKV]:
     """jitted `(piece uint8 [S, row bytes]) -> the cache of a layer`."""
-    return jax.jit(lambda piece: to_cache(piece, shuttled_row(config, kind, 1)))
+    return jax.jit(
+        models.spread(
+            lambda piece: to_cache(piece, shuttled_row(config, kind, 1)),
+            config.mesh,
+            (models.BYTES,),
+            models.BY_HEADS,
+        )
+    )
 
 
-_read_rows = jax.jit(layers.read_rows)
+@functools.cache
+def _read_step(config: Config) -> Callable[[LayerKV, np.ndarray], LayerKV]:
+    """jitted `(the cache of a layer, positions [1, T]) -> its rows [1, K, T, H]`."""
+    inside = models.BY_HEADS, models.WHOLE
+    return jax.jit(models.spread(layers.read_rows, config.mesh, inside, models.BY_HEADS))
