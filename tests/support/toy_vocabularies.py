@@ -73,7 +73,7 @@ def gemma4_metadata() -> dict[str, Any]:
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     kinds = [CONTROL, CONTROL, CONTROL, UNKNOWN, *[BYTE] * 256]
     tokens += ["<|turn>", "<turn|>", "\n", "\n\n", "\n\n\n", "a", "b", "▁", "é", "日"]
-    merges = []
+    merges = ["\n \n", "\n\n \n"]
     for length in (2, 3, 4):
         made = ["".join(letters) for letters in itertools.product("ab▁", repeat=length)]
         chance.shuffle(made)
