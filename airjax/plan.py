@@ -209,12 +209,17 @@ def make_plan(
     if max_batch and kv_shuttle == "on":
         raise PlanError("a batch keeps its KV cache on the device: pass --kv_shuttle=off")
     kv_shuttle = "off" if max_batch else kv_shuttle
-    position_bytes = 2 * config.n_kv_heads * layers.row_bytes(config.head_dim, config.kv_dtype)
-    kv_rows = [(kv_tokens or slots) * position_bytes for slots in kv_slots]
+    shapes = [config.kv_shape(architecture.layer_kind(config, layer)) for layer in range(config.n_layers)]
+    layer_position_bytes = [2 * heads * layers.row_bytes(width, config.kv_dtype) for heads, width in shapes]
+    kv_rows = [
+        (kv_tokens or slots) * nbytes for slots, nbytes in zip(kv_slots, layer_position_bytes, strict=True)
+    ]
+    # Of the layer with the largest rows, where they differ.
+    position_bytes = max(layer_position_bytes)
     kv_block = max(KV_BLOCK_BYTES // position_bytes // KV_PAGE, 1) * KV_PAGE
     least_workspace = _workspace_bytes(config, manifest, context, chunk)
     # One layer's cache at a time is read in the dtype of the products.
-    plain_bytes = 2 * config.n_kv_heads * config.head_dim * _itemsize(config)
+    plain_bytes = 2 * max(heads * width for heads, width in shapes) * _itemsize(config)
     converted = position_bytes != plain_bytes or config.kv_dtype == "q8_0"
     workspace = least_workspace
     if converted:
@@ -234,8 +239,14 @@ def make_plan(
     relaid = backend in _KERNEL_BACKENDS and (not streams or drafts or (max_batch or 1) > 1)
     if resident == "dense" and config.experts is None:
         raise PlanError(f"{gguf.path}: resident=dense is for mixtures of experts: pass --resident=auto")
+    if resident == "dense" and not config.experts.pooled:
+        raise PlanError(
+            f"{gguf.path}: the experts of a {config.architecture} model can't be streamed one by one: "
+            "pass --resident=auto, which streams whole layers"
+        )
     if (
         config.experts is not None
+        and config.experts.pooled
         and kv_shuttle != "on"
         and (resident == "dense" or (streams and resident == "auto"))
     ):
@@ -573,7 +584,11 @@ def _pieces_positions(kv_slots: Sequence[int], block: int, count: int) -> int:
 
 
 def _device_globals(manifest: Manifest) -> Sequence[Span]:
-    return [span for name, span in manifest.globals.items() if name != "rope_freqs.weight"]
+    return [
+        span
+        for name, span in manifest.globals.items()
+        if name.removesuffix(".weight") not in models.ROPE_DIVISORS
+    ]
 
 
 def _passing(span: Span) -> dict[int, int]:

@@ -64,10 +64,11 @@ class PagedState:
 def new_pages(model: Model, count: int) -> PagedState:
     """`count` empty pages in every layer."""
     config = model.config
-    shape = (count, config.all_kv_heads, KV_PAGE, config.head_dim)
-    return PagedState(
-        [layers.empty_cache(shape, config.kv_dtype, model.by_heads) for _ in range(config.n_layers)]
-    )
+    empty = []
+    for kind in model.kinds:
+        heads, width = config.all_kv_shape(kind)
+        empty.append(layers.empty_cache((count, heads, KV_PAGE, width), config.kv_dtype, model.by_heads))
+    return PagedState(empty)
 
 
 def grow_pages(state: PagedState, count: int) -> None:

@@ -74,7 +74,7 @@ def begin_step(layout: Layout, config: Config, kind: str) -> Callable[..., tuple
         weights = models.unpack(buffers, layout)
         q, k, v = architecture.attend_inputs(weights, x, positions, config, kind)
         # As they will be read later, so that where a row comes from makes no difference.
-        like: Any = layers.rows_struct((1, config.head_dim), config.kv_dtype)
+        like: Any = layers.rows_struct((1, config.kv_shape(kind)[1]), config.kv_dtype)
         rows = LayerKV(*(layers.encode(new.swapaxes(1, 2), like) for new in (k, v)))
         return q, layers.attend_part(q, rows, positions, positions, form), rows
 
@@ -96,7 +96,7 @@ def attend_step(config: Config, kind: str, size: int) -> Callable[..., Partial]:
     form = models.get(config.architecture).attention_form(config, kind)
 
     def part(q: Array, partial: Partial, piece: Array, first: Array, positions: Array) -> Partial:
-        cache = to_cache(piece, shuttled_row(config, len(q)))
+        cache = to_cache(piece, shuttled_row(config, kind, len(q)))
         slot = first + jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None]
         valid = positions >= 0
         newest = jnp.min(jnp.where(valid, positions, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True) - 1

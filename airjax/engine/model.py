@@ -256,7 +256,7 @@ def open_model(
     """
     gguf = open_gguf(path)
     try:
-        architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype)
+        architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype, context)
         align = _CPU_ALIGNMENT if device.platform == "cpu" else 1
         # Devices that share each layer take whole layers.
         pieces = None if len(devices) > 1 else piece_bytes(device.platform)
@@ -308,7 +308,7 @@ def open_model(
                 name: put(gguf, span, place, capability if name == output else "")
                 for name, span in manifest.globals.items()
                 if name in architecture.global_specs(config)
-                and name != "rope_freqs.weight"
+                and name.removesuffix(".weight") not in models.ROPE_DIVISORS
                 and not (plan.host_embedding and name == EMBEDDING)
             }
             jax.block_until_ready(globals_)

@@ -137,7 +137,7 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
 
     def part(buffers: Buffers, x: Array, piece: Array, positions: Array) -> Any:
         weights = models.unpack(buffers, layout)
-        cache = to_cache(piece, shuttled_row(config, len(x)))
+        cache = to_cache(piece, shuttled_row(config, kind, len(x)))
         x, written = architecture.block(weights, x, cache, positions, config, kind, cache.k.shape[2])
         assert isinstance(written, LayerKV)
         return x, layers.read_rows(written, positions)
@@ -150,9 +150,9 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
     return block
 
 
-def shuttled_row(config: Config, batch: int) -> Any:
-    """Shapes and dtypes `[B, K, H]` of the keys of one position, as the shuttle takes them."""
-    return layers.rows_struct((batch, config.n_kv_heads, config.head_dim), config.kv_dtype)
+def shuttled_row(config: Config, kind: str, batch: int) -> Any:
+    """Shapes and dtypes `[B, K, H]` of the keys of one position of a kind of layer, as the shuttle takes them."""
+    return layers.rows_struct((batch, *config.kv_shape(kind)), config.kv_dtype)
 
 
 @functools.cache

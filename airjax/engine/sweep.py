@@ -19,7 +19,7 @@ from airjax.engine.long import long_layer
 from airjax.engine.model import Model
 from airjax.engine.passing import Passing
 from airjax.engine.stages import call, needs
-from airjax.engine.step import block_step, run_step, shuttled_block_step
+from airjax.engine.step import block_step, run_step, shuttled_block_step, shuttled_row
 from airjax.streaming import Shuttle
 from airjax.types import Array, LayerKV
 
@@ -58,10 +58,9 @@ def new_state(model: Model, batch: int = 1) -> State:
     """An empty cache for `batch` sequences, as the plan says; on the device it grows with what it holds."""
     config, plan = model.config, model.plan
     if plan.shuttle:
-        row = (batch, config.n_kv_heads, config.head_dim)
         shuttle = Shuttle(
             plan.kv_slots,
-            layers.rows_struct(row, config.kv_dtype),
+            [shuttled_row(config, kind, batch) for kind in model.kinds],
             model.by_bytes,
             plan.kv_pieces,
             plan.kv_block,
@@ -70,8 +69,9 @@ def new_state(model: Model, batch: int = 1) -> State:
         )
         return State(batch, shuttle=shuttle)
     kv = []
-    for slots in plan.kv_slots:
-        shape = (batch, config.all_kv_heads, min(slots, _SMALLEST_LENGTH), config.head_dim)
+    for slots, kind in zip(plan.kv_slots, model.kinds, strict=True):
+        heads, width = config.all_kv_shape(kind)
+        shape = (batch, heads, min(slots, _SMALLEST_LENGTH), width)
         kv.append(layers.empty_cache(shape, config.kv_dtype, model.by_heads))
     return State(batch, kv=kv)
 

@@ -80,17 +80,18 @@ def _block(
     layout: Layout, config: Config, kind: str, slots: int, plan: Plan, sequences: int
 ) -> tuple[Any, tuple[Any, ...]]:
     """The step of a layer as the plan runs it, and what it takes between `x` and the positions."""
+    heads, width = config.all_kv_shape(kind)
     if plan.max_batch:
-        pages = (plan.kv_tokens // KV_PAGE, config.all_kv_heads, KV_PAGE, config.head_dim)
+        pages = (plan.kv_tokens // KV_PAGE, heads, KV_PAGE, width)
         table = table_of([range(-(-plan.context // KV_PAGE))], sequences)
         return paged_block_step(layout, config, kind), (
             _cache(pages, config),
             _array(table.shape, jnp.int32),
         )
     if plan.shuttle:
-        piece = piece_struct(slots * config.shards, shuttled_row(config, sequences))
+        piece = piece_struct(slots * config.shards, shuttled_row(config, kind, sequences))
         return shuttled_block_step(layout, config, kind), (piece,)
-    shape = (sequences, config.all_kv_heads, slots, config.head_dim)
+    shape = (sequences, heads, slots, width)
     return block_step(layout, config, kind, slots), (_cache(shape, config),)
 
 
@@ -154,7 +155,7 @@ def _long(
     buffers = _buffers(layout, config.shards)
     begin, attend = begin_step(layout, config, kind), attend_step(config, kind, slots)
     q, partial, rows = jax.eval_shape(begin, buffers, x, positions)
-    piece = piece_struct(plan.kv_block * config.shards, shuttled_row(config, x.shape[0]))
+    piece = piece_struct(plan.kv_block * config.shards, shuttled_row(config, kind, x.shape[0]))
     # Each device has its own heads.
     waiting = sum(_nbytes(leaf) for leaf in jax.tree.leaves((q, partial, rows))) // config.shards
     return max(
@@ -167,7 +168,9 @@ def _long(
 def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
     """Workspace of the embedding of a chunk and of a draw."""
     architecture = models.get(config.architecture)
-    left_out = {"rope_freqs.weight", EMBEDDING if plan.host_embedding else ""}
+    left_out = {f"{name}.weight" for name in models.ROPE_DIVISORS}
+    if plan.host_embedding:
+        left_out.add(EMBEDDING)
     names = [name for name in manifest.globals if name in architecture.global_specs(config)]
     layouts = tuple((name, manifest.globals[name].layout) for name in names if name not in left_out)
     shards = {name: config.shards if is_cut(manifest.globals[name]) else 1 for name in names}

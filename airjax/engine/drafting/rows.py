@@ -129,7 +129,7 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
             kv = grown(state.kv[layer], lengths[-1][layer])
         else:
             (piece,) = shuttle.pieces(layer)
-            kv = _unpack_step(model.config)(piece.kv)
+            kv = _unpack_step(model.config, kind)(piece.kv)
         if model.device_fetches(layer):
             for row, x in enumerate(xs):
                 run = range(layer, layer + 1)
@@ -158,11 +158,11 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
 
 
 @functools.cache
-def _unpack_step(config: Config) -> Callable[[Array], LayerKV]:
+def _unpack_step(config: Config, kind: str) -> Callable[[Array], LayerKV]:
     """jitted `(piece uint8 [S, row bytes]) -> the cache of a layer`."""
     return jax.jit(
         models.spread(
-            lambda piece: to_cache(piece, shuttled_row(config, 1)),
+            lambda piece: to_cache(piece, shuttled_row(config, kind, 1)),
             config.mesh,
             (models.BYTES,),
             models.BY_HEADS,
