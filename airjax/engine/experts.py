@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from airjax import layers, models, quants
+from airjax.engine.passing import Passing
 from airjax.engine.step import jit
 from airjax.gguf import ExpertSlot, Layout
 from airjax.models import Buffers, Config, Weights
@@ -81,6 +82,7 @@ def _router_of(model: Model, layer: int) -> tuple[Buffers | None, Layout | None]
             part = {capability: {name: arrays[name] for name, _ in some}}
             model.routers[layer] = part, layout._replace(tensors=some)
         return model.routers[layer]
+    assert not isinstance(buffers, Passing)
     return buffers, layout
 
 

@@ -42,7 +42,16 @@ from airjax.gguf import (
     split_experts,
 )
 from airjax.models import Architecture, Buffers, Config, DecoderConfig
-from airjax.plan import EMBEDDING, EXPERT_TENSORS, Plan, PlanError, Resident, Switch, make_plan
+from airjax.plan import (
+    EMBEDDING,
+    EXPERT_TENSORS,
+    Plan,
+    PlanError,
+    Resident,
+    Switch,
+    make_plan,
+    piece_bytes,
+)
 from airjax.streaming import DevicePool, Pool, PoolStats, Timeline
 
 if TYPE_CHECKING:
@@ -254,9 +263,11 @@ def open_model(
     """
     gguf = open_gguf(path)
     try:
-        architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype)
+        architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype, context)
         align = _CPU_ALIGNMENT if device.platform == "cpu" else 1
-        manifest = build_manifest(gguf, align)
+        # Devices that share each layer take whole layers.
+        pieces = None if len(devices) > 1 else piece_bytes(device.platform)
+        manifest = build_manifest(gguf, align, piece_bytes=pieces)
         cut: tuple[ShardedLayer, ...] = ()
         if len(devices) > 1:
             _check_devices(gguf, config, manifest, len(devices), tier)
@@ -283,6 +294,8 @@ def open_model(
             drafts=drafts,
             device_fetch=config.experts is None or device.platform == "cpu" or bool(fetch.usable(device)),
         )
+        if not plan.streamed and not cut:
+            manifest = build_manifest(gguf, align)
         experts: tuple[ExpertSpan | None, ...] = ()
         if plan.expert_slots:
             manifest, experts = split_experts(gguf, EXPERT_TENSORS, align)
@@ -291,6 +304,7 @@ def open_model(
         output = "output.weight" if "output.weight" in manifest.globals else "token_embd.weight"
         kept.append(manifest.globals[output].layout)
         capability = quants.usable(matrix_types(kept), device) if plan.relaid else ""
+        config = models.with_kernels(config, gguf, device)
         if cut:
             weights = open_sharded_weights(gguf, cut, config.mesh, plan, timeline, capability)
         else:
@@ -301,7 +315,7 @@ def open_model(
                 name: put(gguf, span, place, capability if name == output else "")
                 for name, span in manifest.globals.items()
                 if name in architecture.global_specs(config)
-                and name != "rope_freqs.weight"
+                and name.removesuffix(".weight") not in models.ROPE_DIVISORS
                 and not (plan.host_embedding and name == EMBEDDING)
             }
             jax.block_until_ready(globals_)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from airjax import models, quants
 from airjax.engine import hosts
 from airjax.engine.fetch import addressed_sources, mapped_sources, usable
+from airjax.engine.passing import Passing, ring_items
 from airjax.engine.shards import ShardedLayer, Shards, is_cut, own_ranges, put_rows
 from airjax.gguf import GGUF, ExpertSlot, ExpertSpan, GGMLType, Layout, Manifest, Slot, Span
 from airjax.models import Buffers
@@ -46,45 +47,68 @@ EXPERT_POLICY = Policy(half_life=64.0)
 
 
 class LayerWeights:
-    """Hands out the flat buffers of each layer, in the order of a sweep.
+    """Hands out the weights of each layer, in the order of a sweep.
 
     Args:
+      layouts: of all layers.
       resident: buffers of the resident layers, by layer.
-      ring: of the streamed layers; None if all are resident.
+      kept: buffers that stay of the layers that pass in pieces, by layer and buffer.
+      ring: of all else; None if all is resident.
+      items: what the ring's items are: layer and buffers.
     """
 
-    def __init__(self, resident: Mapping[int, Buffers], ring: Ring | None) -> None:
+    def __init__(
+        self,
+        layouts: Sequence[Layout],
+        resident: Mapping[int, Buffers],
+        kept: Mapping[int, Mapping[int, Array]],
+        ring: Ring | None,
+        items: Sequence[tuple[int, tuple[int, ...]]],
+    ) -> None:
+        self._layouts = layouts
         self._resident = dict(resident)
+        self._kept = dict(kept)
         self.ring = ring
+        self._items: dict[int, dict[int, int]] = {}
+        for number, (layer, buffers) in enumerate(items):
+            self._items.setdefault(layer, {}).update(dict.fromkeys(buffers, number))
 
     def begin_sweep(self) -> None:
         """Starts over from the first layer."""
         if self.ring is not None:
             self.ring.begin_sweep()
 
-    def take(self, layer: int) -> Buffers:
-        """The buffers of `layer`; streamed ones may still be on the link."""
-        if layer in self._resident:
-            return self._resident[layer]
+    def take(self, layer: int) -> Buffers | Passing:
+        """The weights of `layer`, for `stages.call`; streamed ones may still be on the link."""
+        resident, layout = self._resident.get(layer), self._layouts[layer]
+        if layout.pieces and not isinstance(resident, dict):
+            # Resident or not, a layer that is cut runs in the same stages, so its numbers are the same.
+            kept = self._kept.get(layer, {}) if resident is None else dict(enumerate(resident))
+            return Passing(layout, kept, self.ring, self._items.get(layer, {}))
+        if resident is not None:
+            return resident
         assert self.ring is not None
-        return self.ring.take(layer)
+        return self.ring.take(self._items[layer][0])
 
     def relaid(self, layer: int) -> bool:
         """Whether the layer is resident in the form that the fused kernel reads."""
         return isinstance(self._resident.get(layer), dict)
 
-    def release(self, layer: int, weights: Buffers, before: Array, done: Array) -> None:
-        """Gives back what `take` returned, once the block that uses it is dispatched; see `Ring.release`."""
-        if layer not in self._resident:
+    def release(self, layer: int, weights: Buffers | Passing, before: Array, done: Array) -> None:
+        """Gives back what `take` returned, once the work that uses it is dispatched; see `Ring.release`."""
+        if isinstance(weights, Passing):
+            weights.finish(before, done)
+        elif layer not in self._resident:
             assert self.ring is not None
             assert isinstance(weights, tuple)
-            self.ring.release(weights, before, done)
+            self.ring.release([weights], before, done)
 
     def close(self) -> None:
         """Frees the device memory and the tier."""
         if self.ring is not None:
             self.ring.close()
         self._resident.clear()
+        self._kept.clear()
 
 
 def span_views(gguf: GGUF, span: Span) -> tuple[np.ndarray, ...]:
@@ -158,19 +182,26 @@ def open_weights(
       ReadError: the file could not be read.
     """
     source: Source | None = None
+    layouts = [span.layout for span in manifest.layers]
+    items = ring_items(layouts, plan.streamed, plan.kept)
     try:
-        if plan.streamed:
-            source = _open_source(gguf, manifest, plan, device, timeline)
+        if items:
+            source = _open_source(gguf, manifest, plan, items, device, timeline)
         resident = {
             layer: put_span(gguf, manifest.layers[layer], device, capability) for layer in plan.resident
         }
-        jax.block_until_ready(resident)
-        ring = Ring(source, plan.streamed, plan.stream_depth, timeline) if source is not None else None
+        kept = {
+            layer: _put_kept(gguf, manifest.layers[layer], layer, plan, device) for layer in plan.streamed
+        }
+        jax.block_until_ready((resident, kept))
+        ring = None
+        if source is not None:
+            ring = Ring(source, range(len(items)), plan.stream_depth, timeline, _names(items))
     except BaseException:
         if source is not None:
             source.close()
         raise
-    return LayerWeights(resident, ring)
+    return LayerWeights(layouts, resident, kept, ring, items)
 
 
 def open_sharded_weights(
@@ -194,31 +225,57 @@ def open_sharded_weights(
         }
         jax.block_until_ready(resident)
         source.bytes_put = [0] * mesh.size
+        layouts = [layer.layout for layer in cut]
         ring = Ring(source, plan.streamed, plan.stream_depth, timeline) if plan.streamed else None
         if ring is None:
             source.close()
     except BaseException:
         source.close()
         raise
-    return LayerWeights(resident, ring)
+    # The ring's items are the layers themselves.
+    items = [(layer, (0,) if layer in plan.streamed else ()) for layer in range(len(layouts))]
+    return LayerWeights(layouts, resident, {}, ring, items)
+
+
+def _put_kept(gguf: GGUF, span: Span, layer: int, plan: Plan, device: jax.Device) -> dict[int, Array]:
+    """The buffers of a streamed layer that stay on the device: the small ones, and pieces there was room for."""
+    if not span.layout.pieces:
+        return {}
+    views = span_views(gguf, span)
+    return {
+        at: jax.device_put(view, device)
+        for at, view in enumerate(views)
+        if at not in span.layout.pieces or (layer, at) in plan.kept
+    }
+
+
+def _names(items: Sequence[tuple[int, tuple[int, ...]]]) -> list[str]:
+    return [f"layer {layer}" for layer, _ in items]
 
 
 def _open_source(
-    gguf: GGUF, manifest: Manifest, plan: Plan, device: jax.Device, timeline: Timeline | None
+    gguf: GGUF,
+    manifest: Manifest,
+    plan: Plan,
+    items: Sequence[tuple[int, tuple[int, ...]]],
+    device: jax.Device,
+    timeline: Timeline | None,
 ) -> Source:
+    extents = [[manifest.layers[layer].extents[at] for at in buffers] for layer, buffers in items]
     if plan.tier == "ring":
-        ranges = [[ByteRange(e.shard, e.start, e.nbytes) for e in span.extents] for span in manifest.layers]
         reader = RingReader(
             gguf.paths,
-            ranges,
-            plan.streamed,
+            [[ByteRange(e.shard, e.start, e.nbytes) for e in own] for own in extents],
+            range(len(items)),
             plan.host_slots,
             pin=_can_pin(device),
             timeline=timeline,
+            names=_names(items),
         )
         return ReadSource(reader, device)
     registered = _registered(gguf.maps) if plan.tier == "registered mapping" else []
-    return MappedSource([span_views(gguf, span) for span in manifest.layers], device, registered)
+    views = [[gguf.maps[e.shard][e.start : e.start + e.nbytes] for e in own] for own in extents]
+    return MappedSource(views, device, registered)
 
 
 def open_pool(

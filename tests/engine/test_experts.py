@@ -127,6 +127,7 @@ def test_a_pool_of_any_size_gives_the_numbers_of_resident_layers(path, resident,
         ("glm4moe", "Q4_0", "device"),
         ("qwen2moe", "Q4_0", "host"),
         ("deepseek2", "Q8_0", "host"),
+        ("bailingmoe2", "Q4_0", "host"),
     ],
 )
 def test_biases_sinks_windows_and_dense_layers_come_through_the_pool_too(tmp_path, model, block_type, by):
@@ -137,6 +138,29 @@ def test_biases_sinks_windows_and_dense_layers_come_through_the_pool_too(tmp_pat
         logits, tokens = _results(loaded)
         np.testing.assert_array_equal(logits, expected[0])
         assert tokens == expected[1]
+
+
+def test_experts_that_take_weighted_inputs_are_streamed_with_their_layers(tmp_path):
+    toy = toy_mixture(tmp_path / "toy.gguf", "llama4", block_type="Q4_0")
+    with pytest.raises(PlanError, match="experts of a llama4 model can't be streamed one by one"):
+        airjax.load(toy, vram_budget_gib=1, context=256, resident="dense")
+    with open_gguf(toy) as file:
+        _, config = models.from_gguf(file, "float32")
+        manifest, sizes = build_manifest(file), {"context": 64, "prefill_chunk": 64, "backend": "cpu"}
+        plans = [
+            make_plan(
+                file,
+                manifest,
+                config,
+                vram_budget_bytes=budget,
+                ram_budget_bytes=_RAM,
+                resident=kept,
+                **sizes,
+            )
+            for budget, kept in ((1 << 30, "none"), (1 << 30, "auto"))
+        ]
+    assert [len(plan.resident) for plan in plans] == [0, 4]
+    assert not any(plan.expert_slots for plan in plans)
 
 
 @pytest.mark.parametrize("tier", ["ring", "pageable mapping"])
