@@ -173,7 +173,9 @@ def mixture_error(
         return mixture.in_order(h), y
 
     given = [jnp.asarray(a) for a in (x, pairs, slots)]
-    h, y = (np.asarray(a, np.float64) for a in run(*given, stacks, [jnp.asarray(b) for b in biases]))
+    # Of experts that are not there, any bits.
+    with np.errstate(invalid="ignore"):
+        h, y = (np.asarray(a, np.float64) for a in run(*given, stacks, [jnp.asarray(b) for b in biases]))
     wide = np.repeat(np.asarray(jnp.asarray(x).astype(dtype), np.float64), used, axis=0)
     worst, there = 0.0, slots[pairs] >= 0
     for expert in np.unique(pairs[there]):
