@@ -329,7 +329,8 @@ class Worker:
         until, self._until = self._until, 0.0
         while True:
             # Clients whose answers ended may come back at once; a long sweep should not leave without them.
-            left = until - time.monotonic() if self._places < self._expected else 0.0
+            short = self._places < self._expected and not self._scheduler.waiting
+            left = until - time.monotonic() if short else 0.0
             try:
                 if not self._scheduler.busy:
                     command = self._commands.get()
