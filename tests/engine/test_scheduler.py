@@ -477,9 +477,8 @@ def test_samplers_with_a_temperature_alone_draw_the_same_beside_others_and_witho
             return found
 
     mixed = run(range(4))
-    for n in range(4):
-        assert [token for token, _ in mixed[n]] == [token for token, _ in run([n])[n]]
-    assert [token for token, _ in mixed[1]] == [token for token, _ in run([0, 1, 2])[1]]
+    for n, draws in run(range(3)).items():
+        assert [token for token, _ in draws] == [token for token, _ in mixed[n]]
     with airjax.load(toy, vram_budget_gib=1, context=_CONTEXT) as single:
         for n, own in enumerate(settings):
             sampler = sampling.standard(**own)
