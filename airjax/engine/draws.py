@@ -33,13 +33,12 @@ class Draws:
         # Slots whose samplers have a temperature alone, which is looked at once here and not with every draw.
         self._scaled = [True] * (slots + 1)
         nothing = np.full((slots + 1, 1), -1, np.int32)
-        self._states, self._keys, self._temperatures = jax.device_put(
+        self._states, self._keys, self._temperatures = model.put(
             (
                 sampler.init(nothing, model.config.vocab_size),
                 jax.random.split(jax.random.key(0), slots + 1),
                 np.ones(slots + 1, np.float32),
             ),
-            model.everywhere,
         )
 
     def suits(self, request: Request) -> bool:

@@ -166,6 +166,9 @@ class Scheduler:
             failed = [sequence for sequence in batch if sequence.slot >= 0]
             events += [self._fail(sequence, f"the sweep failed: {error}") for sequence in failed]
             self._start_over()
+        # What is in flight may still be at work.
+        self.model.count_fetched(keep=int(self._flight is not None))
+        self._count()
         self.stats.busy_s += time.perf_counter() - start
         return events
 
@@ -353,7 +356,6 @@ class Scheduler:
                 self._fill(sequence, int((group.positions[row] >= 0).sum()))
         for sequence in drafted:
             self._fill(sequence, 1)
-        self._count()
         events = self._pool(members, xs, placed)
         alone = len(groups) == 1 and not masks and not drafted
         if alone and all(s.pending == 0 and s.slot >= 0 for s in members[0]):
@@ -414,7 +416,7 @@ class Scheduler:
                     slots[row], counts[row] = sequence.slot, sequence.drawn + at
                     tokens[row] = sequence.draft[at - 1] if at else sequence.ids[-1]
             checks.append((np.full(rows, at, np.int32), slots, tokens, counts))
-        return [Rows(*each) for each in jax.device_put(checks, self.model.everywhere)]
+        return [Rows(*each) for each in self.model.put(checks)]
 
     def _check_drafts(
         self, x: Array, sequences: Sequence[BatchSequence], checks: Sequence[Rows]
@@ -467,7 +469,7 @@ class Scheduler:
         has a row in one sweep too many, which writes behind what it leaves.
         """
         plan = self.model.plan
-        if plan.streamed or plan.expert_slots or plan.host_embedding:
+        if not self.model.runs_ahead:
             return False
         if self._drafts is not None and not self._drafts.asleep:
             return False
@@ -496,13 +498,12 @@ class Scheduler:
         old = flight.group
         pages = table_of([sequence.pages for sequence in flight.sequences], len(old.positions))
         if pages.shape != old.table.shape or (pages != old.table).any():
-            table = jax.device_put(pages, self.model.everywhere)
+            table = self.model.put(pages)
         # Of positions that are on the device the host needs to know only which rows are padding.
         group = Group(ids, np.minimum(old.positions[:, :1], 0), pages)
         (x,) = shared_sweep(self.model, [group], self._state, [(positions, table)])
         for sequence in flight.sequences:
             sequence.filled += 1
-        self._count()
         out = self._launch(x, Rows(*rows), flight.sequences, None)
         return Flight(flight.sequences, group, (positions, table), x, Rows(*rows), out)
 
@@ -541,7 +542,7 @@ class Scheduler:
             if sequence.pending == (group.positions[row] >= 0).sum():
                 slots[row], tokens[row], counts[row] = sequence.slot, sequence.ids[-1], sequence.drawn
         last = np.maximum((group.positions >= 0).sum(axis=1).astype(np.int32) - 1, 0)
-        return Rows(*jax.device_put((last, slots, tokens, counts), self.model.everywhere))
+        return Rows(*self.model.put((last, slots, tokens, counts)))
 
     def _last(self, x: Array, rows: Rows) -> tuple[Array, Rows]:
         """The last positions of a call of prompts, as if they were a decoding call."""
@@ -558,7 +559,7 @@ class Scheduler:
             return group, placed
         positions = np.full((rows, 1), -1, np.int32)
         positions[: len(group.positions), 0] = group.positions.max(axis=1)
-        on_device = jax.device_put(positions, self.model.everywhere)
+        on_device = self.model.put(positions)
         return group._replace(positions=positions), (on_device, placed[1])
 
     def _draw(
