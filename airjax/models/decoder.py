@@ -48,7 +48,7 @@ class DecoderConfig(Config):
       local_kv_heads, local_head_dim: of those layers, where they are others; 0 for the same (Gemma 4).
       chunked: the windows stand side by side (Llama 4).
       global_every: each so manyth layer sees the whole context, the others the window; 0 for none of them.
-      norm: "rms", or "layer" for the form that takes the mean away and may have a bias.
+      norm: "rms", or "layer" for the form that takes the mean away and may have a bias; "plain layer" without weights.
       qk_norm: queries and keys are normed by the "head" (Qwen 3), by the head with weights for "each head"
         (Command R+), or the "whole" of them at once (OLMo 2); "plain" without weights, where they are turned (Llama 4).
       qk_norm_late: after rope, else before it (Hunyuan).
@@ -56,6 +56,7 @@ class DecoderConfig(Config):
       attention_norm: name of the norm before attention.
       pre_norms: norms before attention and feed-forward.
       post_norms: norms after them, before they are added.
+      qkv_bound: queries, keys and values are kept between it and its negative; 0 for not (OLMo).
       fused_qkv: queries, keys and values come from one matrix.
       fused_gate: gate and up come from one matrix, `ffn_up`.
       gated: the feed-forward part has a gate, else the activation is of `ffn_up` itself.
@@ -86,13 +87,14 @@ class DecoderConfig(Config):
     local_head_dim: int = 0
     chunked: bool = False
     global_every: int = 0
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "layer", "plain layer"] = "rms"
     qk_norm: Literal["", "head", "each head", "whole", "plain"] = ""
     qk_norm_late: bool = False
     parallel: bool = False
     attention_norm: str = "attn_norm"
     pre_norms: bool = True
     post_norms: bool = False
+    qkv_bound: float = 0.0
     fused_qkv: bool = False
     fused_gate: bool = False
     gated: bool = True
@@ -215,6 +217,8 @@ class Decoder:
             q, k, v = jnp.split(project(h, weights, "attn_qkv", config), (width, width + kv), axis=-1)
         else:
             q, k, v = project_many(h, weights, ("attn_q", "attn_k", "attn_v"), config)
+        if config.qkv_bound:
+            q, k, v = (jnp.clip(y, -config.qkv_bound, config.qkv_bound) for y in (q, k, v))
         if config.qk_norm == "whole":
             q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
         q, k, v = (y.reshape(batch, new, -1, config.head_dim) for y in (q, k, v))
@@ -452,6 +456,8 @@ def _growth(positions: Array, config: DecoderConfig) -> Array:
 
 
 def _norm_specs(norms: dict[str, tuple[int, ...]], config: DecoderConfig) -> dict[str, TensorSpec]:
+    if config.norm == "plain layer":
+        return {}
     specs = {f"{name}.weight": TensorSpec(shape) for name, shape in norms.items()}
     if config.norm == "layer":
         specs |= {f"{name}.bias": TensorSpec(shape, optional=True) for name, shape in norms.items()}
@@ -459,6 +465,8 @@ def _norm_specs(norms: dict[str, tuple[int, ...]], config: DecoderConfig) -> dic
 
 
 def _norm(x: Array, weights: Weights, name: str, config: DecoderConfig) -> Array:
+    if config.norm == "plain layer":
+        return layers.layer_norm(x, jnp.ones(()), None, config.norm_eps)
     weight = vector(weights, f"{name}.weight")
     if config.norm == "rms":
         return layers.rms_norm(x, weight, config.norm_eps)

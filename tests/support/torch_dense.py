@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch_models
+import torch_plain
 import transformers
 from torch_models import decoded, model_sizes, neighbours_to_halves, rope_parameters
 
@@ -201,6 +202,30 @@ _TWINS: dict[str, _Twin] = {
             },
         },
     ),
+    "gemma": _Twin("Gemma", _PLAIN),
+    "xverse": _Twin("Llama", _PLAIN, permuted=True),
+    "minicpm": _Twin(
+        "Granite",
+        _PLAIN,
+        lambda key, file: {
+            "logits_scaling": key("logit_scale"),
+            "residual_multiplier": key("residual_scale"),
+            "embedding_multiplier": key("embedding_scale"),
+            "attention_multiplier": key("attention.key_length") ** -0.5,
+        },
+        permuted=True,
+    ),
+    "chatglm": _Twin(
+        "Glm",
+        _ATTENTION | _TWO_NORMS | {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"},
+        lambda key, file: {"attention_bias": True, "partial_rotary_factor": _partial(key)},
+    ),
+    "olmo": _Twin(
+        "Olmo",
+        _ATTENTION | _GATED,
+        lambda key, file: {"clip_qkv": key("attention.clamp_kqv")},
+        permuted=True,
+    ),
     "hunyuan-dense": _Twin(
         "HunYuanDenseV1",
         _PLAIN | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
@@ -220,6 +245,8 @@ def torch_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
     with open_gguf(path) as file:
         architecture = file.metadata["general.architecture"]
         windowed = "olmo2.attention.sliding_window" in file.metadata
+        if architecture in torch_plain.ARCHITECTURES:
+            return torch_plain.torch_logits(path, ids)
         if architecture not in _TWINS or (architecture == "olmo2" and not windowed):
             return torch_models.torch_logits(path, ids)
         model = _model(file, architecture)
@@ -263,7 +290,7 @@ def _state(file: GGUF, architecture: str, twin: _Twin) -> dict[str, torch.Tensor
             _, layer, short = stem.split(".")
             theirs = f"{twin.root}.{layers}.{layer}.{_part(file, twin, short)}"
             values = _rows(file, architecture, twin, short, values)
-        if twin.kind == "Nemotron" and stem.endswith("norm") and part == "weight":
+        if twin.kind in ("Nemotron", "Gemma") and stem.endswith("norm") and part == "weight":
             values = values - 1
         if twin.kind == "StableLm" and stem.endswith(("q_norm", "k_norm")):
             state |= {f"{theirs}.norms.{head}.weight": row for head, row in enumerate(values)}
