@@ -12,6 +12,8 @@ import numpy as np
 
 from airjax import layers, models
 from airjax.engine.model import Model
+from airjax.engine.passing import Passing
+from airjax.engine.stages import call, needs, staged
 from airjax.engine.step import shuttled_row
 from airjax.gguf import Layout
 from airjax.layers import Partial
@@ -21,7 +23,13 @@ from airjax.types import Array, LayerKV
 
 
 def long_layer(
-    model: Model, shuttle: Shuttle, layer: int, weights: Buffers, x: Array, positions: Array
+    model: Model,
+    shuttle: Shuttle,
+    layer: int,
+    weights: Buffers | Passing,
+    x: Array,
+    positions: Array,
+    wait: bool,
 ) -> tuple[Array, LayerKV]:
     """Runs one layer.
 
@@ -32,17 +40,23 @@ def long_layer(
       weights: its buffers.
       x: `[B, T, D]`.
       positions: `[B, T]` on the device; those of a sequence rise one by one.
+      wait: as in `stages.call`.
 
     Returns:
       The new hidden states, and the new rows `[B, K, T, H]` each as the cache stores them.
     """
     layout, kind = model.manifest.layers[layer].layout, model.kinds[layer]
-    q, partial, rows = begin_step(layout, model.config, kind)(weights, x, positions)
+    begin, end = begin_step(layout, model.config, kind), end_step(layout, model.config)
+    keep: set[int] = set()
+    if isinstance(weights, Passing):
+        _, waiting, _ = staged(begin, layout, x, positions).shapes
+        keep = needs(weights, end, x, waiting)
+    q, partial, rows = call(weights, begin, x, positions, wait=wait, keep=keep)
     attend = attend_step(model.config, kind, model.plan.kv_slots[layer])
     for piece in shuttle.pieces(layer):
         partial = attend(q, partial, piece.kv, np.int32(piece.first), positions)
         shuttle.release(partial.total)
-    return end_step(layout, model.config)(weights, x, partial), rows
+    return call(weights, end, x, partial, wait=wait), rows
 
 
 @functools.cache

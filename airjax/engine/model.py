@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from airjax import models, quants
-from airjax.engine import hosts
+from airjax.engine import fetch, hosts
 from airjax.engine.shards import ShardedLayer, cut_layers, local_manifest
 from airjax.engine.stats import Stats, has_compact_allocator
 from airjax.engine.step import GlobalLayouts, Globals
@@ -41,8 +41,17 @@ from airjax.gguf import (
     split_experts,
 )
 from airjax.models import Architecture, Buffers, Config, DecoderConfig
-from airjax.plan import EMBEDDING, EXPERT_TENSORS, Plan, PlanError, Resident, Switch, make_plan
-from airjax.streaming import Pool, PoolStats, Timeline
+from airjax.plan import (
+    EMBEDDING,
+    EXPERT_TENSORS,
+    Plan,
+    PlanError,
+    Resident,
+    Switch,
+    make_plan,
+    piece_bytes,
+)
+from airjax.streaming import DevicePool, Pool, PoolStats, Timeline
 
 if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
@@ -69,7 +78,8 @@ class Model:
       timeline: records events if tracing is on.
       stats: counters of the present run.
       pending: the newest output of the device; when it is ready, all work given to the device is done.
-      pool: of experts, where they are streamed one by one; `manifest` and `weights` are then without them.
+      pool: of experts, where they are streamed one by one; `manifest` and `weights` are then without them. The host
+        fills it, or the device itself.
       experts: where each layer's experts lie in the file; empty without a pool.
       routers: buffers and layout of the tensors that a layer's router reads, as they are first needed.
     """
@@ -85,7 +95,7 @@ class Model:
     timeline: Timeline | None
     stats: Stats = field(default_factory=Stats)
     pending: Any = None
-    pool: Pool | None = None
+    pool: Pool | DevicePool | None = None
     experts: tuple[ExpertSpan | None, ...] = ()
     routers: dict[int, tuple[Buffers, Layout]] = field(default_factory=dict)
 
@@ -133,6 +143,17 @@ class Model:
         """Whether the layer's experts come through the pool."""
         return self.pool is not None and self.pool.holds(layer)
 
+    def device_fetches(self, layer: int) -> bool:
+        """Whether the device itself fetches the layer's experts."""
+        return isinstance(self.pool, DevicePool) and self.pool.holds(layer)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a sweep may be dispatched before the host looks at its token: nothing waits for the link."""
+        plan = self.plan
+        waits = plan.streamed or plan.shuttle or plan.host_embedding
+        return not waits and (self.pool is None or self.pool.on_device)
+
     def expert_slots(self, layer: int) -> tuple[ExpertSlot, ...]:
         """The parts of an expert of a layer that the pool holds."""
         span = self.experts[layer]
@@ -147,6 +168,11 @@ class Model:
 
     def count_sweep(self, state: State | PagedState) -> None:
         """Adds a sweep to the run's counters."""
+        if isinstance(self.pool, DevicePool):
+            # The device may not have done it yet. By now it has work to do, so the sweep before may be waited for.
+            self.pool.end_sweep(self.stats)
+            self.count_fetched(keep=1)
+            return
         self.stats.sweeps += 1
         ring, shuttle = self.weights.ring, state.shuttle
         # Swept, not put: what was fetched ahead of the next sweep belongs to that one.
@@ -167,6 +193,16 @@ class Model:
             shuttle.bytes_up = 0
             self.stats.wait_s += shuttle.wait_s
             shuttle.wait_s = 0.0
+
+    def count_fetched(self, keep: int = 0) -> None:
+        """Adds sweeps whose experts the device fetched, all but the newest `keep`, to the counters of their runs."""
+        if isinstance(self.pool, DevicePool):
+            for stats, counted, wait_s in self.pool.take(keep):
+                stats.sweeps += 1
+                stats.experts = stats.experts or PoolStats()
+                stats.experts.add(counted)
+                stats.bytes_streamed += counted.bytes
+                stats.wait_s += wait_s
 
     def wait(self) -> None:
         """Waits until the device has done all its work, which may still read the mapping."""
@@ -222,7 +258,9 @@ def open_model(
     try:
         architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype, context)
         align = _CPU_ALIGNMENT if device.platform == "cpu" else 1
-        manifest = build_manifest(gguf, align)
+        # Devices that share each layer take whole layers.
+        pieces = None if len(devices) > 1 else piece_bytes(device.platform)
+        manifest = build_manifest(gguf, align, piece_bytes=pieces)
         cut: tuple[ShardedLayer, ...] = ()
         if len(devices) > 1:
             _check_devices(gguf, config, manifest, len(devices), tier)
@@ -247,7 +285,10 @@ def open_model(
             kv_tokens=kv_tokens,
             compact=has_compact_allocator(device),
             drafts=drafts,
+            device_fetch=config.experts is None or device.platform == "cpu" or bool(fetch.usable(device)),
         )
+        if not plan.streamed and not cut:
+            manifest = build_manifest(gguf, align)
         experts: tuple[ExpertSpan | None, ...] = ()
         if plan.expert_slots:
             manifest, experts = split_experts(gguf, EXPERT_TENSORS, align)
@@ -256,6 +297,7 @@ def open_model(
         output = "output.weight" if "output.weight" in manifest.globals else "token_embd.weight"
         kept.append(manifest.globals[output].layout)
         capability = quants.usable(matrix_types(kept), device) if plan.relaid else ""
+        config = models.with_kernels(config, gguf, device)
         if cut:
             weights = open_sharded_weights(gguf, cut, config.mesh, plan, timeline, capability)
         else:

@@ -82,6 +82,10 @@ from airjax.models.experts import decoded_experts as decoded_experts
 from airjax.models.experts import expert_products as expert_products
 from airjax.models.experts import route as route
 from airjax.models.experts import shared as shared
+from airjax.models.experts import shared_apart as shared_apart
+from airjax.models.experts import with_kernels as with_kernels
+from airjax.models.passing import held_at_once as held_at_once
+from airjax.models.passing import passing_order as passing_order
 from airjax.models.sharding import BY_HEADS as BY_HEADS
 from airjax.models.sharding import BY_HEADS_LAST as BY_HEADS_LAST
 from airjax.models.sharding import BYTES as BYTES

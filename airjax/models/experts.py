@@ -29,6 +29,8 @@ _FUSED_GATE = "ffn_gate_up_exps"
 EXPERT_MATRICES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 # As in `quants.matmul`: up to this many rows each goes to its experts alone.
 _FEW_ROWS = 8
+# Up to this many rows the fused kernels are faster than decoding experts and a product.
+_KERNEL_ROWS = 512
 # Weights of experts that are decoded at once where there are more rows, and bytes that are gathered where not.
 TILE_WEIGHTS = 32 << 20
 GATHERED_BYTES = 128 << 20
@@ -50,6 +52,7 @@ class Experts:
       first: so many layers before the first mixture have a plain feed-forward part.
       every: of the others each so manyth layer is a mixture (Llama 4).
       on_input: a token's weight for an expert multiplies what the expert takes, not what it gives (Llama 4).
+      capability: of the CUDA device whose kernels multiply the experts; "" for XLA alone.
       fused_gate: gate and up of the experts are one stack (Gemma 4).
       pooled: experts can come through a pool, which hands on their inputs, and adds their sum as it is.
     """
@@ -65,6 +68,7 @@ class Experts:
     first: int = 0
     every: int = 1
     on_input: bool = False
+    capability: str = ""
     fused_gate: bool = False
     pooled: bool = True
 
@@ -143,6 +147,15 @@ def read_experts(
     )
 
 
+def with_kernels(config: Config, gguf: GGUF, device: jax.Device) -> Config:
+    """The configuration with which experts are multiplied by the fused kernels, if these are right on the device."""
+    if getattr(config, "experts", None) is None:
+        return config
+    types = {info.type for name, info in gguf.tensors.items() if name.split(".")[-2] in EXPERT_MATRICES}
+    capability = quants.mixture_usable(types, device)
+    return dataclasses.replace(config, experts=dataclasses.replace(config.experts, capability=capability))
+
+
 def shared_width(gguf: GGUF, experts: Experts) -> int:
     """Width of what every token goes through, by the keys that most files share; 0 for none."""
     arch = gguf.get("general.architecture", str)
@@ -190,8 +203,13 @@ def feed_forward(h: Array, weights: Weights, config: Config) -> Array:
         scales, gates = gates, jnp.ones_like(gates)
     own = biases(weights, config)
     products = expert_products(h, ids, stacks(weights, config), own, None, None, config, scales)
+    return combined(products, gates, shared_apart(h, ids, weights, config))
+
+
+def shared_apart(h: Array, ids: Array, weights: Weights, config: Config) -> Array | None:
+    """`shared` in the program of the routed experts, whose `ids` it takes, with the numbers of a program of its own."""
     if not config.experts.shared_d_ff:
-        return combined(products, gates, None)
+        return None
 
     def beside() -> Array:
         found = shared(h, weights, config)
@@ -200,10 +218,10 @@ def feed_forward(h: Array, weights: Weights, config: Config) -> Array:
 
     # XLA's CPU backend would fuse the last factor of the shared experts with the sum, and round once less than where
     # the routed experts come through a pool, in a program of their own; into a `lax.cond` it does not fuse.
-    alone = jax.lax.platform_dependent(
+    apart: Array = jax.lax.platform_dependent(
         ids, cpu=lambda ids: _shared_alone(ids, h, beside), default=lambda ids: beside()
     )
-    return combined(products, gates, alone)
+    return apart
 
 
 def _shared_alone(ids: Array, h: Array, beside: Callable[[], Array]) -> Array:
@@ -280,9 +298,16 @@ def expert_products(
     rows = h.reshape(-1, h.shape[-1])
     pairs = ids.reshape(-1)
     out = jnp.zeros((len(pairs), rows.shape[1])) if before is None else before.reshape(len(pairs), -1)
-    product = _by_pair if len(rows) <= _FEW_ROWS else _by_expert
     factors = None if scales is None else scales.reshape(-1, 1)
-    return product(rows, pairs, factors, parts, own_biases, slots, out, config).reshape(*lead, used, -1)
+    experts = config.experts
+    # The kernels take what every expert takes, and gate and up as two stacks.
+    suited = experts.capability and scales is None and not experts.fused_gate
+    if suited and len(rows) <= _KERNEL_ROWS and quants.takes(*parts.values()):
+        made = _by_kernels(rows, pairs, parts, own_biases, slots, out, config)
+    else:
+        product = _by_pair if len(rows) <= _FEW_ROWS else _by_expert
+        made = product(rows, pairs, factors, parts, own_biases, slots, out, config)
+    return made.reshape(*lead, used, -1)
 
 
 def combined(products: Array, gates: Array, beside: Array | None) -> Array:
@@ -298,6 +323,32 @@ def combined(products: Array, gates: Array, beside: Array | None) -> Array:
 def block_rows(rows: int) -> int:
     """Rows of a block of one expert: from 64 on XLA's CPU backend sums in the same order however a prompt is cut."""
     return 64 if rows >= 64 else 16
+
+
+def _by_kernels(
+    rows: Array,
+    pairs: Array,
+    parts: Mapping[str, quants.Stacked],
+    own_biases: Mapping[str, Array],
+    slots: Array | None,
+    out: Array,
+    config: Config,
+) -> Array:
+    """Each expert's blocks read once for the tokens that chose it, in three launches."""
+    gate, up, down = (parts[name] for name in EXPERT_MATRICES)
+    experts = config.experts
+    products = quants.mixture_products(
+        rows.astype(jnp.float32),
+        pairs,
+        slots,
+        (gate, up, down),
+        tuple(own_biases[name] for name in EXPERT_MATRICES) if own_biases else None,
+        experts=experts.count,
+        activation=experts.activation,
+        dtype=np.dtype(config.compute_dtype),
+        capability=experts.capability,
+    )
+    return products if slots is None else jnp.where(slots[pairs][:, None] >= 0, products, out)
 
 
 def _by_pair(

@@ -96,6 +96,7 @@ def launch(
     name: str,
     results: Sequence[jax.ShapeDtypeStruct],
     *operands: Array,
+    written: Sequence[Array] = (),
     blocks: int,
     threads: int,
 ) -> list[Array]:
@@ -103,17 +104,24 @@ def launch(
 
     Args:
       ptx: from `compile_ptx`.
-      name: of the kernel. Its parameters are pointers: the operands, then the results.
+      name: of the kernel. Its parameters are pointers: the operands, what is written in place, then the results.
       results: shapes and dtypes of what it writes.
-      operands: row-major arrays.
+      operands: row-major arrays, all different: XLA passes equal ones once.
+      written: arrays that it changes in place; no copy is made if nothing else needs them as they were.
       blocks: size of the grid.
       threads: of a block.
+
+    Returns:
+      The results, then the arrays that were written in place.
     """
     sizes = {"grid_x": blocks, "grid_y": 1, "grid_z": 1, "block_x": threads, "block_y": 1, "block_z": 1}
-    call = jax.ffi.ffi_call(_TARGET, list(results))
+    changed = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in written]
+    aliases = {len(operands) + n: len(results) + n for n in range(len(changed))}
+    call = jax.ffi.ffi_call(_TARGET, [*results, *changed], input_output_aliases=aliases)
     return list(
         call(
             *operands,
+            *written,
             name=name,
             kernel_type="ptx",
             kernel_data=ptx,

@@ -96,18 +96,10 @@ template <Format F> struct Scales {
   }
 };
 
-// Fours of neighbours as pairs (0, 2) and (1, 3), in bfloat16: 128 + q of nibbles in the low halves of bytes.
-DEVICE u32 nibbles(u32 w) { return (w & 0x000F000Fu) | MAGIC; }
-
-// Signed bytes 0 and 2 as they are: the low bits as 128 + low, less 128, or 256 if negative.
-DEVICE u32 signed_bytes(u32 w) {
-  return fma_pair((w & 0x00800080u) ^ MAGIC, 0xBF80BF80u, (w & 0x007F007Fu) | MAGIC);
-}
-
 // Twice the 4-bit floats that bits 0 to 3 of each half hold. As exponent and mantissa of a bfloat16 the three low bits
 // are smaller by 2^126, subnormal ones too.
 DEVICE u32 floats(u32 magnitude, u32 sign) {
-  return fma_pair((magnitude & 0x01C001C0u) | (sign & 0x80008000u), 0x7F007F00u, 0x80008000u);
+  return fma_pair(masked_or(magnitude, 0x01C001C0u, sign & 0x80008000u), 0x7F007F00u, 0x80008000u);
 }
 
 // The weights of one group of 32 as A fragments, by the half of the group: pairs of row g, of row g + 8, twice.
@@ -141,8 +133,8 @@ template <Format F> DEVICE void decode(const Rows<F>& rows, int group, int t, u3
         a[side][2 + h] = nibbles(w >> 8);
         if (F == Q5_K) {
           const u32 bits = rows.word(h, 16 + side * 16 + 4 * t);
-          a[side][h] |= (group >= 4 ? bits >> (group - 4) : bits << (4 - group)) & 0x00100010u;
-          a[side][2 + h] |= bits >> (group + 4) & 0x00100010u;
+          a[side][h] = masked_or(group >= 4 ? bits >> (group - 4) : bits << (4 - group), 0x00100010u, a[side][h]);
+          a[side][2 + h] = masked_or(bits >> (group + 4), 0x00100010u, a[side][2 + h]);
         }
       }
     if (F == Q6_K)
@@ -151,8 +143,8 @@ template <Format F> DEVICE void decode(const Rows<F>& rows, int group, int t, u3
         const int part = group / 4, quarter = group & 3;
         const u32 w = rows.word(h, part * 64 + (quarter & 1) * 32 + side * 16 + 4 * t) >> quarter / 2 * 4;
         const u32 bits = rows.word(h, 128 + part * 32 + side * 16 + 4 * t);
-        a[side][h] = nibbles(w) | ((quarter >= 2 ? bits >> (quarter * 2 - 4) : bits << (4 - quarter * 2)) & 0x00300030u);
-        a[side][2 + h] = nibbles(w >> 8) | (bits >> (quarter * 2 + 4) & 0x00300030u);
+        a[side][h] = masked_or((quarter >= 2 ? bits >> (quarter * 2 - 4) : bits << (4 - quarter * 2)), 0x00300030u, nibbles(w));
+        a[side][2 + h] = masked_or(bits >> (quarter * 2 + 4), 0x00300030u, nibbles(w >> 8));
       }
   }
 }

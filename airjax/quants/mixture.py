@@ -101,12 +101,12 @@ def tuning(ws: Sequence[Stacked], columns: int, terms: int) -> Tuning:
     return Tuning(columns, slices, row_tiles, stages, max(threads // (32 * warps), 1))
 
 
-def mixture(
+def mixture_products(
     x: Array,
     pairs: Array,
     slots: Array | None,
     ws: tuple[Stacked, Stacked, Stacked],
-    biases: tuple[Array, Array, Array] | None,
+    biases: tuple[Array, ...] | None,
     *,
     experts: int,
     activation: str,
@@ -153,7 +153,7 @@ def prepare(
     terms: int,
     capability: str,
 ) -> Groups:
-    """Puts pairs together by expert and splits activations, in one launch; arguments as in `mixture`."""
+    """Puts pairs together by expert and splits activations, in one launch; arguments as in `mixture_products`."""
     rows, width = x.shape
     (count,) = pairs.shape
     hit = min(count, experts)

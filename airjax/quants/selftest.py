@@ -45,16 +45,15 @@ def usable(types: Iterable[GGMLType], device: jax.Device) -> str:
 
 
 def mixture_usable(types: Iterable[GGMLType], device: jax.Device) -> str:
-    """The capability to multiply experts with, as `usable`: "" if the kernels know not all of the types.
+    """The capability to multiply experts with, as `usable`.
 
     Args:
       types: block formats of the experts' matrices.
       device: where.
     """
     capability = cuda.capability(device)
-    tested = frozenset(types)
-    known = bool(tested) and tested <= mixture.TYPES
-    return capability if capability and known and _mixture_passes(tested, device, capability) else ""
+    tested = frozenset(types) & mixture.TYPES
+    return capability if capability and tested and _mixture_passes(tested, device, capability) else ""
 
 
 @functools.cache

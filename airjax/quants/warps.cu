@@ -34,6 +34,21 @@ DEVICE u32 fma_pair(u32 a, u32 b, u32 c) {
   return d;
 }
 
+// (a & mask) | c in one instruction, which the compiler does not find where mask and c are constants.
+DEVICE u32 masked_or(u32 a, u32 mask, u32 c) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(c));
+  return d;
+}
+
+// Bits 0 to 3 of each half as 128 + q in bfloat16.
+DEVICE u32 nibbles(u32 w) { return masked_or(w, 0x000F000Fu, MAGIC); }
+
+// The signed bytes 0 and 2 as two bfloat16: the low bits as 128 + low, less 128, or 256 if negative.
+DEVICE u32 signed_bytes(u32 w) {
+  return fma_pair((w & 0x00800080u) ^ MAGIC, 0xBF80BF80u, masked_or(w, 0x007F007Fu, MAGIC));
+}
+
 DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
