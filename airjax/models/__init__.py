@@ -11,8 +11,10 @@ import dataclasses
 from airjax.gguf import GGUF, GGUFError
 from airjax.models import (
     arcee,
+    baichuan,
     bailingmoe,
     bailingmoe2,
+    bloom,
     chatglm,
     codeshell,
     cohere2,
@@ -33,6 +35,7 @@ from airjax.models import (
     gemma4,
     glm4,
     glm4moe,
+    gpt2,
     gpt_oss,
     gptneox,
     granite,
@@ -45,6 +48,7 @@ from airjax.models import (
     minicpm,
     minimax_m2,
     mistral3,
+    mpt,
     nemotron,
     olmo,
     olmo2,
@@ -59,6 +63,7 @@ from airjax.models import (
     seed_oss,
     smollm3,
     stablelm,
+    starcoder,
     starcoder2,
     xverse,
 )
@@ -99,8 +104,10 @@ from airjax.models.sharding import spread as spread
 
 _MODULES = (
     arcee,
+    baichuan,
     bailingmoe,
     bailingmoe2,
+    bloom,
     chatglm,
     codeshell,
     cohere2,
@@ -121,6 +128,7 @@ _MODULES = (
     gemma4,
     glm4,
     glm4moe,
+    gpt2,
     gpt_oss,
     gptneox,
     granite,
@@ -133,6 +141,7 @@ _MODULES = (
     minicpm,
     minimax_m2,
     mistral3,
+    mpt,
     nemotron,
     olmo,
     olmo2,
@@ -147,6 +156,7 @@ _MODULES = (
     seed_oss,
     smollm3,
     stablelm,
+    starcoder,
     starcoder2,
     xverse,
 )

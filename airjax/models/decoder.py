@@ -28,7 +28,7 @@ from airjax.models.architecture import (
 from airjax.models.experts import ROUTER, expert_specs, feed_forward
 from airjax.types import Array, KVCache
 
-_UNROTATED = " unrotated"
+_FIRST, _UNROTATED = " first", " unrotated"
 # Tensors outside the layers that are read with the metadata.
 ROPE_DIVISORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 
@@ -66,6 +66,9 @@ class DecoderConfig(Config):
       attention_growth: how queries grow with the logarithm of their position (Llama 4, Ministral 3); 0 for not at all.
       attention_growth_length: in steps of so many positions.
       attention_growth_unrotated: of layers without rope alone, with positions counted from 1 (Llama 4).
+      alibi: scores fall with the distance, of the last head by 2 to the minus this; 0 for not (MPT, BLOOM).
+      learned_positions: of so many positions there is an embedding, which is added (GPT-2); 0 for none.
+      embedding_norm: the embedding is normed (BLOOM).
       logit_softcap: of the logits; 0 for none.
       embedding_scale: factor of the embedding.
       residual_scale: factor of what is added to the hidden states (Granite).
@@ -103,6 +106,9 @@ class DecoderConfig(Config):
     attention_growth: float = 0.0
     attention_growth_length: int = 1
     attention_growth_unrotated: bool = False
+    alibi: float = 0.0
+    learned_positions: int = 0
+    embedding_norm: bool = False
     logit_softcap: float = 0.0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -169,7 +175,11 @@ class Decoder:
         elif config.qk_norm == "each head":
             norms |= {"attn_q_norm": (config.n_heads, config.head_dim)}
             norms |= {"attn_k_norm": (config.n_kv_heads, config.head_dim)}
+        if config.embedding_norm and layer == 0:
+            norms["token_embd_norm"] = (d,)
         specs = _norm_specs(norms, config)
+        if config.learned_positions and layer == 0:
+            specs["position_embd.weight"] = TensorSpec((config.learned_positions, d))
         if config.sinks:
             specs["attn_sinks.weight"] = TensorSpec((config.n_heads,))
         for name, shape in matrices.items():
@@ -181,7 +191,9 @@ class Decoder:
         """Whether a layer sees the whole context, and whether it turns its queries and keys."""
         local = config.sliding_window and (not config.global_every or (layer + 1) % config.global_every)
         unrotated = config.unrotated_every and (layer + 1) % config.unrotated_every == 0
-        return ("local" if local else "global") + (_UNROTATED if unrotated else "")
+        begins = layer == 0 and (config.learned_positions or config.embedding_norm)
+        kind = ("local" if local else "global") + (_FIRST if begins else "")
+        return kind + (_UNROTATED if unrotated else "")
 
     def window(self, config: DecoderConfig, kind: str) -> int:
         """The attention window of a kind of layer, 0 for the whole context."""
@@ -200,6 +212,7 @@ class Decoder:
             softcap=config.attention_softcap,
             dtype=np.dtype(config.compute_dtype),
             chunked=config.chunked,
+            alibi=config.alibi,
         )
 
     def attention_sinks(self, weights: Weights, config: DecoderConfig) -> Array | None:
@@ -211,7 +224,7 @@ class Decoder:
     ) -> tuple[Array, Array, Array]:
         """The first part of `block`: queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, after rope."""
         batch, new, _ = x.shape
-        h = self.attention_input(weights, x, config)
+        h = self.attention_input(weights, self.begun(weights, x, positions, config, kind), config)
         if config.fused_qkv:
             width, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
             q, k, v = jnp.split(project(h, weights, "attn_qkv", config), (width, width + kv), axis=-1)
@@ -237,6 +250,16 @@ class Decoder:
         if config.attention_growth and not (rotated and config.attention_growth_unrotated):
             q = q * _growth(positions, config)[..., None, None]
         return q, k, v
+
+    def begun(self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str) -> Array:
+        """What is added to `x`: in the first layer the embedding as it is normed, and with that of its position."""
+        if _FIRST not in kind:
+            return x
+        if config.embedding_norm:
+            x = _norm(x, weights, "token_embd_norm", config)
+        if config.learned_positions:
+            x = x + quants.take_rows(weights["position_embd.weight"], jnp.maximum(positions, 0))
+        return x
 
     def attention_input(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """What attention takes of hidden states."""
@@ -293,7 +316,9 @@ class Decoder:
         form = self.attention_form(config, kind)
         sinks = self.attention_sinks(weights, config)
         attended = layers.attention(q, kv, positions, **form._asdict(), length=length, sinks=sinks)
-        return self.attend_output(weights, x, attended, config), kv
+        return self.attend_output(
+            weights, self.begun(weights, x, positions, config, kind), attended, config
+        ), kv
 
     def unembed(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """Hidden states `[..., D]` to logits `[..., V]` float32."""

@@ -267,6 +267,41 @@ DECODERS: dict[str, dict[str, Any]] = {
         },
     },
     "gemma": {"width": 24},
+    "baichuan": {},
+    "gpt2": {
+        "layer_norm": True,
+        "fused_qkv": True,
+        "gated": False,
+        "kv_heads": 4,
+        "biases": "all",
+        "positions": True,
+    },
+    "starcoder": {
+        "layer_norm": True,
+        "fused_qkv": True,
+        "gated": False,
+        "kv_heads": 1,
+        "biases": "all",
+        "positions": True,
+    },
+    "bloom": {
+        "layer_norm": True,
+        "fused_qkv": True,
+        "gated": False,
+        "kv_heads": 4,
+        "biases": "all",
+        "embedding_norm": True,
+        "widened": 4,
+    },
+    "mpt": {
+        "layer_norm": True,
+        "norm_biases": False,
+        "fused_qkv": True,
+        "gated": False,
+        "kv_heads": 4,
+        "widened": 4,
+        "values": {"attention.clamp_kqv": 0.8, "attention.max_alibi_bias": 8.0},
+    },
     "xverse": {},
     "minicpm": {"values": {"logit_scale": 4.0, "residual_scale": 0.3, "embedding_scale": 6.0}},
     "qwen": {
@@ -323,6 +358,7 @@ def toy_decoder(
     wide = wide_blocks(block_type)
     d, f, heads, kv_heads = (256, 512, 4, 2) if wide else (64, 128, 4, 2)
     kv_heads = options.get("kv_heads", kv_heads)
+    f = d * options.get("widened", 2)
     width = options.get("width", d // heads)
     architecture = options.get("architecture", architecture)
     toy = Toy(path, architecture, pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed)
@@ -347,6 +383,11 @@ def toy_decoder(
     toy.outside(d, separate_output, normed=options.get("norms", True) != ())
     if norm_biases:
         toy.bias("output_norm.bias", d)
+    if options.get("positions", False):
+        toy.tensor("position_embd.weight", toy.generator.normal(size=(512, d)))
+    if options.get("embedding_norm", False):
+        toy.norm("token_embd_norm.weight", d)
+        toy.bias("token_embd_norm.bias", d)
     if options.get("output_bias", False):
         toy.bias("output.bias", toy.vocabulary_size)
     q, kv = heads * width, kv_heads * width
