@@ -130,7 +130,7 @@ def pieces(folder: Path) -> None:
                         f"{equal} (max difference {np.abs(logits - logits_whole).max():.1e})",
                     )
                 )
-            batches = []
+            batches: list[list[list[int]]] = []
             for size in (whole, 16 << 20):
                 plans.PIECE_BYTES = size
                 with airjax.load(

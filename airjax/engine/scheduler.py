@@ -183,7 +183,8 @@ class Scheduler:
     def _open_state(self) -> None:
         """Empty pages, and rows of the sampler's state."""
         limit = self.model.plan.kv_tokens // KV_PAGE
-        self._pages = Pages(min(_FIRST_PAGES, limit), limit)
+        # As with the cache of one sequence, see `new_state`.
+        self._pages = Pages(limit if self.model.plan.streamed else min(_FIRST_PAGES, limit), limit)
         self._state: PagedState = new_pages(self.model, self._pages.count)
         self._draws = Draws(self.model, self._sampler, self.max_batch)
 

@@ -52,7 +52,10 @@ class State:
 
 
 def new_state(model: Model, batch: int = 1) -> State:
-    """An empty cache for `batch` sequences, as the plan says; on the device it grows with what it holds."""
+    """An empty cache for `batch` sequences, as the plan says; on the device it grows with what it holds.
+
+    But where layers are streamed memory is tight, and buffers that come and go leave gaps in it: it is taken at once.
+    """
     config, plan = model.config, model.plan
     if plan.shuttle:
         row = (batch, config.n_kv_heads, config.head_dim)
@@ -68,7 +71,8 @@ def new_state(model: Model, batch: int = 1) -> State:
         return State(batch, shuttle=shuttle)
     kv = []
     for slots in plan.kv_slots:
-        shape = (batch, config.all_kv_heads, min(slots, _SMALLEST_LENGTH), config.head_dim)
+        first = slots if plan.streamed else min(slots, _SMALLEST_LENGTH)
+        shape = (batch, config.all_kv_heads, first, config.head_dim)
         kv.append(layers.empty_cache(shape, config.kv_dtype, model.by_heads))
     return State(batch, kv=kv)
 
@@ -122,7 +126,7 @@ def sweep(
             layer = end
             continue
         step = steps[layer]
-        weights, wait = model.weights.take(layer), settles(model, layer, positions)
+        weights, wait = model.weights.take(layer, x), settles(model, layer, positions)
         before = x
         if model.pool_holds(layer):
             assert not isinstance(weights, Passing)
@@ -157,7 +161,7 @@ def sweep(
                 assert hook.attended is not None
                 hook.attended(layer, seen, positions)
             x = hook.at(layer + 1, x, positions)
-        model.weights.release(layer, weights, before, done=x)
+        model.weights.release(layer, weights, done=x)
         if wait:
             jax.block_until_ready(x)
         layer += 1
