@@ -15,7 +15,7 @@ from airjax.gguf import GGMLType, Layout
 from airjax.models import Buffers, Config
 from airjax.plan import EMBEDDING
 from airjax.streaming import to_cache
-from airjax.types import Array, LayerKV, PagedKV
+from airjax.types import Array, KVCache, LayerKV, PagedKV, Tree, TreeKV
 
 Globals = dict[str, Buffers]
 GlobalLayouts = tuple[tuple[str, Layout], ...]
@@ -41,16 +41,20 @@ def block_step(
     """One layer with its cache on the device; the cache is donated and updated in place.
 
     Returns:
-      jitted `(buffers, x [B, T, D], kv, positions [B, T]) -> (x, kv)`.
+      jitted `(buffers, x [B, T, D], kv, positions [B, T], tree=None) -> (x, kv)`. With a `Tree` the rows form one; not
+      on several devices.
     """
     architecture = models.get(config.architecture)
 
-    def part(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Any:
+    def part(buffers: Buffers, x: Array, kv: KVCache, positions: Array) -> Any:
         weights = models.unpack(buffers, layout)
         return architecture.block(weights, x, kv, positions, config, kind, length)
 
     @functools.partial(jit, donate_argnames="kv")
-    def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Any:
+    def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array, tree: Tree | None = None) -> Any:
+        if tree is not None:
+            x, written = part(buffers, x, TreeKV(kv, tree), positions)
+            return x, written.kv
         whole = spread(part, config, (_BYTES, _WHOLE, _HEADS, _WHOLE), (_WHOLE, _HEADS))
         return whole(buffers, x, kv, positions)
 
@@ -136,17 +140,22 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
     """One layer whose cache was uploaded for this sweep; only the new rows come back.
 
     Returns:
-      jitted `(buffers, x [B, T, D], piece uint8 [S, row bytes], positions [B, T]) -> (x, rows [B, K, T, H])`.
+      jitted `(buffers, x [B, T, D], piece uint8 [S, row bytes], positions [B, T], tree=None) -> (x, rows
+      [B, K, T, H])`. With a `Tree` the rows form one.
     """
     architecture = models.get(config.architecture)
 
     @jit
-    def block(buffers: Buffers, x: Array, piece: Array, positions: Array) -> tuple[Array, LayerKV]:
+    def block(
+        buffers: Buffers, x: Array, piece: Array, positions: Array, tree: Tree | None = None
+    ) -> tuple[Array, LayerKV]:
         weights = models.unpack(buffers, layout)
-        cache = to_cache(piece, shuttled_row(config, len(x)))
-        x, written = architecture.block(weights, x, cache, positions, config, kind, cache.k.shape[2])
-        assert isinstance(written, LayerKV)
-        return x, layers.read_rows(written, positions)
+        kv = to_cache(piece, shuttled_row(config, len(x)))
+        cache: KVCache = kv if tree is None else TreeKV(kv, tree)
+        x, written = architecture.block(weights, x, cache, positions, config, kind, kv.k.shape[2])
+        rows = written.kv if isinstance(written, TreeKV) else written
+        assert isinstance(rows, LayerKV)
+        return x, layers.read_rows(rows, positions if tree is None else tree.slots)
 
     return block
 

@@ -101,6 +101,7 @@ def attention(
     length: int | None = None,
     dtype: np.dtype | None = None,
     sinks: Array | None = None,
+    visible: Array | None = None,
 ) -> Array:
     """Grouped-query attention of new tokens over a cache that already holds their own rows.
 
@@ -116,6 +117,7 @@ def attention(
       length: only the first `length` slots are looked at (static); every position is below it then.
       dtype: of the products; None for the cache's own.
       sinks: a score for each head that takes its part of the softmax and gives nothing, float32 `[N]` (gpt-oss).
+      visible: which slots each token sees, bool `[B, T, length]`, instead of those that position and window tell.
 
     Returns:
       `[B, T, N, H]` float32.
@@ -124,7 +126,8 @@ def attention(
     keys, values = decode(seen_rows.k, dtype), decode(seen_rows.v, dtype)
     batch, new, heads, width = q.shape
     kv_heads = keys.shape[1]
-    visible = _visible(positions, keys.shape[2], kv.k.shape[2], window)
+    if visible is None:
+        visible = _visible(positions, keys.shape[2], kv.k.shape[2], window)
 
     grouped = q.reshape(batch, new, kv_heads, heads // kv_heads, width).astype(keys.dtype)
 

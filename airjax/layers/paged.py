@@ -11,10 +11,10 @@ import numpy as np
 
 from airjax.layers import attention as contiguous
 from airjax.layers.rows import encode
-from airjax.types import Array, KVCache, LayerKV, PagedKV
+from airjax.types import Array, LayerKV, PagedKV
 
 
-def write_rows(kv: KVCache, k: Array, v: Array, positions: Array) -> KVCache:
+def write_rows(kv: LayerKV | PagedKV, k: Array, v: Array, positions: Array) -> LayerKV | PagedKV:
     """Puts new keys and values into their slots; rows at negative positions are dropped.
 
     Args:
@@ -43,7 +43,7 @@ def write_rows(kv: KVCache, k: Array, v: Array, positions: Array) -> KVCache:
 
 def attention(
     q: Array,
-    kv: KVCache,
+    kv: LayerKV | PagedKV,
     positions: Array,
     *,
     scale: float,
@@ -66,15 +66,16 @@ def attention(
       `[B, T, N, H]` float32.
     """
     if isinstance(kv, PagedKV):
-        kv, positions = _gather(kv, positions, window)
+        kv, positions = gather(kv, positions, window)
         length = None
     return contiguous.attention(
         q, kv, positions, scale=scale, window=window, softcap=softcap, length=length, dtype=dtype, sinks=sinks
     )
 
 
-def _gather(kv: PagedKV, positions: Array, window: int) -> tuple[LayerKV, Array]:
-    """The pages that new tokens can see as one row of slots per sequence, and the positions within it."""
+def gather(kv: PagedKV, positions: Array, window: int) -> tuple[LayerKV, Array]:
+    """The pages that new tokens at `positions` `[B, T]` can see as one row of slots per sequence, and the positions
+    within it."""
     size = kv.pages.k.shape[2]
     table = kv.table
     if window:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from airjax.engine.drafting.drafter import Draft, Drafter, Sequel
+from airjax.engine.drafting.drafter import NOTHING, Draft, Drafter, Sequel
 from airjax.engine.drafting.law import Law
 
 
@@ -22,7 +22,7 @@ class Combined:
         self._free = free
         self._slow = slow
         self._law = law
-        self._marks: tuple[Any, ...] = ()  # of the slow one's newest draft
+        self._newest = NOTHING  # of the slow one
 
     @property
     def token_s(self) -> float:
@@ -39,12 +39,12 @@ class Combined:
         copied = self._free.propose(sequel, after, most, go_on)
         law = self._law
         if copied.tokens and law.costs.known:
-            spent = self._slow.token_s * len(self._marks)
-            promise = law.rate(copied.marks)
-            if promise > law.rate(()) and promise >= law.rate(self._marks, spent):
+            spent = self._slow.token_s * len(self._newest.tokens)
+            promise = law.rate(copied)
+            if promise > law.rate(NOTHING) and promise >= law.rate(self._newest, spent):
                 return copied
         drawn = self._slow.propose(sequel, after, most, go_on)
-        self._marks = drawn.marks
+        self._newest = drawn
         return drawn if drawn.tokens else copied
 
     def close(self) -> None:

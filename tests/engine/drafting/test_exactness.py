@@ -227,7 +227,8 @@ def test_the_distribution_is_the_samplers_own(llama):
 
         def check(key):
             tokens = jax.numpy.array([0, draft], jax.numpy.int32)
-            (drawn, _, count), _ = step(model.globals, x, state, tokens, key[None], 0, 2, mask)
+            above = jax.numpy.array([-1, 0], jax.numpy.int32)
+            (drawn, _, _, count), _ = step(model.globals, x, state, tokens, above, key[None], 0, 2, mask)
             return drawn, count
 
         keys = jax.random.split(jax.random.key(1), draws)
