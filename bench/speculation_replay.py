@@ -66,15 +66,23 @@ class Recorded:
         self, sequel: drafting.Sequel, after: Sequence[int], most: int, go_on: Callable[[Any], bool]
     ) -> drafting.Draft:
         """As many of the recorded tokens as the law thinks worth their time."""
-        tokens, marks = self._drafts[len(sequel.ids) - self._first]
+        tokens, tenths, parents = self._drafts[len(sequel.ids) - self._first]
+        marks = tuple(("model", tenth, int(at and parents[at] != at - 1)) for at, tenth in enumerate(tenths))
+        draft = drafting.Draft(tuple(tokens), marks, tuple(parents))
+        trunk = draft.trunk()
         count = 0
-        while count < min(most, len(tokens)):
+        while count < min(most, len(trunk.tokens)):
             count += 1
-            if not go_on(("model", marks[count - 1])):
+            if not go_on(trunk.marks[count - 1]):
                 break
         if count:
             self._slow.propose(sequel, after, count, lambda mark: True)
-        return drafting.Draft(tuple(tokens[:count]), tuple(("model", mark) for mark in marks[:count]))
+        beyond = range(count, len(trunk.tokens))
+        kept: list[int] = []
+        for at, parent in enumerate(draft.above):
+            if at not in beyond and (parent < 0 or parent in kept):
+                kept.append(at)
+        return draft.only(kept)
 
     def close(self) -> None:
         """The model's cache is freed."""
@@ -102,7 +110,10 @@ def record(options: argparse.Namespace) -> None:
                 entry: dict[str, Any] = {"prompt": small(ids), "tokens": small(tokens)}
                 if options.draft != "none":
                     drafts = guesses(loaded, ids, tokens, options.guesses)
-                    entry["drafts"] = [(small(draft.tokens), [m for _, m in draft.marks]) for draft in drafts]
+                    entry["drafts"] = [
+                        (small(draft.tokens), [mark[1] for mark in draft.marks], draft.above)
+                        for draft in drafts
+                    ]
                 kinds[kind].append(entry)
             print(f"{kind}: {len(kinds[kind])} texts", file=sys.stderr)
     found = {"model": Path(options.model).name, "draft": Path(options.draft).name, "kinds": kinds}
@@ -114,7 +125,7 @@ def guesses(
 ) -> list[drafting.Draft]:
     """What the draft model guesses after each beginning of a text."""
     assert loaded.drafts is not None
-    drafter = loaded.drafts.slow_drafter(None, sampling.greedy())
+    drafter = loaded.drafts.slow_drafter(engine.State(1), sampling.greedy())
     sampler = sampling.greedy()
     text = list(ids)
     drafter.push(text)

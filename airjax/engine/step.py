@@ -205,7 +205,7 @@ def unembed_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]
 
 
 @functools.cache
-def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..., Any]:
+def draw_step(layouts: GlobalLayouts, config: Config, apply: Any, second: bool = False) -> Callable[..., Any]:
     """From the hidden states of a sweep to the next token of each sequence, and its embedding.
 
     Returns:
@@ -214,7 +214,8 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
       its key folded with `count`. The numbers come back one higher, for the next sweep and draw: from the host they
       would wait behind the layers on the link. `allowed` is None or packed bits `[B, W]`. The log-probability is the
       model's own, before mask and sampler. A token is -1 where nothing can be drawn. The last x is None where the
-      embedding stays on the host.
+      embedding stays on the host. With `second` a sixth result is the token `[B]` that comes next: that of the same
+      draw without the first, or where the sampler allows no other the next most probable one.
     """
     architecture = models.get(config.architecture)
 
@@ -234,16 +235,27 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
         logits = architecture.unembed(weights, last, config)  # [B, V]
         masked = logits if allowed is None else sampling.mask_tokens(logits, allowed)
         filtered, state = apply(masked, state, token)
-        drawn = sampling.draw(filtered, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, numbers[0]))
-        return (
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, numbers[0])
+        drawn = sampling.draw(filtered, keys)
+        out = (
             drawn,
             sampling.log_prob(logits, drawn),
             state,
             architecture.embed(weights, drawn[:, None], config) if EMBEDDING in weights else None,
             jax.tree.map(lambda number: number + 1, numbers),
         )
+        return (*out, _second(logits, filtered, drawn, keys)) if second else out
 
     return draw
+
+
+def _second(logits: Array, filtered: Array, drawn: Array, keys: Array) -> Array:
+    """The draw `[B]` that there would be without the one that there was."""
+    first = jnp.arange(logits.shape[1]) == drawn[:, None]
+    again = sampling.draw(jnp.where(first, -jnp.inf, filtered), keys)
+    return jnp.where(again < 0, jnp.argmax(jnp.where(first, -jnp.inf, logits), axis=1), again).astype(
+        jnp.int32
+    )
 
 
 @functools.cache

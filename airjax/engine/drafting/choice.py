@@ -57,7 +57,7 @@ def choose(
       constraint: is led along the draft and back; one that cannot go back takes no draft.
       stop_ids: tokens that end the generation.
       most: tokens at most, 0 for none.
-      law: tells a slow drafter when to stop; None never does.
+      law: tells a slow drafter when to stop, and will choose from a tree that has more tokens; None does neither.
     """
 
     def guess(after: Sequence[int]) -> Draft:
@@ -66,7 +66,7 @@ def choose(
 
     if constraint is None:
         draft = guess(()) if most else NOTHING
-        return Choice(draft.first(most).without(stop_ids), None)
+        return Choice((draft if law else draft.first(most)).without(stop_ids), None)
     masks = [constraint.mask()]
     if not isinstance(constraint, Reversible):
         return Choice(NOTHING, np.stack(masks))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from airjax.engine.drafting.drafter import NOTHING, Draft, Drafter, Sequel
+from airjax.engine.drafting.forest import Forest
 from airjax.engine.drafting.law import Law
 
 
@@ -35,17 +36,20 @@ class Combined:
         self._slow.push(tokens)
 
     def propose(self, sequel: Sequel, after: Sequence[int], most: int, go_on: Callable[[Any], bool]) -> Draft:
-        """The free draft if it promises at least what the slow one's newest did, else a slow one."""
+        """The free draft if it promises at least what the slow one's newest did, else a slow one and it together."""
         copied = self._free.propose(sequel, after, most, go_on)
         law = self._law
         if copied.tokens and law.costs.known:
-            spent = self._slow.token_s * len(self._newest.tokens)
+            spent = self._slow.token_s * len(self._newest.trunk().tokens)
             promise = law.rate(copied)
             if promise > law.rate(NOTHING) and promise >= law.rate(self._newest, spent):
                 return copied
         drawn = self._slow.propose(sequel, after, most, go_on)
         self._newest = drawn
-        return drawn if drawn.tokens else copied
+        forest = Forest()
+        for draft in (drawn, copied):
+            forest.add(draft.tokens, [mark[:2] for mark in draft.marks], draft.above)
+        return forest.draft()
 
     def close(self) -> None:
         """Both free what they hold."""

@@ -100,7 +100,7 @@ class Drafter(Protocol):
         Args:
           sequel: the sequence, whose tokens were all pushed.
           after: tokens that a grammar forces next.
-          most: how many are wanted, at least 1; all branches of a tree counted.
+          most: how many are wanted in one branch, at least 1. A tree may have more in all, of which the law chooses.
           go_on: whether one more token is worth its time, after each that cost some; takes the token's mark.
         """
         ...

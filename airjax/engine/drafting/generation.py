@@ -222,7 +222,7 @@ class _Run:
         choice = choose(self._drafter, sequel, self._constraint, stop_ids, most, law)
         self._draft_s = time.perf_counter() - start
         if law is not None and most:
-            choice = choice.kept(law.keep(choice.draft))
+            choice = choice.kept(law.keep(choice.draft, most))
         first = len(sequel.ids) - 1
         draft = choice.draft
         if not takes_trees(model, self._state, first + len(draft.tokens)):

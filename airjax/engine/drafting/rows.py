@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,8 @@ class Rows(NamedTuple):
     def form(self, first: int, size: int) -> Tree:
         """For attention: their slots and who sees whom, `[1, size]` and `[1, size, size]`, padded."""
         count = len(self.ids)
-        slots, seen = np.full((1, size), -1, np.int32), np.zeros((1, size, size), bool)
+        slots: Any = np.full((1, size), -1, np.int32)
+        seen: Any = np.zeros((1, size, size), bool)
         slots[0, :count] = np.arange(first, first + count)
         for row, parent in enumerate(self.above):
             if parent >= 0:

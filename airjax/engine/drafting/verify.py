@@ -218,8 +218,8 @@ def verify_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[
       jitted `(globals, x [1, T, D], sampler_state, token [T], above [T], keys [1], count, rows, masks [T, W] or None)
       -> ((token [T], logprob [T], path [T], draws), sampler_state)`. `above` has the row that each follows. The first
       draw uses the key folded with `count`. `rows` of the T are real. Only the first `draws` tokens, log-probabilities
-      and rows mean anything; they are those of `draw_step`, and so is the state. After a draw that failed (-1) it is the
-      state before that draw.
+      and rows mean anything; they are those of `draw_step`, and so is the state. After a draw that failed (-1) it is
+      the state before that draw.
     """
     architecture = models.get(config.architecture)
 

@@ -52,13 +52,13 @@ def test_rows_that_were_never_seen_cost_what_is_known_of_their_neighbours():
 def test_where_rows_cost_nothing_all_of_a_good_draft_is_kept():
     law = law_of({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0, 16: 1.0}, rate=0.9)
     assert law.ask(15) == 15
-    assert len(law.keep(chain([MARK] * 15)).tokens) == 15
+    assert len(law.keep(chain([MARK] * 15), 15).tokens) == 15
 
 
 def test_where_rows_cost_as_much_as_sweeps_nothing_is_drafted():
     law = law_of({1: 1.0, 2: 2.0, 3: 3.0}, rate=1.0, apart=True)
     assert law.ask(15) == 0
-    assert law.keep(chain([FORCED] * 3)).tokens == ()
+    assert law.keep(chain([FORCED] * 3), 3).tokens == ()
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.8, 0.95])
@@ -72,7 +72,7 @@ def test_the_number_kept_is_the_best_of_all(rate):
         gain = 1 + sum(chance ** (at + 1) for at in range(count))
         return gain / seconds[padded(count + 1)] / (1.03 if not count else 1 / 1)
 
-    kept = len(law.keep(chain([MARK] * 15)).tokens)
+    kept = len(law.keep(chain([MARK] * 15), 15).tokens)
     best = max(range(16), key=tokens_per_second)
     assert kept == (best if tokens_per_second(best) > 1.03 else 0)
 
@@ -95,7 +95,7 @@ def test_it_goes_to_sleep_only_where_that_gains_something():
         law = Law(costs_of(seconds), Acceptance(), may_sleep)
         for _ in range(20):
             if law.ask(3):
-                assert not law.keep(chain([("lookup", 2)] * 3)).tokens
+                assert not law.keep(chain([("lookup", 2)] * 3), 3).tokens
         assert law.asleep == may_sleep
 
 
