@@ -163,7 +163,6 @@ def _pass(
         weights = model.weights.take(layer, xs[-1])
         wait = [settles(model, layer, group.positions) for group in groups]
         if model.device_fetches(layer):
-            before = xs[-1]
             xs = [
                 _run(model, x, state, range(layer, layer + 1), *where)
                 for x, where in zip(xs, placed, strict=True)
