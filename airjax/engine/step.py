@@ -82,7 +82,8 @@ def run_step(
       config: of the model.
 
     Returns:
-      jitted `([buffers], x [B, T, D], [kv], positions [B, T]) -> (x, [kv])`; the caches are donated.
+      jitted `([buffers], x [B, T, D], [kv], positions [B, T]) -> (x, [kv])`; x and the caches are donated: a graph
+      whose arguments lie where they lay is replayed as it is, one with others is first written anew by the host.
     """
     architecture = models.get(config.architecture)
 
@@ -94,7 +95,7 @@ def run_step(
             written.append(new)
         return x, written
 
-    @functools.partial(jit, donate_argnames="kvs")
+    @functools.partial(jit, donate_argnames=("x", "kvs"))
     def run(buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array) -> Any:
         whole = spread(parts, config.mesh, (BYTES, WHOLE, BY_HEADS, WHOLE), (WHOLE, BY_HEADS))
         return whole(buffers, x, kvs, positions)
@@ -205,9 +206,39 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
       model's own, before mask and sampler. A token is -1 where nothing can be drawn. The last x is None where the
       embedding stays on the host.
     """
+    return jit(_drawing(layouts, config, apply))
+
+
+@functools.cache
+def draw_in_place_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..., Any]:
+    """`draw_step` from a single row `[B, 1, D]`, with an embedding on the device: x and the numbers are donated.
+
+    So the new ones lie where the old ones lay, and a GPU replays the next sweep's graph as it is.
+
+    Returns:
+      as `draw_step`, jitted, and as the last output the hidden states drawn from, `[B, 1, D]`.
+    """
+    drawing = _drawing(layouts, config, apply)
+
+    @functools.partial(jit, donate_argnames=("x", "numbers"))
+    def draw(
+        buffers: Globals,
+        x: Array,
+        row: Array,
+        state: Any,
+        token: Array,
+        keys: Array,
+        numbers: tuple[Array, Array],
+        allowed: Array | None,
+    ) -> Any:
+        return (*drawing(buffers, x, row, state, token, keys, numbers, allowed), x)
+
+    return draw
+
+
+def _drawing(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..., Any]:
     architecture = models.get(config.architecture)
 
-    @jit
     def draw(
         buffers: Globals,
         x: Array,

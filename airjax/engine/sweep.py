@@ -55,7 +55,10 @@ class State:
 
 
 def new_state(model: Model, batch: int = 1) -> State:
-    """An empty cache for `batch` sequences, as the plan says; on the device it grows with what it holds."""
+    """An empty cache for `batch` sequences, as the plan says; on the device it grows with what it holds.
+
+    But where layers are streamed memory is tight, and buffers that come and go leave gaps in it: it is taken at once.
+    """
     config, plan = model.config, model.plan
     if plan.shuttle:
         shuttle = Shuttle(
@@ -71,7 +74,8 @@ def new_state(model: Model, batch: int = 1) -> State:
     kv = []
     for slots, kind in zip(plan.kv_slots, model.kinds, strict=True):
         heads, width = config.all_kv_shape(kind)
-        shape = (batch, heads, min(slots, _SMALLEST_LENGTH), width)
+        first = slots if plan.streamed else min(slots, _SMALLEST_LENGTH)
+        shape = (batch, heads, first, width)
         kv.append(layers.empty_cache(shape, config.kv_dtype, model.by_heads))
     return State(batch, kv=kv)
 
@@ -126,7 +130,7 @@ def sweep(
             layer = end
             continue
         step = steps[layer]
-        weights, wait = model.weights.take(layer), settles(model, layer, positions)
+        weights, wait = model.weights.take(layer, x), settles(model, layer, positions)
         before = x
         if model.device_fetches(layer):
             x = _run(model, x, state, range(layer, layer + 1), lengths, device_positions)
@@ -163,7 +167,7 @@ def sweep(
                 assert hook.attended is not None
                 hook.attended(layer, seen, positions)
             x = hook.at(layer + 1, x, positions)
-        model.weights.release(layer, weights, before, done=x)
+        model.weights.release(layer, weights, done=x)
         if wait:
             jax.block_until_ready(x)
         layer += 1

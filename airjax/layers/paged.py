@@ -50,6 +50,7 @@ def attention(
     window: int = 0,
     chunked: bool = False,
     softcap: float = 0.0,
+    alibi: float = 0.0,
     length: int | None = None,
     dtype: np.dtype | None = None,
     sinks: Array | None = None,
@@ -60,8 +61,8 @@ def attention(
       q: `[B, T, N, H]`, N a multiple of K.
       kv: a cache with a row of slots per sequence, or one in pages whose table covers every position.
       positions: `[B, T]` int32, negative for padding rows; the others of a row rise one by one.
-      scale, window, chunked, softcap, length, dtype, sinks: as in `contiguous.attention`; pages have no `length`,
-        their table is cut.
+      scale, window, chunked, softcap, alibi, length, dtype, sinks: as in `contiguous.attention`; pages have no
+        `length`, their table is cut.
 
     Returns:
       `[B, T, N, H]` float32.
@@ -71,7 +72,16 @@ def attention(
         kv, positions, first = _gather(kv, positions, first, window)
         length = None
     return contiguous.attention(
-        q, kv, positions, scale=scale, first=first, softcap=softcap, length=length, dtype=dtype, sinks=sinks
+        q,
+        kv,
+        positions,
+        scale=scale,
+        first=first,
+        softcap=softcap,
+        alibi=alibi,
+        length=length,
+        dtype=dtype,
+        sinks=sinks,
     )
 
 

@@ -54,7 +54,7 @@ class Experts:
       on_input: a token's weight for an expert multiplies what the expert takes, not what it gives (Llama 4).
       capability: of the CUDA device whose kernels multiply the experts; "" for XLA alone.
       fused_gate: gate and up of the experts are one stack (Gemma 4).
-      pooled: experts can come through a pool, which hands on their inputs, and adds their sum as it is.
+      pooled: experts can come through a pool, which hands on their inputs and adds their sum as they are.
     """
 
     count: int

@@ -122,8 +122,7 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
     if shuttle is not None:
         shuttle.begin_sweep(lengths[-1])
     for layer in range(model.config.n_layers):
-        weights = model.weights.take(layer)
-        before = xs[-1]
+        weights = model.weights.take(layer, xs[-1])
         layout, kind = model.manifest.layers[layer].layout, model.kinds[layer]
         if shuttle is None:
             kv = grown(state.kv[layer], lengths[-1][layer])
@@ -151,8 +150,7 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
         model.pending = xs[-1]
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", xs[-1])
-        # Rows run in order: when the last one's input is ready, no earlier layer is at work.
-        model.weights.release(layer, weights, before, done=xs[-1])
+        model.weights.release(layer, weights, done=xs[-1])
     model.count_sweep(state)
     return xs
 
