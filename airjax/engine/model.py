@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,7 @@ class Model:
         fills it, or the device itself.
       experts: where each layer's experts lie in the file; empty without a pool.
       routers: buffers and layout of the tensors that a layer's router reads, as they are first needed.
+      counting: held while counters of the pool are added up.
     """
 
     gguf: GGUF
@@ -98,6 +100,7 @@ class Model:
     pool: Pool | DevicePool | None = None
     experts: tuple[ExpertSpan | None, ...] = ()
     routers: dict[int, tuple[Buffers, Layout]] = field(default_factory=dict)
+    counting: threading.Lock = field(default_factory=threading.Lock)
 
     @functools.cached_property
     def everywhere(self) -> Placement:
@@ -194,15 +197,19 @@ class Model:
             self.stats.wait_s += shuttle.wait_s
             shuttle.wait_s = 0.0
 
-    def count_fetched(self, keep: int = 0) -> None:
-        """Adds sweeps whose experts the device fetched, all but the newest `keep`, to the counters of their runs."""
+    def count_fetched(self, keep: int = 0, *, wait: bool = True) -> None:
+        """Adds sweeps whose experts the device fetched, all but the newest `keep`, to the counters of their runs.
+
+        Without `wait` only those that the device has done, so that a meter does not hold up the engine's thread.
+        """
         if isinstance(self.pool, DevicePool):
-            for stats, counted, wait_s in self.pool.take(keep):
-                stats.sweeps += 1
-                stats.experts = stats.experts or PoolStats()
-                stats.experts.add(counted)
-                stats.bytes_streamed += counted.bytes
-                stats.wait_s += wait_s
+            with self.counting:
+                for stats, counted, wait_s in self.pool.take(keep, wait=wait):
+                    stats.sweeps += 1
+                    stats.experts = stats.experts or PoolStats()
+                    stats.experts.add(counted)
+                    stats.bytes_streamed += counted.bytes
+                    stats.wait_s += wait_s
 
     def wait(self) -> None:
         """Waits until the device has done all its work, which may still read the mapping."""
