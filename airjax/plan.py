@@ -40,6 +40,11 @@ _BATCH_ROUNDING_BYTES = 192 << 20
 # Threads, compiled programs and the allocator's rounding; measured on an H100 and on CPU, rounded up.
 _FIXED_WORKSPACE_BYTES = 64 << 20
 
+# What the kernel that fetches experts reads at once.
+_FETCHED_WORD = 16
+# An embedding that would take more of the pool's place than this stays on the host.
+_EMBEDDING_SHARE = 0.1
+
 Tier = Literal["aliased mapping", "registered mapping", "pageable mapping", "ring"]
 Switch = Literal["auto", "on", "off"]
 Resident = Literal["auto", "none", "all", "dense"]
@@ -89,6 +94,7 @@ class Plan:
       expert_pool_bytes: the pool, and what is on its way there.
       expert_hit_rate: share of the chosen experts that are assumed to be in the pool: that of all experts it holds, as
         if every choice were equally likely.
+      device_fetch: the device itself fetches experts from the mapping.
     """
 
     tier: Tier
@@ -124,6 +130,7 @@ class Plan:
     expert_pool_bytes: int = 0
     expert_hit_rate: float = 1.0
     kept: tuple[tuple[int, int], ...] = ()
+    device_fetch: bool = False
 
 
 def piece_bytes(backend: str) -> int | None:
@@ -149,6 +156,7 @@ def make_plan(
     kv_tokens: int | None = None,
     compact: bool = False,
     drafts: bool = False,
+    device_fetch: bool = True,
 ) -> Plan:
     """Decides what lives where.
 
@@ -170,6 +178,7 @@ def make_plan(
       kv_tokens: positions that these hold together; None for the context of every one.
       compact: the device's allocator gives no buffer more than it needs.
       drafts: decoding sweeps check several tokens of a sequence.
+      device_fetch: the device can fetch experts from the mapping itself.
 
     Raises:
       PlanError: nothing fits; the message gives the smallest budget that does.
@@ -200,12 +209,17 @@ def make_plan(
     if max_batch and kv_shuttle == "on":
         raise PlanError("a batch keeps its KV cache on the device: pass --kv_shuttle=off")
     kv_shuttle = "off" if max_batch else kv_shuttle
-    position_bytes = 2 * config.n_kv_heads * layers.row_bytes(config.head_dim, config.kv_dtype)
-    kv_rows = [(kv_tokens or slots) * position_bytes for slots in kv_slots]
+    shapes = [config.kv_shape(architecture.layer_kind(config, layer)) for layer in range(config.n_layers)]
+    layer_position_bytes = [2 * heads * layers.row_bytes(width, config.kv_dtype) for heads, width in shapes]
+    kv_rows = [
+        (kv_tokens or slots) * nbytes for slots, nbytes in zip(kv_slots, layer_position_bytes, strict=True)
+    ]
+    # Of the layer with the largest rows, where they differ.
+    position_bytes = max(layer_position_bytes)
     kv_block = max(KV_BLOCK_BYTES // position_bytes // KV_PAGE, 1) * KV_PAGE
     least_workspace = _workspace_bytes(config, manifest, context, chunk)
     # One layer's cache at a time is read in the dtype of the products.
-    plain_bytes = 2 * config.n_kv_heads * config.head_dim * _itemsize(config)
+    plain_bytes = 2 * max(heads * width for heads, width in shapes) * _itemsize(config)
     converted = position_bytes != plain_bytes or config.kv_dtype == "q8_0"
     workspace = least_workspace
     if converted:
@@ -222,16 +236,17 @@ def make_plan(
     everything = sum(_relaid_bytes(span) for span in _device_globals(manifest)) + workspace + sum(kv_rows)
     everything += sum(_relaid_bytes(span) for span in manifest.layers)
     streams = resident == "none" or (resident == "auto" and everything > vram_budget_bytes)
-    # Kernels of layers that are cut among devices: not built yet.
-    relaid = (
-        backend in _KERNEL_BACKENDS
-        and config.mesh is None
-        and (not streams or drafts or (max_batch or 1) > 1)
-    )
+    relaid = backend in _KERNEL_BACKENDS and (not streams or drafts or (max_batch or 1) > 1)
     if resident == "dense" and config.experts is None:
         raise PlanError(f"{gguf.path}: resident=dense is for mixtures of experts: pass --resident=auto")
+    if resident == "dense" and not config.experts.pooled:
+        raise PlanError(
+            f"{gguf.path}: the experts of a {config.architecture} model can't be streamed one by one: "
+            "pass --resident=auto, which streams whole layers"
+        )
     if (
         config.experts is not None
+        and config.experts.pooled
         and kv_shuttle != "on"
         and (resident == "dense" or (streams and resident == "auto"))
     ):
@@ -244,6 +259,7 @@ def make_plan(
             ram_budget_bytes=ram_budget_bytes,
             chunk=chunk,
             tier=tier,
+            device_fetch=device_fetch,
         )
         if by_expert is not None:
             return Plan(
@@ -296,7 +312,7 @@ def make_plan(
     workspace = shuttled_workspace if shuttle else workspace
     fixed = globals_bytes + workspace
     kv_bytes = shuttled if shuttle else sum(kv_rows)
-    kv_host_bytes = sum(kv_rows) if shuttle else 0
+    kv_host_bytes = config.shards_here * sum(kv_rows) if shuttle else 0
 
     left = vram_budget_bytes - fixed - kv_bytes - gaps
     pieces: tuple[tuple[int, int], ...] = ()
@@ -336,8 +352,8 @@ def make_plan(
     # Of layers that are cut among devices, what does not lie in one piece in the file is copied into host memory.
     packed_bytes = 0
     if config.mesh is not None:
-        packed_bytes = config.shards * sum(manifest.layers[layer].layout.sizes[-1] for layer in streamed)
-    left_of_ram = (ram_budget_bytes - kv_host_bytes - packed_bytes) // config.shards
+        packed_bytes = config.shards_here * sum(manifest.layers[layer].layout.sizes[-1] for layer in streamed)
+    left_of_ram = (ram_budget_bytes - kv_host_bytes - packed_bytes) // config.shards_here
     chosen, reason = _choose_tier_of(tier, backend, sum(coming), "streamed layers", left_of_ram)
     if config.mesh is not None and chosen == "ring":
         raise PlanError(
@@ -393,34 +409,44 @@ def _plan_by_expert(
     ram_budget_bytes: int,
     chunk: int,
     tier: str,
+    device_fetch: bool,
 ) -> dict[str, Any] | None:
     """All but the experts resident, and the rest of the budget a pool of experts; None if that does not fit."""
     manifest, experts = split_experts(gguf, EXPERT_TENSORS)
     spans = [span for span in experts if span is not None]
     relaid = backend in _KERNEL_BACKENDS
     globals_bytes = sum(_relaid_bytes(span) if relaid else span.nbytes for span in _device_globals(manifest))
-    # A table that serves for single rows leaves its place to experts.
-    host_embedding = relaid and "output.weight" in manifest.globals
-    if host_embedding:
-        globals_bytes -= manifest.globals[EMBEDDING].nbytes
     dense_bytes = sum(_relaid_bytes(span) if relaid else span.nbytes for span in manifest.layers)
     # One layer's experts may still be at work while the next one attends.
     workspace = int(_experts_workspace(config, chunk, _decoded_bytes(config)))
     workspace += _GAP_BYTES if relaid else 0
     expert_bytes = sum(span.experts * span.unit_bytes for span in spans)
-    staged = max(STAGED_BYTES, *(span.unit_bytes for span in spans))
-    staged = min(staged, expert_bytes)
-    left = vram_budget_bytes - fixed_bytes - globals_bytes - dense_bytes - workspace - staged
+    chosen, reason = _choose_tier_of(tier, backend, expert_bytes, "experts", ram_budget_bytes)
     kinds: dict[Any, list[ExpertSpan]] = {}
     for span in spans:
         kinds.setdefault(span.slots, []).append(span)
     everything = sum(span.experts * span.slot_bytes for span in spans)
-    share = min(left / everything, 1.0)
+    left = vram_budget_bytes - fixed_bytes - globals_bytes - dense_bytes - workspace
+    embedding_bytes = manifest.globals[EMBEDDING].nbytes
+    own_embedding = relaid and "output.weight" in manifest.globals
+    device_fetch = device_fetch and _fetchable(chosen, spans, backend)
+    if device_fetch:
+        # Nothing waits on its way to a slot. The next sweep is dispatched before its token is read, for which the
+        # embedding is on the device unless it would take the place of many experts.
+        share = min(left / everything, 1.0)
+        device_fetch = all(share * len(own) >= 1 for own in kinds.values())
+        own_embedding &= embedding_bytes > _EMBEDDING_SHARE * (left + embedding_bytes)
+    # A table that serves for single rows leaves its place to experts.
+    host_embedding = own_embedding
+    if host_embedding:
+        globals_bytes -= embedding_bytes
+        left += embedding_bytes
+    staged = 0 if device_fetch else min(max(STAGED_BYTES, *(span.unit_bytes for span in spans)), expert_bytes)
+    share = min((left - staged) / everything, 1.0)
     slots = tuple(int(share * len(own) * own[0].experts) for own in kinds.values())
     if share <= 0 or min(slots) < config.experts.routing.used:
         return None
     pool = sum(count * own[0].slot_bytes for count, own in zip(slots, kinds.values(), strict=True))
-    chosen, reason = _choose_tier_of(tier, backend, expert_bytes, "experts", ram_budget_bytes)
     host_slots, host_slot_bytes = _host_slots(spans, ram_budget_bytes) if chosen == "ring" else (0, 0)
     if chosen == "ring" and host_slots < 1:
         return None
@@ -447,8 +473,22 @@ def _plan_by_expert(
         "expert_bytes": expert_bytes,
         "expert_pool_bytes": pool + staged,
         "expert_hit_rate": hit_rate,
+        "device_fetch": device_fetch,
         "more_workspace_bytes": workspace,
     }
+
+
+def _fetchable(tier: Tier, spans: Sequence[ExpertSpan], backend: str) -> bool:
+    """Whether the device can read experts where they lie: in a mapping that it sees, whole words of its kernel."""
+    if tier not in ("aliased mapping", "registered mapping"):
+        return False
+    if backend not in _KERNEL_BACKENDS:
+        # XLA's form takes a tensor as one array, with 32-bit indices.
+        return all(span.experts * slot.nbytes < 2**31 - 64 for span in spans for slot in span.slots)
+    parts = (
+        (slot, start) for span in spans for slot, (_, start) in zip(span.slots, span.starts, strict=True)
+    )
+    return all(not (slot.nbytes | slot.offset | start) % _FETCHED_WORD for slot, start in parts)
 
 
 def _host_slots(spans: Sequence[ExpertSpan], ram_budget_bytes: int) -> tuple[int, int]:
@@ -488,7 +528,8 @@ def format_plan(plan: Plan) -> str:
         (
             "pool of experts",
             plan.expert_pool_bytes,
-            f"{sum(plan.expert_slots)} slots; of evenly spread choices {plan.expert_hit_rate:.0%} are there"
+            f"{sum(plan.expert_slots)} slots; of evenly spread choices {plan.expert_hit_rate:.0%} are there, the "
+            f"{'device' if plan.device_fetch else 'host'} fetches the others"
             if plan.expert_slots
             else "",
         ),
@@ -544,7 +585,11 @@ def _pieces_positions(kv_slots: Sequence[int], block: int, count: int) -> int:
 
 
 def _device_globals(manifest: Manifest) -> Sequence[Span]:
-    return [span for name, span in manifest.globals.items() if name != "rope_freqs.weight"]
+    return [
+        span
+        for name, span in manifest.globals.items()
+        if name.removesuffix(".weight") not in models.ROPE_DIVISORS
+    ]
 
 
 def _passing(span: Span) -> dict[int, int]:

@@ -49,7 +49,7 @@ def run(values: Flags) -> None:
     on_cpu = device.platform == "cpu"
     with open_gguf(values.model) as gguf:
         compute_dtype = values.compute_dtype or ("float32" if on_cpu else "bfloat16")
-        _, config = models.from_gguf(gguf, compute_dtype, values.kv_dtype)
+        _, config = models.from_gguf(gguf, compute_dtype, values.kv_dtype, values.context)
         plan = make_plan(
             gguf,
             build_manifest(gguf, piece_bytes=piece_bytes(device.platform)),

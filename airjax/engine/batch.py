@@ -13,6 +13,7 @@ import numpy as np
 
 from airjax import layers
 from airjax.engine.experts import attend_and_route, run_experts
+from airjax.engine.fetched import run_fetched
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.passing import Passing
@@ -63,10 +64,11 @@ class PagedState:
 def new_pages(model: Model, count: int) -> PagedState:
     """`count` empty pages in every layer."""
     config = model.config
-    shape = (count, config.all_kv_heads, KV_PAGE, config.head_dim)
-    return PagedState(
-        [layers.empty_cache(shape, config.kv_dtype, model.by_heads) for _ in range(config.n_layers)]
-    )
+    empty = []
+    for kind in model.kinds:
+        heads, width = config.all_kv_shape(kind)
+        empty.append(layers.empty_cache((count, heads, KV_PAGE, width), config.kv_dtype, model.by_heads))
+    return PagedState(empty)
 
 
 def grow_pages(state: PagedState, count: int) -> None:
@@ -107,9 +109,7 @@ def copy_pages(state: PagedState, sources: Sequence[int], targets: Sequence[int]
 
 def place(model: Model, groups: Sequence[Group]) -> list[tuple[Array, Array]]:
     """Positions and page tables of groups on the device."""
-    placed: list[tuple[Array, Array]] = jax.device_put(
-        [(group.positions, group.table) for group in groups], model.everywhere
-    )
+    placed: list[tuple[Array, Array]] = model.put([(group.positions, group.table) for group in groups])
     return placed
 
 
@@ -135,21 +135,39 @@ def shared_sweep(
       ReadError: a reader thread failed.
     """
     model.gguf.check_unchanged()
-    config = model.config
     placed = place(model, groups) if placed is None else placed
-    xs = [embed(model, group.ids) for group in groups]
     model.begin_sweep()
+    if model.plan.streamed or model.pool is not None:
+        xs = _pass(model, groups, state, placed)
+    else:  # nothing to share: one after the other, so that a decoding group goes in runs of layers
+        xs = [_pass(model, [group], state, [own])[0] for group, own in zip(groups, placed, strict=True)]
+    model.count_sweep(state)
+    return xs
+
+
+def _pass(
+    model: Model, groups: Sequence[Group], state: PagedState, placed: Sequence[tuple[Array, Array]]
+) -> list[Array]:
+    """All layers for groups that share each of them."""
+    config = model.config
+    xs = [embed(model, group.ids) for group in groups]
     layer = 0
     while layer < config.n_layers:
         end = run_end(model, state, layer, groups[0].positions, _RUN_LAYERS) if len(groups) == 1 else layer
         if end > layer:
             xs = [_run(model, xs[0], state, range(layer, end), *placed[0])]
+            watch_run(model, xs[0], range(layer, end))
             layer = end
             continue
         step = paged_block_step(model.manifest.layers[layer].layout, config, model.kinds[layer])
         weights = model.weights.take(layer, xs[-1])
         wait = [settles(model, layer, group.positions) for group in groups]
-        if model.pool_holds(layer):
+        if model.device_fetches(layer):
+            xs = [
+                _run(model, x, state, range(layer, layer + 1), *where)
+                for x, where in zip(xs, placed, strict=True)
+            ]
+        elif model.pool_holds(layer):
             assert not isinstance(weights, Passing)
             routed = []
             for x, (positions, table) in zip(xs, placed, strict=True):
@@ -167,19 +185,19 @@ def shared_sweep(
         if wait[-1]:
             jax.block_until_ready(xs[-1])
         layer += 1
-    model.count_sweep(state)
     return xs
 
 
 def _run(model: Model, x: Array, state: PagedState, run: range, positions: Array, table: Array) -> Array:
-    blocks = tuple((model.manifest.layers[layer].layout, model.kinds[layer]) for layer in run)
-    buffers = [model.weights.take(layer) for layer in run]
     pages = [state.layers[layer] for layer in run]
-    x, state.layers[run.start : run.stop] = paged_run_step(blocks, model.config)(
-        buffers, x, pages, table, positions
-    )
+    if model.pool is not None:
+        x, pages = run_fetched(model, run, x, pages, table, positions, None)
+    else:
+        blocks = tuple((model.manifest.layers[layer].layout, model.kinds[layer]) for layer in run)
+        buffers = [model.weights.take(layer) for layer in run]
+        x, pages = paged_run_step(blocks, model.config)(buffers, x, pages, table, positions)
+    state.layers[run.start : run.stop] = pages
     model.pending = x
-    watch_run(model, x, run)
     return x
 
 

@@ -115,7 +115,7 @@ def generate(
     draw = draw_step(model.layouts, model.config, sampler.apply)
     in_place = draw_in_place_step(model.layouts, model.config, sampler.apply)
     context = np.asarray(prompt, np.int32)[None]
-    sampler_state, token, keys, last_row, numbers = jax.device_put(
+    sampler_state, token, keys, last_row, numbers = model.put(
         (
             sampler.init(context[:, :-1], model.config.vocab_size),
             context[:, -1],
@@ -123,11 +123,10 @@ def generate(
             np.array([row], np.int32),
             (np.int32(earlier_draws), np.full((1, 1), len(prompt) - 1, np.int32)),
         ),
-        model.everywhere,
     )
-    only_row = jax.device_put(np.zeros(1, np.int32), model.everywhere)
+    only_row = model.put(np.zeros(1, np.int32))
     # Where nothing waits for the link, the device is given the next sweep before the host looks at the token.
-    ahead = not model.plan.streamed and model.pool is None and state.shuttle is None
+    ahead = model.runs_ahead
     for count in range(max_tokens):
         allowed = None if mask is None else mask.result()[None]
         before = last_row, sampler_state, token
@@ -143,6 +142,7 @@ def generate(
         if swept:
             x = sweep(model, x, state, np.full((1, 1), position, np.int32), numbers[1], hook)
         ids, logprobs = jax.device_get((token, logprob))
+        model.count_fetched(keep=int(swept))
         drawn = Draw(int(ids[0]), float(logprobs[0]))
         if drawn.id < 0:
             if allowed is not None and not allowed.any():
@@ -212,6 +212,7 @@ def score(model: Model, state: State, ids: Sequence[int]) -> Iterator[Array]:
             model.pending = logits
             yield logits[: rows - begin]
         model.stats.prefill_s += clock.lap()
+    model.count_fetched()
     model.stats.peak_device_bytes = peak_device_bytes(model.device)
 
 

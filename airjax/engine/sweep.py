@@ -13,19 +13,23 @@ import numpy as np
 
 from airjax import layers
 from airjax.engine.experts import attend_and_route, run_experts
+from airjax.engine.fetched import run_fetched
 from airjax.engine.hooks import Hook, attention_step
 from airjax.engine.long import long_layer
 from airjax.engine.model import Model
 from airjax.engine.passing import Passing
 from airjax.engine.stages import call, needs
-from airjax.engine.step import block_step, run_step, shuttled_block_step
+from airjax.engine.step import block_step, run_step, shuttled_block_step, shuttled_row
+from airjax.quants.kernels import MOST_ROWS
 from airjax.streaming import Shuttle
-from airjax.types import Array, LayerKV
+from airjax.types import Array, LayerKV, Tree
 
 if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
 
 _SMALLEST_LENGTH = 256
+# Layers with experts of a pool that share a call: such a layer is many kernels, so long runs take long to compile.
+_FETCHED_RUN = 16
 
 
 @dataclass
@@ -58,11 +62,10 @@ def new_state(model: Model, batch: int = 1) -> State:
     """
     config, plan = model.config, model.plan
     if plan.shuttle:
-        row = (batch, config.n_kv_heads, config.head_dim)
         shuttle = Shuttle(
             plan.kv_slots,
-            layers.rows_struct(row, config.kv_dtype),
-            model.device,
+            [shuttled_row(config, kind, batch) for kind in model.kinds],
+            model.by_bytes,
             plan.kv_pieces,
             plan.kv_block,
             pin=model.device.platform != "cpu",
@@ -70,9 +73,10 @@ def new_state(model: Model, batch: int = 1) -> State:
         )
         return State(batch, shuttle=shuttle)
     kv = []
-    for slots in plan.kv_slots:
+    for slots, kind in zip(plan.kv_slots, model.kinds, strict=True):
+        heads, width = config.all_kv_shape(kind)
         first = slots if plan.streamed else min(slots, _SMALLEST_LENGTH)
-        shape = (batch, config.all_kv_heads, first, config.head_dim)
+        shape = (batch, heads, first, width)
         kv.append(layers.empty_cache(shape, config.kv_dtype, model.by_heads))
     return State(batch, kv=kv)
 
@@ -84,6 +88,7 @@ def sweep(
     positions: np.ndarray,
     device_positions: Array | None = None,
     hook: Hook | None = None,
+    tree: Tree | None = None,
 ) -> Array:
     """For each layer, in order: take its weights from the prefetcher, run the block, keep the new KV.
 
@@ -95,6 +100,8 @@ def sweep(
       device_positions: the same on the device, if they are there: on their way they would wait behind the layers that
         are fetched ahead.
       hook: sees the layers pass by; then each is a call of its own.
+      tree: of rows that form one, on the host; not with experts that come through a pool, nor over a cache that
+        comes in pieces.
 
     Returns:
       The hidden states after the last layer, `[B, T, D]`.
@@ -106,29 +113,34 @@ def sweep(
     """
     model.gguf.check_unchanged()
     if device_positions is None:
-        device_positions = jax.device_put(positions, model.everywhere)
+        device_positions = model.put(positions)
     if hook is not None:
         if hook.attention and state.shuttle is not None:
             raise ValueError(
                 "attention can be seen where the KV cache is on the device: pass kv_shuttle='off'"
             )
         x = hook.at(0, x, positions)
-    lengths = lengths_at(model, positions)
+    places = positions if tree is None else np.asarray(tree.slots)
+    lengths = lengths_at(model, places)
     steps = _steps(model, state, lengths)
+    form = () if tree is None else (jax.device_put(tree, model.device),)
     model.begin_sweep()
     if state.shuttle is not None:
-        state.shuttle.begin_sweep(_uploads(state.shuttle, lengths, positions))
+        state.shuttle.begin_sweep(_uploads(state.shuttle, lengths, places))
     layer = 0
     while layer < len(steps):
         end = run_end(model, state, layer, positions) if hook is None else layer
         if end > layer:
             x = _run(model, x, state, range(layer, end), lengths, device_positions)
+            watch_run(model, x, range(layer, end))
             layer = end
             continue
         step = steps[layer]
         weights, wait = model.weights.take(layer, x), settles(model, layer, positions)
         before = x
-        if model.pool_holds(layer):
+        if model.device_fetches(layer):
+            x = _run(model, x, state, range(layer, layer + 1), lengths, device_positions)
+        elif model.pool_holds(layer):
             assert not isinstance(weights, Passing)
             kv = grown(state.kv[layer], lengths[layer])
             routed, state.kv[layer] = attend_and_route(
@@ -140,15 +152,17 @@ def sweep(
             keep: set[int] = set()
             if hook is not None and layer in hook.attention:
                 keep = needs(weights, _attention_step(model, layer, lengths), before, kv, device_positions)
-            x, state.kv[layer] = call(weights, step, before, kv, device_positions, wait=wait, keep=keep)
+            x, state.kv[layer] = call(
+                weights, step, before, kv, device_positions, *form, wait=wait, keep=keep
+            )
         else:
             if lengths[layer] > state.shuttle.block:
                 x, rows = long_layer(model, state.shuttle, layer, weights, before, device_positions, wait)
             else:
                 for piece in state.shuttle.pieces(layer):  # there is one
-                    x, rows = call(weights, step, before, piece.kv, device_positions, wait=wait)
+                    x, rows = call(weights, step, before, piece.kv, device_positions, *form, wait=wait)
                     state.shuttle.release(x)
-            state.shuttle.keep(layer, rows, positions)
+            state.shuttle.keep(layer, rows, places)
         model.pending = x
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", x)
@@ -179,10 +193,12 @@ def settles(model: Model, layer: int, positions: np.ndarray) -> bool:
     """Whether to wait for a layer: of more than one row where layers are streamed no two hold their workspace at once.
 
     The link, whose next transfers are under way, does not notice, and the device hardly: such a layer takes
-    far longer than its dispatch. A decoding step of the kernels needs no such workspace.
+    far longer than its dispatch. The kernels need no such workspace for the rows that they take.
     """
-    kernels = model.weights.relaid(layer) and positions.shape[1] == 1
-    return bool(model.plan.streamed) and positions.size > 1 and not kernels
+    kernels = model.weights.relaid(layer) and positions.size <= MOST_ROWS
+    # XLA's CPU backend may run out of threads, where several programs wait in them for sums over the devices.
+    alone = model.config.mesh is not None and model.device.platform == "cpu"
+    return alone or (bool(model.plan.streamed) and positions.size > 1 and not kernels)
 
 
 def run_end(
@@ -196,11 +212,13 @@ def run_end(
     dispatched ahead: then the device stands still until the host has prepared the whole call.
     """
     end = first
+    if model.pool is not None:
+        most = min(most or _FETCHED_RUN, _FETCHED_RUN)
     last = model.config.n_layers if most is None else min(first + most, model.config.n_layers)
     alone = model.timeline is not None and model.timeline.each_layer
     if (
         not model.plan.streamed
-        and model.pool is None
+        and (model.pool is None or model.pool.on_device)
         and state.shuttle is None
         and positions.shape[1] == 1
         and not alone
@@ -213,16 +231,17 @@ def run_end(
 def _run(
     model: Model, x: Array, state: State, run: range, lengths: list[int], device_positions: Array
 ) -> Array:
-    step = run_step(
-        tuple((model.manifest.layers[layer].layout, model.kinds[layer], lengths[layer]) for layer in run),
-        model.config,
-    )
-    buffers = [model.weights.take(layer) for layer in run]
     kvs = [grown(state.kv[layer], lengths[layer]) for layer in run]
-    x, kvs = step(buffers, x, kvs, device_positions)
+    if model.pool is not None:
+        x, kvs = run_fetched(model, run, x, kvs, None, device_positions, lengths)
+    else:
+        step = run_step(
+            tuple((model.manifest.layers[layer].layout, model.kinds[layer], lengths[layer]) for layer in run),
+            model.config,
+        )
+        x, kvs = step([model.weights.take(layer) for layer in run], x, kvs, device_positions)
     state.kv[run.start : run.stop] = kvs
     model.pending = x
-    watch_run(model, x, run)
     return x
 
 
