@@ -74,9 +74,10 @@ def parse_cases(text: str) -> list[Case]:
     for part in text.split(","):
         shape, vram, *engines = part.split(":")
         names = tuple(engines[0].split("+")) if engines else tuple(ENGINES)
-        for name, known in ((shape, synthetic.SHAPES), *((name, ENGINES) for name in names)):
-            if name not in known:
-                raise ValueError(f"{part}: {name} is none of {', '.join(known)}")
+        known = {shape: list(synthetic.SHAPES), **{name: list(ENGINES) for name in names}}
+        for name, allowed in known.items():
+            if name not in allowed:
+                raise ValueError(f"{part}: {name} is none of {', '.join(allowed)}")
         cases.append(Case(shape, float(vram), names))
     return cases
 

@@ -123,6 +123,7 @@ def attention(
     length: int | None = None,
     dtype: np.dtype | None = None,
     sinks: Array | None = None,
+    visible: Array | None = None,
 ) -> Array:
     """Grouped-query attention of new tokens over a cache that already holds their own rows.
 
@@ -142,6 +143,7 @@ def attention(
       length: only the first `length` slots are looked at (static); every position is below it then.
       dtype: of the products; None for the cache's own.
       sinks: a score for each head that takes its part of the softmax and gives nothing, float32 `[N]` (gpt-oss).
+      visible: which slots each token sees, bool `[B, T, length]`, instead of those that position and window tell.
 
     Returns:
       `[B, T, N, H]` float32.
@@ -150,8 +152,9 @@ def attention(
     keys, values = decode(seen_rows.k, dtype), decode(seen_rows.v, dtype)
     batch, new, heads, width = q.shape
     kv_heads = keys.shape[1]
-    first = first_seen(positions, window, chunked) if first is None else first
-    visible = _visible(positions, keys.shape[2], kv.k.shape[2], first, alibi)
+    if visible is None:
+        first = first_seen(positions, window, chunked) if first is None else first
+        visible = _visible(positions, keys.shape[2], kv.k.shape[2], first, alibi)
     slopes = alibi_slopes(heads, alibi)
 
     grouped = q.reshape(batch, new, kv_heads, heads // kv_heads, width).astype(keys.dtype)

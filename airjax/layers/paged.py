@@ -11,10 +11,10 @@ import numpy as np
 
 from airjax.layers import attention as contiguous
 from airjax.layers.rows import encode
-from airjax.types import Array, KVCache, LayerKV, PagedKV
+from airjax.types import Array, LayerKV, PagedKV
 
 
-def write_rows(kv: KVCache, k: Array, v: Array, positions: Array) -> KVCache:
+def write_rows(kv: LayerKV | PagedKV, k: Array, v: Array, positions: Array) -> LayerKV | PagedKV:
     """Puts new keys and values into their slots; rows at negative positions are dropped.
 
     Args:
@@ -43,7 +43,7 @@ def write_rows(kv: KVCache, k: Array, v: Array, positions: Array) -> KVCache:
 
 def attention(
     q: Array,
-    kv: KVCache,
+    kv: LayerKV | PagedKV,
     positions: Array,
     *,
     scale: float,
@@ -69,7 +69,7 @@ def attention(
     """
     first = contiguous.first_seen(positions, window, chunked)
     if isinstance(kv, PagedKV):
-        kv, positions, first = _gather(kv, positions, first, window)
+        kv, positions, first = gather(kv, positions, first, window)
         length = None
     return contiguous.attention(
         q,
@@ -85,10 +85,11 @@ def attention(
     )
 
 
-def _gather(
+def gather(
     kv: PagedKV, positions: Array, first: Array | None, window: int
 ) -> tuple[LayerKV, Array, Array | None]:
-    """The pages that new tokens can see as one row of slots per sequence; positions, and the first seen, within it."""
+    """The pages that new tokens at `positions` `[B, T]` can see as one row of slots per sequence; positions, and the
+    first seen, within it."""
     size = kv.pages.k.shape[2]
     table = kv.table
     if first is not None:

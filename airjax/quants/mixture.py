@@ -255,10 +255,13 @@ def _launch(
 ) -> Array:
     threads = 32 * len(ws) * tuned.row_tiles * tuned.slices
     given = biases or ()
-    pointers = ["const uint4* x", "const int* table", *(f"const char* w{i}" for i in range(len(ws)))]
+    # Experts of a pool lie in one buffer, which XLA would pass once, however often it is given.
+    buffers = list({id(w.buffer): w.buffer for w in ws}.values())
+    at = [next(i for i, buffer in enumerate(buffers) if buffer is w.buffer) for w in ws]
+    pointers = ["const uint4* x", "const int* table", *(f"const char* w{i}" for i in range(len(buffers)))]
     pointers += [f"const float* b{i}" for i in range(len(given))]
     pointers.append(f"{'float' if result.dtype == np.float32 else 'unsigned short'}* y")
-    stacks = [f"const Stack s{i} = {{w{i} + {w.offset}ll, {_stride(w)}ll}};" for i, w in enumerate(ws)]
+    stacks = [f"const Stack s{i} = {{w{at[i]} + {w.offset}ll, {_stride(w)}ll}};" for i, w in enumerate(ws)]
     entry = f"""extern "C" __global__ void __launch_bounds__({threads}, {tuned.blocks}) {name}(
     {", ".join(pointers)}) {{
   {" ".join(stacks)}
@@ -273,7 +276,7 @@ def _launch(
         [result],
         groups.x,
         groups.table,
-        *(w.buffer for w in ws),
+        *buffers,
         *given,
         blocks=groups.table.shape[0] * (ws[0].shape[0] // (_TILE_ROWS * tuned.row_tiles * tuned.turns)),
         threads=threads,

@@ -1,13 +1,20 @@
 """Whole models whose experts take the kernels, which run on the CPU: as XLA's forms, and the same bits everywhere."""
 
+import dataclasses
+import types
+
 import cuda_on_cpu
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from divergence import max_kl
+from gguf import GGMLQuantizationType as GGMLType
+from random_blocks import random_rows
 from toy_experts import random_ids, toy_mixture
 
 import airjax
-from airjax import quants
+from airjax import layers, models, quants
+from airjax.models.experts import EXPERT_MATRICES, Experts
 
 pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="needs g++")
 
@@ -55,3 +62,30 @@ def test_experts_of_other_types_take_xlas_forms(tmp_path, launched):
     with _load(toy_mixture(tmp_path / "toy.gguf", "qwen3moe", layers=1)) as loaded:
         loaded.logits(random_ids(loaded.model.config.vocab_size, 10))
     assert not launched
+
+
+def test_factors_of_inputs_and_what_earlier_passes_made_count_as_in_xlas_forms(launched):
+    generator = np.random.default_rng(0)
+    experts = Experts(4, 32, layers.Routing(2), activation="gelu")
+    parts = {
+        name: quants.Stacked(
+            jnp.asarray(random_rows(GGMLType.Q8_0, 4 * n_out, n_in, 1, [0x2C00]).reshape(4, -1)),
+            GGMLType.Q8_0,
+            (n_out, n_in),
+        )
+        for name, n_out, n_in in zip(EXPERT_MATRICES, (32, 32, 64), (64, 64, 32), strict=True)
+    }
+    h = jnp.asarray(generator.normal(size=(3, 4, 64)), jnp.float32)
+    ids = jnp.asarray(np.argsort(generator.random((3, 4, 4)))[..., :2], jnp.int32)
+    slots = jnp.asarray([3, -1, 0, 1], jnp.int32)
+    before = jnp.asarray(generator.normal(size=(3, 4, 2, 64)), jnp.float32)
+    scales = jnp.asarray(generator.random((3, 4, 2)), jnp.float32)
+    made = []
+    for capability in ("", "9.0"):
+        own = dataclasses.replace(experts, capability=capability)
+        config = types.SimpleNamespace(experts=own, compute_dtype="float32", d_model=64)
+        made.append(models.expert_products(h, ids, parts, {}, slots, before, config, scales))
+    assert len(launched) == 3
+    np.testing.assert_allclose(made[1], made[0], atol=1e-5 * float(jnp.abs(made[0]).max()))
+    missing = np.asarray(ids) == 1
+    np.testing.assert_array_equal(np.asarray(made[1])[missing], np.asarray(before)[missing])

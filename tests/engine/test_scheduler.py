@@ -380,7 +380,7 @@ def test_a_sweep_that_fails_ends_its_requests_and_no_others(toy, alone, monkeypa
         first = scheduler.submit(_request(_prompts()[1], 1))
         second = scheduler.submit(_request(_prompts()[0], 0))
         take = batch.model.weights.take
-        monkeypatch.setattr(batch.model.weights, "take", lambda layer: 1 / 0)
+        monkeypatch.setattr(batch.model.weights, "take", lambda *_: 1 / 0)
         (event,) = scheduler.step()
         assert (event.request, event.finish_reason) == (first, "error")
         assert "division" in event.error

@@ -422,8 +422,8 @@ def toy_decoder(
 
 
 def wide_blocks(block_type: str) -> bool:
-    """Whether a block holds 256 weights, so that rows must be as wide."""
-    return gguf.GGML_QUANT_SIZES[GGMLType[block_type]][0] == 256
+    """Whether a block holds 128 or 256 weights, so that rows must be as wide."""
+    return gguf.GGML_QUANT_SIZES[GGMLType[block_type]][0] >= 128
 
 
 class Toy:
