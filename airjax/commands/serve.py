@@ -14,6 +14,7 @@ from airjax.commands.options import (
     define_context,
     define_devices,
     define_draft,
+    define_hosts,
     define_model,
     define_plan,
     load_engine,
@@ -36,6 +37,7 @@ def define_flags(values: Flags) -> None:
     define_context(values)
     define_draft(values)
     define_devices(values)
+    define_hosts(values)
     flags.DEFINE_string("host", "127.0.0.1", "The address to listen on.", flag_values=values)
     flags.DEFINE_integer("port", 3000, "The port.", 0, 65535, flag_values=values)
     flags.DEFINE_string(
@@ -82,8 +84,10 @@ def run(values: Flags) -> None:
     if values.draft not in ("none", "lookup"):
         raise ValueError(f"draft must be none or lookup for a server, got {values.draft!r}")
     from airjax import api
+    from airjax.engine import hosts
     from airjax.server.app import make_app
     from airjax.server.listener import Listener, listen
+    from airjax.server.lockstep import follow
     from airjax.server.metrics import Metrics
     from airjax.server.state import Options, State
     from airjax.server.warm import warm_up
@@ -99,7 +103,8 @@ def run(values: Flags) -> None:
     logging.getLogger("airjax.server").setLevel(logging.INFO)
 
     def tell(stage: str) -> None:
-        worker.stage = stage
+        if hosts.first():
+            worker.stage = stage
 
     def load() -> api.Engine:
         opened = load_engine(
@@ -117,6 +122,9 @@ def run(values: Flags) -> None:
             raise
         return opened
 
+    if not hosts.first():
+        follow(load)
+        return
     # The engine's thread needs the interpreter for moments only; by default it would wait 5 ms for each of them while
     # the loop is busy.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from airjax.engine import Scheduler
+from airjax.server.order import Order
 from airjax.server.sampler import Settings, make_sampler
-from airjax.server.worker import Order
 
 if TYPE_CHECKING:
     from airjax.api import Engine

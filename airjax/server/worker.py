@@ -13,21 +13,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-import jax
-
 from airjax import engine
 from airjax.api import Engine
 from airjax.engine import BatchStats
+from airjax.server.lockstep import Teller
 from airjax.server.metrics import Metrics
+from airjax.server.order import Order
 from airjax.server.sampler import Settings, make_sampler
-from airjax.text import Grammar
 
 _T = TypeVar("_T")
 _LOG = logging.getLogger("airjax.server")
-# Choices of one request fold their number into a key that no draw folds into: draws count from 0.
-_CHOICES = 0x7FFFFFFF
-# Likewise for what transforms draw themselves.
-_SAMPLER = 0x7FFFFFFE
 
 
 class QueueFullError(Exception):
@@ -36,37 +31,6 @@ class QueueFullError(Exception):
 
 class NotReadyError(Exception):
     """The engine is not open yet, or not any more."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """A generation that is wanted, without anything of JAX."""
-
-    ids: tuple[int, ...]
-    settings: Settings
-    seed: int
-    choice: int
-    max_tokens: int
-    stop_ids: frozenset[int]
-    top_logprobs: int
-    grammar: Grammar | None = None
-    pooled: bool = False
-
-    def request(self) -> engine.Request:
-        """For the scheduler."""
-        key = jax.random.key((self.seed ^ self.seed >> 32) & 0x7FFFFFFF)
-        if self.choice:
-            key = jax.random.fold_in(jax.random.fold_in(key, _CHOICES), self.choice)
-        return engine.Request(
-            ids=self.ids,
-            sampler=make_sampler(self.settings, jax.random.fold_in(key, _SAMPLER)),
-            key=key,
-            max_tokens=self.max_tokens,
-            stop_ids=self.stop_ids,
-            top_logprobs=self.top_logprobs,
-            constraint=None if self.grammar is None else self.grammar.constraint(),
-            pooled=self.pooled,
-        )
 
 
 class Run:
@@ -162,6 +126,7 @@ class Worker:
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._scheduler: engine.Scheduler | None = None
+        self._teller: Teller
         self._thread = threading.Thread(target=self._work, name="airjax-engine", daemon=True)
 
     @property
@@ -237,6 +202,7 @@ class Worker:
             self._engine = self._open_engine()
             self.stage = "making room for the batch"
             self._scheduler = self._engine.scheduler(make_sampler(Settings()))
+            self._teller = Teller()
         except Exception as error:
             self.error, self.state = error, "failed"
             if self._engine is not None:
@@ -251,6 +217,8 @@ class Worker:
         finally:
             self.state = "stopped"
             self._fail_all("the server is shutting down")
+            if self.error is None:
+                self._teller.end()
             self._scheduler.close()
             self._engine.close()
 
@@ -269,8 +237,12 @@ class Worker:
     def _step(self) -> None:
         assert self._scheduler is not None
         try:
+            self._teller.step()
             events = self._scheduler.step()
         except Exception as error:
+            if self._teller.several:  # which are no longer where this one is
+                self._give_up(error)
+                return
             _LOG.exception("a step failed")
             self._fail_all(f"the engine failed: {error}")
             return
@@ -293,11 +265,17 @@ class Worker:
                 self._forget(event.request)
         deliver(found)
 
+    def _give_up(self, error: Exception) -> None:
+        self.error = error
+        self._on_failure()
+        self._commands.put(None)
+
     def _submit(self, run: Run, orders: Sequence[Order]) -> None:
         assert self._scheduler is not None
         for index, order in enumerate(orders):
             try:
                 number = self._scheduler.submit(order.request())
+                self._teller.submit(order)
             except Exception as error:
                 self._leave_place()
                 deliver({run: [(index, _failure(str(error)))]})
@@ -310,6 +288,7 @@ class Worker:
         number = self._numbers.get((run, index))
         if number is not None:
             self._scheduler.cancel(number)
+            self._teller.cancel(number)
             self.metrics.finished.labels(reason).inc()
             self._forget(number)
 
@@ -326,6 +305,7 @@ class Worker:
         assert self._scheduler is not None
         for number, job in list(self._jobs.items()):
             self._scheduler.cancel(number)
+            self._teller.cancel(number)
             self._forget(number)
             deliver({job.run: [(job.index, _failure(error))]})
 
