@@ -80,6 +80,7 @@ class Engine:
     @property
     def stats(self) -> engine.Stats:
         """What the last run measured."""
+        self.model.count_fetched(wait=False)
         return self.model.stats
 
     @property
@@ -325,8 +326,15 @@ class Engine:
             self.tokenizer, gbnf=gbnf, json_schema=json_schema, regex=regex, lark=lark, where=where
         )
 
-    def scheduler(self, sampler: sampling.Transform, *, batch_invariant: bool = False) -> engine.Scheduler:
+    def scheduler(
+        self, sampler: sampling.Transform, *, batch_invariant: bool = False, first_pages: int | None = None
+    ) -> engine.Scheduler:
         """Continuous batching over this model, for requests whose samplers have the structure of `sampler`.
+
+        Args:
+          sampler: see `engine.Scheduler`, as for the others.
+          batch_invariant: decode each sequence in a call of its own.
+          first_pages: pages of the KV cache to begin with.
 
         Raises:
           RequestError: the engine was not loaded with `max_batch`.
@@ -338,6 +346,7 @@ class Engine:
             sampler=sampler,
             batch_invariant=batch_invariant,
             draft_max=0 if self.drafts is None else self.drafts.draft_max,
+            first_pages=first_pages,
         )
 
     def apply_chat_template(

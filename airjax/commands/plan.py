@@ -42,17 +42,17 @@ def run(values: Flags) -> None:
     from airjax import api, models
     from airjax.engine.stats import has_compact_allocator
     from airjax.gguf import build_manifest, open_gguf
-    from airjax.plan import format_plan, make_plan, to_dict
+    from airjax.plan import format_plan, make_plan, piece_bytes, to_dict
     from airjax.predict import predict
 
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
     with open_gguf(values.model) as gguf:
         compute_dtype = values.compute_dtype or ("float32" if on_cpu else "bfloat16")
-        _, config = models.from_gguf(gguf, compute_dtype, values.kv_dtype)
+        _, config = models.from_gguf(gguf, compute_dtype, values.kv_dtype, values.context)
         plan = make_plan(
             gguf,
-            build_manifest(gguf),
+            build_manifest(gguf, piece_bytes=piece_bytes(device.platform)),
             config,
             backend=device.platform,
             vram_budget_bytes=budget_bytes(values, "vram_budget_gib", api.free_device_bytes(device)),

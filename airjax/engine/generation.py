@@ -125,7 +125,7 @@ def generate(
     )
     only_row = model.put(np.zeros(1, np.int32))
     # Where nothing waits for the link, the device is given the next sweep before the host looks at the token.
-    ahead = not model.plan.streamed and model.pool is None and state.shuttle is None
+    ahead = model.runs_ahead
     for count in range(max_tokens):
         allowed = None if mask is None else mask.result()[None]
         before = x, last_row, sampler_state, token
@@ -138,6 +138,7 @@ def generate(
         if swept:
             x = sweep(model, x, state, np.full((1, 1), position, np.int32), numbers[1], hook)
         ids, logprobs = jax.device_get((token, logprob))
+        model.count_fetched(keep=int(swept))
         drawn = Draw(int(ids[0]), float(logprobs[0]))
         if drawn.id < 0:
             if allowed is not None and not allowed.any():
@@ -207,6 +208,7 @@ def score(model: Model, state: State, ids: Sequence[int]) -> Iterator[Array]:
             model.pending = logits
             yield logits[: rows - begin]
         model.stats.prefill_s += clock.lap()
+    model.count_fetched()
     model.stats.peak_device_bytes = peak_device_bytes(model.device)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from airjax import models, quants
-from airjax.engine import hosts
+from airjax.engine import fetch, hosts
 from airjax.engine.shards import ShardedLayer, cut_layers, local_manifest
 from airjax.engine.stats import Stats, has_compact_allocator
 from airjax.engine.step import GlobalLayouts, Globals
@@ -41,8 +42,17 @@ from airjax.gguf import (
     split_experts,
 )
 from airjax.models import Architecture, Buffers, Config, DecoderConfig
-from airjax.plan import EMBEDDING, EXPERT_TENSORS, Plan, PlanError, Resident, Switch, make_plan
-from airjax.streaming import Pool, PoolStats, Timeline
+from airjax.plan import (
+    EMBEDDING,
+    EXPERT_TENSORS,
+    Plan,
+    PlanError,
+    Resident,
+    Switch,
+    make_plan,
+    piece_bytes,
+)
+from airjax.streaming import DevicePool, Pool, PoolStats, Timeline
 
 if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
@@ -69,9 +79,11 @@ class Model:
       timeline: records events if tracing is on.
       stats: counters of the present run.
       pending: the newest output of the device; when it is ready, all work given to the device is done.
-      pool: of experts, where they are streamed one by one; `manifest` and `weights` are then without them.
+      pool: of experts, where they are streamed one by one; `manifest` and `weights` are then without them. The host
+        fills it, or the device itself.
       experts: where each layer's experts lie in the file; empty without a pool.
       routers: buffers and layout of the tensors that a layer's router reads, as they are first needed.
+      counting: held while counters of the pool are added up.
     """
 
     gguf: GGUF
@@ -85,9 +97,10 @@ class Model:
     timeline: Timeline | None
     stats: Stats = field(default_factory=Stats)
     pending: Any = None
-    pool: Pool | None = None
+    pool: Pool | DevicePool | None = None
     experts: tuple[ExpertSpan | None, ...] = ()
     routers: dict[int, tuple[Buffers, Layout]] = field(default_factory=dict)
+    counting: threading.Lock = field(default_factory=threading.Lock)
 
     @functools.cached_property
     def everywhere(self) -> Placement:
@@ -133,6 +146,17 @@ class Model:
         """Whether the layer's experts come through the pool."""
         return self.pool is not None and self.pool.holds(layer)
 
+    def device_fetches(self, layer: int) -> bool:
+        """Whether the device itself fetches the layer's experts."""
+        return isinstance(self.pool, DevicePool) and self.pool.holds(layer)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a sweep may be dispatched before the host looks at its token: nothing waits for the link."""
+        plan = self.plan
+        waits = plan.streamed or plan.shuttle or plan.host_embedding
+        return not waits and (self.pool is None or self.pool.on_device)
+
     def expert_slots(self, layer: int) -> tuple[ExpertSlot, ...]:
         """The parts of an expert of a layer that the pool holds."""
         span = self.experts[layer]
@@ -147,6 +171,11 @@ class Model:
 
     def count_sweep(self, state: State | PagedState) -> None:
         """Adds a sweep to the run's counters."""
+        if isinstance(self.pool, DevicePool):
+            # The device may not have done it yet. By now it has work to do, so the sweep before may be waited for.
+            self.pool.end_sweep(self.stats)
+            self.count_fetched(keep=1)
+            return
         self.stats.sweeps += 1
         ring, shuttle = self.weights.ring, state.shuttle
         # Swept, not put: what was fetched ahead of the next sweep belongs to that one.
@@ -167,6 +196,20 @@ class Model:
             shuttle.bytes_up = 0
             self.stats.wait_s += shuttle.wait_s
             shuttle.wait_s = 0.0
+
+    def count_fetched(self, keep: int = 0, *, wait: bool = True) -> None:
+        """Adds sweeps whose experts the device fetched, all but the newest `keep`, to the counters of their runs.
+
+        Without `wait` only those that the device has done, so that a meter does not hold up the engine's thread.
+        """
+        if isinstance(self.pool, DevicePool):
+            with self.counting:
+                for stats, counted, wait_s in self.pool.take(keep, wait=wait):
+                    stats.sweeps += 1
+                    stats.experts = stats.experts or PoolStats()
+                    stats.experts.add(counted)
+                    stats.bytes_streamed += counted.bytes
+                    stats.wait_s += wait_s
 
     def wait(self) -> None:
         """Waits until the device has done all its work, which may still read the mapping."""
@@ -220,9 +263,11 @@ def open_model(
     """
     gguf = open_gguf(path)
     try:
-        architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype)
+        architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype, context)
         align = _CPU_ALIGNMENT if device.platform == "cpu" else 1
-        manifest = build_manifest(gguf, align)
+        # Devices that share each layer take whole layers.
+        pieces = None if len(devices) > 1 else piece_bytes(device.platform)
+        manifest = build_manifest(gguf, align, piece_bytes=pieces)
         cut: tuple[ShardedLayer, ...] = ()
         if len(devices) > 1:
             _check_devices(gguf, config, manifest, len(devices), tier)
@@ -247,7 +292,10 @@ def open_model(
             kv_tokens=kv_tokens,
             compact=has_compact_allocator(device),
             drafts=drafts,
+            device_fetch=config.experts is None or device.platform == "cpu" or bool(fetch.usable(device)),
         )
+        if not plan.streamed and not cut:
+            manifest = build_manifest(gguf, align)
         experts: tuple[ExpertSpan | None, ...] = ()
         if plan.expert_slots:
             manifest, experts = split_experts(gguf, EXPERT_TENSORS, align)
@@ -256,6 +304,7 @@ def open_model(
         output = "output.weight" if "output.weight" in manifest.globals else "token_embd.weight"
         kept.append(manifest.globals[output].layout)
         capability = quants.usable(matrix_types(kept), device) if plan.relaid else ""
+        config = models.with_kernels(config, gguf, device)
         if cut:
             weights = open_sharded_weights(gguf, cut, config.mesh, plan, timeline, capability)
         else:
@@ -266,7 +315,7 @@ def open_model(
                 name: put(gguf, span, place, capability if name == output else "")
                 for name, span in manifest.globals.items()
                 if name in architecture.global_specs(config)
-                and name != "rope_freqs.weight"
+                and name.removesuffix(".weight") not in models.ROPE_DIVISORS
                 and not (plan.host_embedding and name == EMBEDDING)
             }
             jax.block_until_ready(globals_)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from airjax import layers, models, quants, sampling
 from airjax.gguf import GGMLType, Layout
@@ -135,7 +137,7 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
 
     def part(buffers: Buffers, x: Array, piece: Array, positions: Array) -> Any:
         weights = models.unpack(buffers, layout)
-        cache = to_cache(piece, shuttled_row(config, len(x)))
+        cache = to_cache(piece, shuttled_row(config, kind, len(x)))
         x, written = architecture.block(weights, x, cache, positions, config, kind, cache.k.shape[2])
         assert isinstance(written, LayerKV)
         return x, layers.read_rows(written, positions)
@@ -148,9 +150,9 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
     return block
 
 
-def shuttled_row(config: Config, batch: int) -> Any:
-    """Shapes and dtypes `[B, K, H]` of the keys of one position, as the shuttle takes them."""
-    return layers.rows_struct((batch, config.n_kv_heads, config.head_dim), config.kv_dtype)
+def shuttled_row(config: Config, kind: str, batch: int) -> Any:
+    """Shapes and dtypes `[B, K, H]` of the keys of one position of a kind of layer, as the shuttle takes them."""
+    return layers.rows_struct((batch, *config.kv_shape(kind)), config.kv_dtype)
 
 
 @functools.cache
@@ -233,6 +235,37 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
     return draw
 
 
+@functools.partial(jax.jit, static_argnames="rows")
+def last_rows(
+    x: Array, last: Array, slots: Array, tokens: Array, counts: Array, rows: int, spare: int
+) -> Any:
+    """One position of each sequence of a call of prompts, in the form of a decoding call of `rows` sequences.
+
+    So the draws, whose program is large, are compiled for decoding calls alone.
+
+    Args:
+      x: `[B, T, D]`.
+      last: `[B]`, the position.
+      slots: `[B]`, with the two that follow, as `draw_rows_step` takes them; as many rows as are missing are added.
+      tokens: `[B]`.
+      counts: `[B]`.
+      rows: at least B.
+      spare: slot of the added rows.
+
+    Returns:
+      `x [rows, 1, D]`, zeros `[rows]`, slots, tokens, counts.
+    """
+    taken = jnp.take_along_axis(x, last[:, None, None], axis=1)  # [B, 1, D]
+    missing = rows - len(x)
+    return (
+        jnp.pad(taken, ((0, missing), (0, 0), (0, 0))),
+        jnp.zeros(rows, jnp.int32),
+        jnp.pad(slots, (0, missing), constant_values=spare),
+        jnp.pad(tokens, (0, missing), constant_values=-1),
+        jnp.pad(counts, (0, missing)),
+    )
+
+
 @functools.cache
 def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int) -> Callable[..., Any]:
     """From the hidden states of one call of a batch to the next token of each of its sequences.
@@ -262,23 +295,65 @@ def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int)
         count: Array,
         allowed: Array | None,
     ) -> Any:
-        last = jnp.take_along_axis(x, row[:, None, None], axis=1)[:, 0]  # [B, D]
-        logits = logits_of(buffers, layouts, last, config)  # [B, V]
-        own = jax.nn.log_softmax(logits)
+        logits = _row_logits(buffers, layouts, config, x, row)
         masked = logits if allowed is None else sampling.mask_tokens(logits, allowed)
         filtered, rows = apply(masked, jax.tree.map(lambda leaf: leaf[slot], state), token)
         drawn = sampling.draw(filtered, jax.vmap(jax.random.fold_in)(keys[slot], count))
-        top_logprobs, top_ids = jax.lax.top_k(own, top)
-        logprob = jnp.take_along_axis(own, jnp.maximum(drawn, 0)[:, None], axis=1)[:, 0]
-        entropy = jnp.zeros(len(own))
-        if top:
-            entropy = -jnp.sum(jnp.where(own > -jnp.inf, jnp.exp(own) * own, 0.0), axis=1)
         # A row without a draw keeps its state as it was, so that the draw can be replayed for the error message.
         to = jnp.where(drawn < 0, len(keys), slot)
         state = jax.tree.map(lambda leaf, new: leaf.at[to].set(new, mode="drop"), state, rows)
-        return (drawn, logprob, top_ids, top_logprobs, entropy), state
+        return _told(logits, drawn, top), state
 
     return draw
+
+
+@functools.cache
+def scaled_rows_step(layouts: GlobalLayouts, config: Config, top: int) -> Callable[..., Any]:
+    """`draw_rows_step` for sequences whose samplers have a temperature and nothing else: the same tokens.
+
+    A sampler asks the device what of it is on; on a GPU the host waits for each such answer, and could not dispatch
+    the next sweep before this one has ended.
+
+    Returns:
+      jitted `(globals, x [B, T, D], row [B], slot [B], temperatures [Slots], keys [Slots], count [B], allowed) ->
+      (token [B], logprob [B], top ids [B, top], their logprobs, entropy [B])`.
+    """
+
+    @jit
+    def draw(
+        buffers: Globals,
+        x: Array,
+        row: Array,
+        slot: Array,
+        temperatures: Array,
+        keys: Array,
+        count: Array,
+        allowed: Array | None,
+    ) -> Any:
+        logits = _row_logits(buffers, layouts, config, x, row)
+        masked = logits if allowed is None else sampling.mask_tokens(logits, allowed)
+        scaled = sampling.scale(masked, temperatures[slot])
+        drawn = sampling.draw(scaled, jax.vmap(jax.random.fold_in)(keys[slot], count))
+        return _told(logits, drawn, top)
+
+    return draw
+
+
+def _row_logits(buffers: Globals, layouts: GlobalLayouts, config: Config, x: Array, row: Array) -> Array:
+    """Logits `[B, V]` of one position of each sequence."""
+    last = jnp.take_along_axis(x, row[:, None, None], axis=1)[:, 0]  # [B, D]
+    return logits_of(buffers, layouts, last, config)
+
+
+def _told(logits: Array, drawn: Array, top: int) -> tuple[Array, ...]:
+    """Tokens `[B]`, their log-probabilities, the `top` most probable `[B, top]` and theirs, the entropy `[B]`."""
+    own = jax.nn.log_softmax(logits)
+    top_logprobs, top_ids = jax.lax.top_k(own, top)
+    logprob = jnp.take_along_axis(own, jnp.maximum(drawn, 0)[:, None], axis=1)[:, 0]
+    entropy = jnp.zeros(len(own))
+    if top:
+        entropy = -jnp.sum(jnp.where(own > -jnp.inf, jnp.exp(own) * own, 0.0), axis=1)
+    return drawn, logprob, top_ids, top_logprobs, entropy
 
 
 @functools.cache
@@ -330,10 +405,37 @@ def next_rows(drawn: Array, rows: Any, positions: Array, spare: int) -> tuple[Ar
     return jnp.maximum(drawn, 0)[:, None], after, jnp.where(past < 0, past, past + 1)
 
 
+def pack_row(row: Any) -> np.ndarray:
+    """A pytree of `[1, ...]` arrays on the host as bytes, one after another: one transfer instead of one for each."""
+    leaves = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(row)]
+    return np.concatenate([leaf.reshape(-1).view(np.uint8) for leaf in leaves])
+
+
 @functools.partial(jax.jit, donate_argnames="state")
-def put_row(state: Any, row: Any, slot: Array) -> Any:
-    """Puts one sequence's row, with a leading axis of 1, into a pytree with a row per slot, which is donated."""
-    return jax.tree.map(lambda leaf, new: leaf.at[slot].set(new[0]), state, row)
+def put_row(state: Any, packed: Array, slot: Array) -> Any:
+    """Puts what `pack_row` gave into a pytree with a row per slot, which is donated."""
+    leaves, tree = jax.tree.flatten(state)
+    new, offset = [], 0
+    for leaf in leaves:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            bits = jax.random.key_data(leaf)
+            own, offset = _taken(packed, offset, bits)
+            new.append(leaf.at[slot].set(jax.random.wrap_key_data(own, impl=jax.random.key_impl(leaf))))
+        else:
+            own, offset = _taken(packed, offset, leaf)
+            new.append(leaf.at[slot].set(own))
+    return jax.tree.unflatten(tree, new)
+
+
+def _taken(packed: Array, offset: int, like: Array) -> tuple[Array, int]:
+    """A row of the form of those of `like`, from its bytes; and where the next one begins."""
+    shape, dtype = like.shape[1:], like.dtype
+    nbytes = math.prod(shape) * dtype.itemsize
+    part = packed[offset : offset + nbytes]
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return part.reshape(shape).astype(bool), offset + nbytes
+    cells = (-1,) if dtype.itemsize == 1 else (-1, dtype.itemsize)
+    return jax.lax.bitcast_convert_type(part.reshape(cells), dtype).reshape(shape), offset + nbytes
 
 
 def logits_of(buffers: Globals, layouts: GlobalLayouts, x: Array, config: Config) -> Array:

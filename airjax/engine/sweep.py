@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,13 @@ import numpy as np
 
 from airjax import layers
 from airjax.engine.experts import attend_and_route, run_experts
+from airjax.engine.fetched import run_fetched
 from airjax.engine.hooks import Hook, attention_step
 from airjax.engine.long import long_layer
 from airjax.engine.model import Model
-from airjax.engine.step import block_step, run_step, shuttled_block_step
-from airjax.models import Buffers
+from airjax.engine.passing import Passing
+from airjax.engine.stages import call, needs
+from airjax.engine.step import block_step, run_step, shuttled_block_step, shuttled_row
 from airjax.streaming import Shuttle
 from airjax.types import Array, LayerKV
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
 
 _SMALLEST_LENGTH = 256
+# Layers with experts of a pool that share a call: such a layer is many kernels, so long runs take long to compile.
+_FETCHED_RUN = 16
 
 
 @dataclass
@@ -53,10 +58,9 @@ def new_state(model: Model, batch: int = 1) -> State:
     """An empty cache for `batch` sequences, as the plan says; on the device it grows with what it holds."""
     config, plan = model.config, model.plan
     if plan.shuttle:
-        row = (batch, config.n_kv_heads, config.head_dim)
         shuttle = Shuttle(
             plan.kv_slots,
-            layers.rows_struct(row, config.kv_dtype),
+            [shuttled_row(config, kind, batch) for kind in model.kinds],
             model.by_bytes,
             plan.kv_pieces,
             plan.kv_block,
@@ -65,8 +69,9 @@ def new_state(model: Model, batch: int = 1) -> State:
         )
         return State(batch, shuttle=shuttle)
     kv = []
-    for slots in plan.kv_slots:
-        shape = (batch, config.all_kv_heads, min(slots, _SMALLEST_LENGTH), config.head_dim)
+    for slots, kind in zip(plan.kv_slots, model.kinds, strict=True):
+        heads, width = config.all_kv_shape(kind)
+        shape = (batch, heads, min(slots, _SMALLEST_LENGTH), width)
         kv.append(layers.empty_cache(shape, config.kv_dtype, model.by_heads))
     return State(batch, kv=kv)
 
@@ -117,12 +122,16 @@ def sweep(
         end = run_end(model, state, layer, positions) if hook is None else layer
         if end > layer:
             x = _run(model, x, state, range(layer, end), lengths, device_positions)
+            watch_run(model, x, range(layer, end))
             layer = end
             continue
         step = steps[layer]
-        weights = model.weights.take(layer)
+        weights, wait = model.weights.take(layer), settles(model, layer, positions)
         before = x
-        if model.pool_holds(layer):
+        if model.device_fetches(layer):
+            x = _run(model, x, state, range(layer, layer + 1), lengths, device_positions)
+        elif model.pool_holds(layer):
+            assert not isinstance(weights, Passing)
             kv = grown(state.kv[layer], lengths[layer])
             routed, state.kv[layer] = attend_and_route(
                 model, layer, weights, before, kv, device_positions, lengths[layer]
@@ -130,13 +139,16 @@ def sweep(
             (x,) = run_experts(model, layer, [routed], [positions])
         elif state.shuttle is None:
             kv = grown(state.kv[layer], lengths[layer])
-            x, state.kv[layer] = step(weights, before, kv, device_positions)
+            keep: set[int] = set()
+            if hook is not None and layer in hook.attention:
+                keep = needs(weights, _attention_step(model, layer, lengths), before, kv, device_positions)
+            x, state.kv[layer] = call(weights, step, before, kv, device_positions, wait=wait, keep=keep)
         else:
             if lengths[layer] > state.shuttle.block:
-                x, rows = long_layer(model, state.shuttle, layer, weights, before, device_positions)
+                x, rows = long_layer(model, state.shuttle, layer, weights, before, device_positions, wait)
             else:
                 for piece in state.shuttle.pieces(layer):  # there is one
-                    x, rows = step(weights, before, piece.kv, device_positions)
+                    x, rows = call(weights, step, before, piece.kv, device_positions, wait=wait)
                     state.shuttle.release(x)
             state.shuttle.keep(layer, rows, positions)
         model.pending = x
@@ -144,35 +156,29 @@ def sweep(
             model.timeline.watch("compute", f"layer {layer}", x)
         if hook is not None:
             if layer in hook.attention:
-                _show_attention(model, state, hook, layer, weights, before, lengths[layer], positions)
+                attend = _attention_step(model, layer, lengths)
+                seen = call(weights, attend, before, state.kv[layer], device_positions)
+                # The layer's weights may be overwritten once they are released.
+                jax.block_until_ready(seen)
+                assert hook.attended is not None
+                hook.attended(layer, seen, positions)
             x = hook.at(layer + 1, x, positions)
         model.weights.release(layer, weights, before, done=x)
-        settle(model, layer, positions, x)
+        if wait:
+            jax.block_until_ready(x)
         layer += 1
     model.count_sweep(state)
     return x
 
 
-def _show_attention(
-    model: Model,
-    state: State,
-    hook: Hook,
-    layer: int,
-    weights: Buffers,
-    before: Array,
-    length: int,
-    positions: np.ndarray,
-) -> None:
-    step = attention_step(model.manifest.layers[layer].layout, model.config, model.kinds[layer], length)
-    seen = step(weights, before, state.kv[layer], positions)
-    # The layer's weights may be overwritten once they are released.
-    jax.block_until_ready(seen)
-    assert hook.attended is not None
-    hook.attended(layer, seen, positions)
+def _attention_step(model: Model, layer: int, lengths: list[int]) -> Callable[..., Array]:
+    return attention_step(
+        model.manifest.layers[layer].layout, model.config, model.kinds[layer], lengths[layer]
+    )
 
 
-def settle(model: Model, layer: int, positions: np.ndarray, x: Array) -> None:
-    """Waits for a layer of more than one row where layers are streamed: no two of them hold their workspace at once.
+def settles(model: Model, layer: int, positions: np.ndarray) -> bool:
+    """Whether to wait for a layer: of more than one row where layers are streamed no two hold their workspace at once.
 
     The link, whose next transfers are under way, does not notice, and the device hardly: such a layer takes
     far longer than its dispatch. A decoding step of the kernels needs no such workspace.
@@ -180,8 +186,7 @@ def settle(model: Model, layer: int, positions: np.ndarray, x: Array) -> None:
     kernels = model.weights.relaid(layer) and positions.shape[1] == 1
     # XLA's CPU backend may run out of threads, where several programs wait in them for sums over the devices.
     alone = model.config.mesh is not None and model.device.platform == "cpu"
-    if alone or (model.plan.streamed and positions.size > 1 and not kernels):
-        jax.block_until_ready(x)
+    return alone or (bool(model.plan.streamed) and positions.size > 1 and not kernels)
 
 
 def run_end(
@@ -195,11 +200,13 @@ def run_end(
     dispatched ahead: then the device stands still until the host has prepared the whole call.
     """
     end = first
+    if model.pool is not None:
+        most = min(most or _FETCHED_RUN, _FETCHED_RUN)
     last = model.config.n_layers if most is None else min(first + most, model.config.n_layers)
     alone = model.timeline is not None and model.timeline.each_layer
     if (
         not model.plan.streamed
-        and model.pool is None
+        and (model.pool is None or model.pool.on_device)
         and state.shuttle is None
         and positions.shape[1] == 1
         and not alone
@@ -212,16 +219,17 @@ def run_end(
 def _run(
     model: Model, x: Array, state: State, run: range, lengths: list[int], device_positions: Array
 ) -> Array:
-    step = run_step(
-        tuple((model.manifest.layers[layer].layout, model.kinds[layer], lengths[layer]) for layer in run),
-        model.config,
-    )
-    buffers = [model.weights.take(layer) for layer in run]
     kvs = [grown(state.kv[layer], lengths[layer]) for layer in run]
-    x, kvs = step(buffers, x, kvs, device_positions)
+    if model.pool is not None:
+        x, kvs = run_fetched(model, run, x, kvs, None, device_positions, lengths)
+    else:
+        step = run_step(
+            tuple((model.manifest.layers[layer].layout, model.kinds[layer], lengths[layer]) for layer in run),
+            model.config,
+        )
+        x, kvs = step([model.weights.take(layer) for layer in run], x, kvs, device_positions)
     state.kv[run.start : run.stop] = kvs
     model.pending = x
-    watch_run(model, x, run)
     return x
 
 

@@ -47,10 +47,15 @@ class Teller:
             self._orders.give(None)
 
 
-def follow(open_engine: Callable[[], Engine]) -> None:
-    """Runs the steps of the first process's scheduler until that ends."""
+def follow(open_engine: Callable[[], Engine], first_pages: Callable[[Engine], int | None]) -> None:
+    """Runs the steps of the first process's scheduler until that ends.
+
+    Args:
+      open_engine: opens it as the first process does.
+      first_pages: of its KV cache, as there.
+    """
     with open_engine() as opened:
-        scheduler = opened.scheduler(make_sampler(Settings()))
+        scheduler = opened.scheduler(make_sampler(Settings()), first_pages=first_pages(opened))
         orders = hosts.Orders()
         try:
             while (told := orders.take()) is not None:

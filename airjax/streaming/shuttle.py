@@ -54,7 +54,7 @@ class Shuttle:
 
     Args:
       sizes: S of each layer.
-      row: shapes and dtypes `[B, K, H]` of the keys (or the values) of one position, on one device.
+      rows: shapes and dtypes `[B, K, H]` of the keys (or the values) of one position of each layer, on one device.
       place: the device where the blocks run; or how flat buffers lie on a mesh, of whose devices each has its own
         heads: then pieces are `[devices * S', row bytes]`, and rows `[B, devices * K, T, H]`.
       pieces: how many pieces may be alive on the device at once, at least 2.
@@ -70,7 +70,7 @@ class Shuttle:
     def __init__(
         self,
         sizes: Sequence[int],
-        row: Any,
+        rows: Sequence[Any],
         place: jax.Device | NamedSharding,
         pieces: int,
         block: int,
@@ -83,7 +83,7 @@ class Shuttle:
         self.wait_s = 0.0
         self.block = block
         self._sizes = tuple(sizes)
-        self._fields = _fields(row)
+        self._fields = [_fields(row) for row in rows]
         self._place = place
         here = jax.process_index()
         self._devices = (
@@ -164,10 +164,12 @@ class Shuttle:
         self._land(layer)
         parts = []
         for part in range(len(self._devices)):
-            rows = [np.empty((len(slots), *field.part.shape), field.part.dtype) for field in self._fields]
+            rows = [
+                np.empty((len(slots), *field.part.shape), field.part.dtype) for field in self._fields[layer]
+            ]
             for block, inside in self._by_block(slots):
                 host = self._block(layer, block, part)
-                for field, target in zip(self._fields, rows, strict=True):
+                for field, target in zip(self._fields[layer], rows, strict=True):
                     target[inside] = _view(host, field)[slots[inside] % self.block]
             parts.append(rows)
         return [np.concatenate(leaf, axis=2) for leaf in zip(*parts, strict=True)]
@@ -179,7 +181,7 @@ class Shuttle:
         for part, own in enumerate(parts):
             for block, inside in self._by_block(slots):
                 host = self._block(layer, block, part)
-                for field, new in zip(self._fields, own, strict=True):
+                for field, new in zip(self._fields[layer], own, strict=True):
                     _view(host, field)[slots[inside] % self.block] = new[inside]
 
     def close(self) -> None:
@@ -222,7 +224,7 @@ class Shuttle:
         ]
         if not isinstance(self._place, NamedSharding):
             return parts[0]
-        shape = self._place.mesh.size * length, self._fields[-1].stop
+        shape = self._place.mesh.size * length, self._fields[layer][-1].stop
         return jax.make_array_from_single_device_arrays(shape, self._place, parts)
 
     def _land(self, layer: int) -> None:
@@ -238,7 +240,7 @@ class Shuttle:
                 slots = row_positions[used] % self._sizes[layer]
                 for block, inside in self._by_block(slots):
                     host = self._block(layer, block, part)
-                    for field, new in zip(self._fields, values, strict=True):
+                    for field, new in zip(self._fields[layer], values, strict=True):
                         target = _view(host, field)
                         own = new[sequence][:, used[inside]]
                         target[slots[inside] % self.block, sequence] = own.swapaxes(0, 1)
@@ -252,7 +254,7 @@ class Shuttle:
         """Host memory of a block of a layer for one device, uint8 `[S, row bytes]`."""
         if (layer, block, part) not in self._host:
             size = min(self.block, self._sizes[layer] - block * self.block)
-            row_bytes = self._fields[-1].stop
+            row_bytes = self._fields[layer][-1].stop
             memory = PinnedMemory.allocate(size * row_bytes, pin=self._pin)
             self._memory.append(memory)
             self._host[layer, block, part] = memory.array[: size * row_bytes].reshape(size, row_bytes)

@@ -11,8 +11,11 @@ import numpy as np
 
 from airjax import layers, models
 from airjax.engine.experts import attend_and_route, run_experts
+from airjax.engine.fetched import run_fetched
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
+from airjax.engine.passing import Passing
+from airjax.engine.stages import chain
 from airjax.engine.step import block_step, shuttled_row
 from airjax.engine.sweep import State, grown, lengths_at, sweep
 from airjax.models import Config
@@ -89,8 +92,7 @@ def sweep_rows(model: Model, state: State, ids: Sequence[int], first: int) -> Sw
 
 def may_run_ahead(model: Model) -> bool:
     """Whether a sweep may be dispatched before the host looks at its token: nothing waits for the link."""
-    plan = model.plan
-    return not plan.streamed and model.pool is None and not plan.shuttle and not plan.host_embedding
+    return model.runs_ahead
 
 
 def rows_apart(model: Model, state: State, last: int) -> bool:
@@ -127,14 +129,20 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
             kv = grown(state.kv[layer], lengths[-1][layer])
         else:
             (piece,) = shuttle.pieces(layer)
-            kv = _unpack_step(model.config)(piece.kv)
-        for row, x in enumerate(xs):
-            if model.pool_holds(layer):
+            kv = _unpack_step(model.config, kind)(piece.kv)
+        if model.device_fetches(layer):
+            for row, x in enumerate(xs):
+                run = range(layer, layer + 1)
+                xs[row], (kv,) = run_fetched(model, run, x, [kv], None, placed[row], lengths[row])
+        elif model.pool_holds(layer):
+            assert not isinstance(weights, Passing)
+            for row, x in enumerate(xs):
                 routed, kv = attend_and_route(model, layer, weights, x, kv, placed[row], lengths[row][layer])
                 (xs[row],) = run_experts(model, layer, [routed], [positions[row : row + 1, None]])
-                continue
-            step = block_step(layout, model.config, kind, lengths[row][layer])
-            xs[row], kv = step(weights, x, kv, placed[row])
+        else:
+            steps = [block_step(layout, model.config, kind, length[layer]) for length in lengths]
+            calls = [(step, x, (where,)) for step, x, where in zip(steps, xs, placed, strict=True)]
+            xs, kv = chain(weights, kv, calls, [False] * len(xs))
         if shuttle is None:
             state.kv[layer] = kv
         else:
@@ -150,11 +158,11 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
 
 
 @functools.cache
-def _unpack_step(config: Config) -> Callable[[Array], LayerKV]:
+def _unpack_step(config: Config, kind: str) -> Callable[[Array], LayerKV]:
     """jitted `(piece uint8 [S, row bytes]) -> the cache of a layer`."""
     return jax.jit(
         models.spread(
-            lambda piece: to_cache(piece, shuttled_row(config, 1)),
+            lambda piece: to_cache(piece, shuttled_row(config, kind, 1)),
             config.mesh,
             (models.BYTES,),
             models.BY_HEADS,

@@ -15,6 +15,7 @@ from airjax.engine.drafting.law import tenth
 from airjax.engine.generation import prefill
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
+from airjax.engine.stages import call
 from airjax.engine.step import block_step, draw_step
 from airjax.engine.sweep import State, grown, lengths_at, new_state, sweep
 from airjax.sampling import Transform, greedy
@@ -264,6 +265,6 @@ class ResidentLayers:
             kv = grown(self._state.kv[layer], lengths[layer])
             layout, kind = model.manifest.layers[layer].layout, model.kinds[layer]
             step = block_step(layout, model.config, kind, lengths[layer])
-            x, self._state.kv[layer] = step(model.weights.take(layer), x, kv, placed)
+            x, self._state.kv[layer] = call(model.weights.take(layer), step, x, kv, placed)
         model.pending = x
         return x
