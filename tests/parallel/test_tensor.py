@@ -9,11 +9,16 @@ from pathlib import Path
 _CHECKS = Path(__file__).with_name("on_eight_devices.py")
 
 
-def test_devices_together_do_what_one_does(smollm2):
+def test_devices_together_do_what_one_does(smollm2, gemma3):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", _CHECKS],
-        env={**os.environ, "XLA_FLAGS": flags, "AIRJAX_TEST_SMOLLM2": str(smollm2)},
+        env={
+            **os.environ,
+            "XLA_FLAGS": flags,
+            "AIRJAX_TEST_SMOLLM2": str(smollm2),
+            "AIRJAX_TEST_GEMMA3": str(gemma3),
+        },
         cwd=_CHECKS.parents[2],
         capture_output=True,
         text=True,
