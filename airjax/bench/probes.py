@@ -8,8 +8,8 @@ import functools
 import mmap
 import os
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,53 @@ def probe_link(device: jax.Device, memory_bytes: int) -> tuple[float | None, flo
     arrays = [jnp.full(nbytes // 4, part, jnp.uint8) for part in range(4)]
     down = 4 * (nbytes // 4) / _best(lambda: jax.device_put(arrays, pinned))
     return up, down
+
+
+class Links(NamedTuple):
+    """Links of several devices; a root complex that they share shows where all together are slower than their sum.
+
+    Attributes:
+      alone: bytes per second from pinned host memory to each device while the others are idle.
+      together: to all devices at once, each getting as much as any other, so the slowest decides.
+    """
+
+    alone: tuple[float, ...]
+    together: float
+
+
+def probe_links(devices: Sequence[jax.Device], memory_bytes: int) -> Links | None:
+    """Measures every device's link alone, and all at once.
+
+    Args:
+      devices: of one host.
+      memory_bytes: of each device that may be taken.
+
+    Returns:
+      None on the CPU backend, or where memory can't be pinned.
+    """
+    if devices[0].platform == "cpu":
+        return None
+    nbytes = min(memory_bytes // 4, 256 << 20)
+    memories: list[PinnedMemory] = []
+    try:
+        # Each device has a source of its own, as it has its own part of a model.
+        for _ in devices:
+            memories.append(PinnedMemory.allocate(nbytes, pin=True))
+            memories[-1].array[:] = 1
+
+        def put(numbers: Sequence[int]) -> list[Array]:
+            return [jax.device_put(memories[n].array, devices[n]) for _ in range(4) for n in numbers]
+
+        def rate(numbers: Sequence[int]) -> float:
+            return 4 * nbytes * len(numbers) / _best(lambda: put(numbers))
+
+        numbers = range(len(devices))
+        return Links(tuple(rate([number]) for number in numbers), rate(numbers))
+    except PinningError:
+        return None
+    finally:
+        for memory in memories:
+            memory.close()
 
 
 def probe_disk(path: str | os.PathLike[str]) -> float | None:
