@@ -85,6 +85,11 @@ class Plan:
       expert_pool_bytes: the pool, and what is on its way there.
       expert_hit_rate: share of the chosen experts that are assumed to be in the pool: that of all experts it holds, as
         if every choice were equally likely.
+      parts: of a pipeline, the plan of each device; sizes of the whole are sums, but for the peak and the workspace, of
+        which the largest counts.
+      devices: how many share the work.
+      parallel: how: "tensor", "pipeline", "replica", or "" for one device.
+      parallel_reason: why so.
     """
 
     tier: Tier
@@ -119,6 +124,10 @@ class Plan:
     expert_bytes: int = 0
     expert_pool_bytes: int = 0
     expert_hit_rate: float = 1.0
+    parts: tuple[Plan, ...] = ()
+    devices: int = 1
+    parallel: str = ""
+    parallel_reason: str = ""
 
 
 def make_plan(
@@ -139,6 +148,7 @@ def make_plan(
     kv_tokens: int | None = None,
     compact: bool = False,
     drafts: bool = False,
+    first_layer: int | None = None,
 ) -> Plan:
     """Decides what lives where.
 
@@ -160,6 +170,7 @@ def make_plan(
       kv_tokens: positions that these hold together; None for the context of every one.
       compact: the device's allocator gives no buffer more than it needs.
       drafts: decoding sweeps check several tokens of a sequence.
+      first_layer: the device has only the layers of `manifest`, of which this is the first; None where it has all.
 
     Raises:
       PlanError: nothing fits; the message gives the smallest budget that does.
@@ -180,10 +191,11 @@ def make_plan(
     if chunk < 1:
         raise PlanError(f"prefill_chunk must be at least 1, got {chunk}: {PREFILL_CHUNK} suits most machines")
     kv_slots = tuple(
-        _kv_slots(architecture, config, layer, context, chunk) for layer in range(config.n_layers)
+        _kv_slots(architecture, config, (first_layer or 0) + layer, context, chunk)
+        for layer in range(len(manifest.layers))
     )
     layer_bytes = [span.nbytes for span in manifest.layers]
-    kv_tokens = _kv_tokens(max_batch, kv_tokens, context)
+    kv_tokens = kv_positions(max_batch, kv_tokens, context)
     if max_batch and kv_shuttle == "on":
         raise PlanError("a batch keeps its KV cache on the device: pass --kv_shuttle=off")
     kv_shuttle = "off" if max_batch else kv_shuttle
@@ -219,6 +231,7 @@ def make_plan(
         raise PlanError(f"{gguf.path}: resident=dense is for mixtures of experts: pass --resident=auto")
     if (
         config.experts is not None
+        and first_layer is None
         and kv_shuttle != "on"
         and (resident == "dense" or (streams and resident == "auto"))
     ):
@@ -288,10 +301,10 @@ def make_plan(
     if resident == "all":
         streamed: tuple[int, ...] = ()
     elif resident == "none":
-        streamed = tuple(range(config.n_layers))
+        streamed = tuple(range(len(layer_bytes)))
     else:
         streamed = _choose_streamed(layer_bytes, kept_bytes, left, stream_depth) if streams else ()
-    kept = tuple(layer for layer in range(config.n_layers) if layer not in set(streamed))
+    kept = tuple(layer for layer in range(len(layer_bytes)) if layer not in set(streamed))
     depth = min(stream_depth, len(streamed))
     slots = _slots_bytes([layer_bytes[layer] for layer in streamed], depth)
     resident_bytes = sum(kept_bytes[layer] for layer in kept)
@@ -316,7 +329,8 @@ def make_plan(
     if config.mesh is not None:
         packed_bytes = config.shards * sum(manifest.layers[layer].layout.sizes[-1] for layer in streamed)
     left_of_ram = (ram_budget_bytes - kv_host_bytes - packed_bytes) // config.shards
-    chosen, reason = _choose_tier(tier, backend, manifest, streamed, left_of_ram)
+    streamed_bytes = sum(layer_bytes[layer] for layer in streamed)
+    chosen, reason = choose_tier(tier, backend, streamed_bytes, "streamed layers", left_of_ram)
     if config.mesh is not None and chosen == "ring":
         raise PlanError(
             f"{gguf.path}: {reason}, and a file can't be read through a ring for {config.shards} devices yet: "
@@ -397,7 +411,7 @@ def _plan_by_expert(
     if share <= 0 or min(slots) < config.experts.routing.used:
         return None
     pool = sum(count * own[0].slot_bytes for count, own in zip(slots, kinds.values(), strict=True))
-    chosen, reason = _choose_tier_of(tier, backend, expert_bytes, "experts", ram_budget_bytes)
+    chosen, reason = choose_tier(tier, backend, expert_bytes, "experts", ram_budget_bytes)
     host_slots, host_slot_bytes = _host_slots(spans, ram_budget_bytes) if chosen == "ring" else (0, 0)
     if chosen == "ring" and host_slots < 1:
         return None
@@ -478,10 +492,22 @@ def format_plan(plan: Plan) -> str:
         f"{'bytes per sweep':<22}{plan.bytes_per_sweep / GIB:>9.3f} GiB  over the link for each sweep"
     )
     lines.append(f"{'tier':<22}{plan.tier}: {plan.tier_reason}")
+    if plan.parallel:
+        lines.append(f"{f'{plan.devices} devices':<22}{plan.parallel}: {plan.parallel_reason}")
+        lines.append(
+            f"{'':<22}sizes are {'those of all' if plan.parts else 'of each'}, budgets and peak of each"
+        )
+    for number, part in enumerate(plan.parts):
+        owned = sorted([*part.resident, *part.streamed])
+        lines.append(
+            f"{f'device {number}':<22}layers {owned[0]} to {owned[-1]}: {len(part.resident)} resident, "
+            f"{len(part.streamed)} streamed, {part.bytes_per_sweep / GIB:.3f} GiB over its link for each sweep, "
+            f"peak {part.peak_bytes / GIB:.3f} GiB"
+        )
     return "\n".join(lines)
 
 
-def _kv_tokens(max_batch: int | None, kv_tokens: int | None, context: int) -> int:
+def kv_positions(max_batch: int | None, kv_tokens: int | None, context: int) -> int:
     """Positions of the paged cache, in whole pages; 0 without a batch."""
     if max_batch is None:
         return 0
@@ -548,6 +574,7 @@ def _workspace_bytes(config: Config, manifest: Manifest, context: int, chunk: in
     if experts is not None:
         feed_forward = max(feed_forward, _experts_workspace(config, chunk, decoded))
     logits = 2 * itemsize * _tile(config.vocab_size, d) + 3 * max(config.vocab_size * 4, LOGIT_ROWS_BYTES)
+    logits = logits if manifest.globals else 0
     return _FIXED_WORKSPACE_BYTES + int(max(attention, feed_forward, logits))
 
 
@@ -591,16 +618,12 @@ def _choose_streamed(
     return tuple(range(layers))
 
 
-def _choose_tier(
-    tier: str, backend: str, manifest: Manifest, streamed: Sequence[int], ram_budget_bytes: int
-) -> tuple[Tier, str]:
-    nbytes = sum(manifest.layers[layer].nbytes for layer in streamed)
-    return _choose_tier_of(tier, backend, nbytes, "streamed layers", ram_budget_bytes)
+def choose_tier(tier: str, backend: str, nbytes: int, what: str, ram_budget_bytes: int) -> tuple[Tier, str]:
+    """How `nbytes` of streamed weights reach the device, and why so.
 
-
-def _choose_tier_of(
-    tier: str, backend: str, nbytes: int, what: str, ram_budget_bytes: int
-) -> tuple[Tier, str]:
+    Raises:
+      PlanError: the tier that was asked for is none of this backend.
+    """
     mapping: Tier = "aliased mapping" if backend == "cpu" else "registered mapping"
     if tier != "auto":
         if tier not in ("ring", "pageable mapping", mapping):

@@ -33,8 +33,6 @@ import synthetic
 GIB = 1 << 30
 # Some machines show their memory only as it is used, so what is free is not asked.
 _RAM_GIB = 110.0
-# As the launcher has it where nothing is resident.
-_COMPACT = {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async"}
 FORMS = ("tensor", "pipeline", "replica")
 # Largest difference of a logit from one device's, as a share of the largest logit: sums in another order alone.
 _TOLERANCE = 1e-4
@@ -116,19 +114,25 @@ def links(devices: int) -> dict[str, Any]:
 
 
 def check(path: str, form: str, devices: int) -> dict[str, Any]:
-    """A form beside one device: float32 logits, greedy tokens alone and in a batch, streamed and resident."""
+    """A form beside one device, streamed: float32 logits, greedy tokens alone and in a batch."""
     import numpy as np
 
     import airjax
 
     generator = np.random.default_rng(0)
-    ids = generator.integers(300, 2000, 100).tolist()
-    prompts = [generator.integers(300, 2000, size).tolist() for size in (3, 70, 20)]
+    ids = generator.integers(300, 2000, 60).tolist()
+    prompts = [generator.integers(300, 2000, size).tolist() for size in (3, 60)]
 
     def outputs(**options: Any) -> tuple[Any, list[list[int]]]:
         batch: dict[int, list[int]] = {}
         with airjax.load(
-            path, vram_budget_gib=4.0, compute_dtype="float32", context=256, max_batch=4, **options
+            path,
+            vram_budget_gib=4.0,
+            resident="none",
+            compute_dtype="float32",
+            context=256,
+            max_batch=2,
+            **options,
         ) as engine:
             logits = engine.logits(ids)
             alone = [token.id for token in engine.generate(ids[:20], max_tokens=12, ignore_eos=True)]
@@ -136,16 +140,13 @@ def check(path: str, form: str, devices: int) -> dict[str, Any]:
                 batch.setdefault(n, []).append(token.id)
         return logits, [alone, *(batch[n] for n in range(len(prompts)))]
 
-    found: dict[str, Any] = {}
-    expected, texts = outputs(resident="none")
-    for name, kept in (("streamed", "none"), ("resident", "all")):
-        logits, drawn = outputs(resident=kept, **_form_options(form, devices))
-        found[name] = {
-            "away": float(np.abs(logits - expected).max() / np.abs(expected).max()),
-            "tokens": sum(a == b for a, b in zip(drawn, texts, strict=True)),
-            "of": len(texts),
-        }
-    return found
+    expected, texts = outputs()
+    logits, drawn = outputs(**_form_options(form, devices))
+    return {
+        "away": float(np.abs(logits - expected).max() / np.abs(expected).max()),
+        "tokens": sum(a == b for a, b in zip(drawn, texts, strict=True)),
+        "of": len(texts),
+    }
 
 
 def case(
@@ -158,16 +159,20 @@ def case(
     from airjax import bench
     from airjax.plan import PlanError
 
+    lanes = options.get("devices", 1) if options.get("parallel") in ("pipeline", "replica") else 1
     for batch, prompt in zip(batches, prompts, strict=True):
-        context = bench.context_for(batch, prompt, decode, 512)
+        context = bench.context_for(batch, prompt, decode, 512, lanes)
+        max_batch = None if batch == 1 else -(-batch // lanes)
         try:
-            loaded = airjax.load(path, context=context, max_batch=None if batch == 1 else batch, **options)
+            loaded = airjax.load(path, context=context, max_batch=max_batch, **options)
         except PlanError as error:
             yield {"batch": batch, "refused": str(error)}
             continue
         with loaded as engine:
             plan, model = engine.plan, engine.model
-            measured = bench.measure(model, batch=batch, prompt=prompt, decode=decode)
+            measured = bench.measure(
+                model, batch=batch, prompt=prompt, decode=decode, lanes=engine.lanes if batch > 1 else ()
+            )
             # The first device is that of JAX; a form takes the first ones.
             stats = [device.memory_stats() or {} for device in jax.local_devices()]
             yield {
@@ -195,8 +200,68 @@ def case(
             }
 
 
+def profile(path: str, form: str, devices: int, options: dict[str, Any]) -> dict[str, Any]:
+    """What a streamed layer takes, in milliseconds a layer: on the link, on the device, and of the host's time."""
+    import jax
+    import numpy as np
+
+    import airjax
+    from airjax import engine
+    from airjax.engine.step import block_step
+
+    count = 24
+    options = {**options, **(_form_options(form, devices) if form else {})}
+    with airjax.load(path, context=256, **options) as loaded:
+        model = loaded.model
+        source, layers = model.weights.rings[0]._source, model.plan.streamed
+
+        def milliseconds(begin: float) -> float:
+            return 1e3 * (time.perf_counter() - begin) / count
+
+        jax.block_until_ready(source.put(layers[0]))
+        begin, host_s, before = time.perf_counter(), 0.0, None
+        for n in range(count):
+            put = time.perf_counter()
+            weights = source.put(layers[n % len(layers)])
+            host_s += time.perf_counter() - put
+            # Two are under way at a time, as in a ring.
+            jax.block_until_ready(before)
+            before = weights
+        jax.block_until_ready(before)
+        found = {"link": milliseconds(begin), "host's share of the link": 1e3 * host_s / count}
+        state = engine.new_state(model)
+        step = block_step(model.manifest.layers[layers[0]].layout, model.config, model.kinds[layers[0]], 256)
+        zeros = np.zeros((1, 1, model.config.d_model), model.config.compute_dtype)
+        x, positions = jax.device_put((zeros, np.zeros((1, 1), np.int32)), model.everywhere)
+        kv = state.kv[layers[0]]
+        for name, waits in (("block", False), ("block, waited for", True)):
+            for timed in (False, True):
+                begin = time.perf_counter()
+                for _ in range(count):
+                    x, kv = step(weights, x, kv, positions)
+                    if waits:
+                        jax.block_until_ready(x)
+                dispatched = milliseconds(begin)
+                jax.block_until_ready(x)
+                if timed:
+                    found[name] = milliseconds(begin)
+                    if not waits:
+                        found[f"host's share of the {name}"] = dispatched
+        # Both at once, as in a sweep.
+        begin = time.perf_counter()
+        for n in range(count):
+            other = source.put(layers[n % len(layers)])
+            x, kv = step(weights, x, kv, positions)
+            jax.block_until_ready((x, other))
+        found["link and block together"] = milliseconds(begin)
+        state.kv[layers[0]] = kv
+        model.pending = x
+        state.close()
+    return found
+
+
 def _form_options(form: str, devices: int) -> dict[str, Any]:
-    return {"devices": devices}
+    return {"devices": devices, "parallel": form}
 
 
 class Runner:
@@ -204,11 +269,13 @@ class Runner:
 
     Args:
       deadline_s: seconds from now.
+      allocator: of device memory; "default" for that of JAX.
     """
 
-    def __init__(self, deadline_s: float) -> None:
+    def __init__(self, deadline_s: float, allocator: str) -> None:
         self._begin = time.monotonic()
         self._deadline_s = deadline_s
+        self._allocator = allocator
 
     @property
     def elapsed_s(self) -> float:
@@ -220,22 +287,19 @@ class Runner:
         """Seconds to the deadline."""
         return self._deadline_s - self.elapsed_s
 
-    def run(
-        self, words: Sequence[str], compact: bool = False, share: float = 1.0
-    ) -> tuple[list[dict[str, Any]], str]:
+    def run(self, words: Sequence[str], most_s: float = 1e9) -> tuple[list[dict[str, Any]], str]:
         """What a process prints, a JSON object a line, and why it failed, "" if it did not.
 
         Args:
           words: of the command line after the interpreter.
-          compact: with the allocator for small budgets.
-          share: of the time that is left, how much it may take.
+          most_s: how long it may take; no longer than to the deadline in any case.
         """
         if self.left_s < 5:
             return [], "no time left before the deadline"
         environment = {
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "TF_CPP_MIN_LOG_LEVEL": "3",
-            **(_COMPACT if compact else {}),
+            **({} if self._allocator == "default" else {"XLA_PYTHON_CLIENT_ALLOCATOR": self._allocator}),
             "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "airjax-devices-cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -255,7 +319,7 @@ class Runner:
                 late.set()
                 process.kill()
 
-            timer = threading.Timer(share * self.left_s, end)
+            timer = threading.Timer(min(most_s, self.left_s), end)
             timer.start()
             errors: list[str] = []
             reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()))
@@ -338,12 +402,11 @@ def format_links(name: str, probed: dict[str, Any] | None) -> str:
 
 def format_check(form: str, found: dict[str, Any], error: str) -> str:
     """A line on a form's numbers."""
-    parts = [
-        f"{kept}: logits {'equal' if one['away'] == 0 else format(one['away'], '.1e') + ' away'}"
-        f"{'' if one['away'] <= _TOLERANCE else ' (WRONG)'}, {one['tokens']} of {one['of']} greedy texts equal"
-        for kept, one in found.items()
-    ]
-    return f"{form}: {'; '.join(parts)}{'  not run: ' + error if error else ''}"
+    if error:
+        return f"{form}: not compared with one device: {error}"
+    logits = "equal" if found["away"] == 0 else f"{found['away']:.1e} away"
+    wrong = "" if found["away"] <= _TOLERANCE and found["tokens"] == found["of"] else " (WRONG)"
+    return f"{form}: logits {logits}, {found['tokens']} of {found['of']} greedy texts equal{wrong}"
 
 
 def _arguments() -> argparse.Namespace:
@@ -363,6 +426,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--decode", type=int, default=8)
     parser.add_argument("--ram_gib", type=float, default=_RAM_GIB)
     parser.add_argument("--nocheck", action="store_true", help="leave the comparison with one device out")
+    parser.add_argument("--noprobe", action="store_true", help="leave the links out")
+    parser.add_argument("--profile", action="store_true", help="time link and block of a streamed layer too")
+    parser.add_argument(
+        "--allocator",
+        default="default",
+        choices=("default", "cuda_async"),
+        help="of device memory, in all cases",
+    )
+    parser.add_argument(
+        "--check_s", type=float, default=60, help="how long the comparison of a form may take"
+    )
     parser.add_argument("--deadline_s", type=float, default=600)
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # of the work, for a process of its own
@@ -383,7 +457,7 @@ def main() -> None:
         for found in _part(json.loads(args.part)):
             print(json.dumps(found), flush=True)
         return
-    runner = Runner(args.deadline_s)
+    runner = Runner(args.deadline_s, args.allocator)
     report: dict[str, Any] = {"cases": []}
     head: list[str] = []
     lines: list[tuple[str, ...]] = []
@@ -402,6 +476,8 @@ def _part(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
     what = asked.pop("what")
     if what == "links":
         yield links(**asked)
+    elif what == "profile":
+        yield profile(**asked)
     elif what == "check":
         yield check(**asked)
     else:
@@ -418,27 +494,28 @@ def _measure(
 ) -> None:
     forms = [form for form in args.forms.split(",") if form]
 
-    def run(compact: bool = False, share: float = 1.0, **asked: Any) -> tuple[list[dict[str, Any]], str]:
-        return runner.run([__file__, f"--part={json.dumps(asked)}"], compact, share)
+    def run(most_s: float = 1e9, **asked: Any) -> tuple[list[dict[str, Any]], str]:
+        return runner.run([__file__, f"--part={json.dumps(asked)}"], most_s)
 
     def say(text: str) -> None:
         print(f"({runner.elapsed_s:.0f} s) {text}", flush=True)
 
-    probed, error = run(what="links", devices=args.devices)
-    report |= probed[0] if probed else {"links": None, "error": error}
-    if error:
-        sys.exit(f"the links can't be probed: {error}")
-    torch, _ = runner.run(["-c", _TORCH, str(args.devices)])
-    report["torch"] = torch[0] if torch else None
-    head.append(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
-    head += [format_links("links", report["links"]), format_links("torch's pinned copy", report["torch"])]
-    say("\n".join(head))
+    report |= {"allocator": args.allocator, "links": None, "torch": None}
+    if not args.noprobe:
+        probed, error = run(what="links", devices=args.devices)
+        if error:
+            sys.exit(f"the links can't be probed: {error}")
+        torch, _ = runner.run(["-c", _TORCH, str(args.devices)])
+        report |= {**probed[0], "torch": torch[0] if torch else None}
+        head.append(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
+        head += [format_links("links", report["links"]), format_links("torch's pinned copy", report["torch"])]
+        say("\n".join(head))
     if not args.nocheck:
         small = args.folder / "airjax-devices-check.gguf"
         written.append(small)
         synthetic.write(str(small), synthetic.SHAPES["small"], gguf.GGMLQuantizationType.Q4_K)
         for form in forms:
-            checked, error = run(share=0.3, what="check", path=str(small), form=form, devices=args.devices)
+            checked, error = run(args.check_s, what="check", path=str(small), form=form, devices=args.devices)
             head.append(format_check(form, checked[0] if checked else {}, error))
             report.setdefault("checks", {})[form] = checked[0] if checked else {"error": error}
             say(head[-1])
@@ -450,6 +527,16 @@ def _measure(
         shape = shape._replace(layers=args.layers) if args.layers else shape
         nbytes = synthetic.write(str(path), shape, gguf.GGMLQuantizationType.Q4_K)
         say(f"{path}: {nbytes / 1e9:.1f} GB written")
+    if args.profile:
+        options = {**_STREAMED, "vram_budget_gib": 3.7, "ram_budget_gib": args.ram_gib}
+        for form in ("", *(form for form in forms if form == "tensor")):
+            timed, error = run(
+                60, what="profile", path=str(path), form=form, devices=args.devices, options=options
+            )
+            report.setdefault("profile", {})[form or "one"] = timed[0] if timed else {"error": error}
+            times = ", ".join(f"{name} {value:.2f}" for name, value in timed[0].items()) if timed else error
+            head.append(f"ms of a streamed layer, {form or 'one device'}: {times}")
+            say(head[-1])
     limits = report["torch"] or report["links"]
     batches = [int(batch) for batch in args.batches.split(",")]
     prompts = [args.prompt if batch == 1 else args.batch_prompt for batch in batches]
@@ -465,7 +552,6 @@ def _measure(
                 options |= _form_options(form, devices) if form else {}
                 asked = {"batches": list(left), "prompts": list(left.values()), "decode": args.decode}
                 results, error = run(
-                    options["resident"] == "none" if "resident" in options else False,
                     what="case",
                     path=str(path),
                     options=options,

@@ -15,6 +15,7 @@ from airjax import layers
 from airjax.engine.experts import attend_and_route, run_experts
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
+from airjax.engine.stages import Passage
 from airjax.engine.step import paged_block_step, paged_run_step
 from airjax.engine.sweep import run_end, settle, watch_run
 from airjax.plan import KV_PAGE
@@ -63,7 +64,10 @@ def new_pages(model: Model, count: int) -> PagedState:
     config = model.config
     shape = (count, config.all_kv_heads, KV_PAGE, config.head_dim)
     return PagedState(
-        [layers.empty_cache(shape, config.kv_dtype, model.by_heads) for _ in range(config.n_layers)]
+        [
+            layers.empty_cache(shape, config.kv_dtype, model.cache_at(layer))
+            for layer in range(config.n_layers)
+        ]
     )
 
 
@@ -133,12 +137,23 @@ def shared_sweep(
       ReadError: a reader thread failed.
     """
     model.gguf.check_unchanged()
-    config = model.config
-    placed = place(model, groups) if placed is None else placed
+    placed = list(place(model, groups) if placed is None else placed)
     xs = [embed(model, group.ids) for group in groups]
+    with Passage(model, placed) as passage:
+        xs = _pass(model, groups, state, xs, passage)
+    model.count_sweep(state)
+    return xs
+
+
+def _pass(
+    model: Model, groups: Sequence[Group], state: PagedState, xs: list[Array], passage: Passage
+) -> list[Array]:
+    """Takes the groups' hidden states through all layers."""
+    config = model.config
     model.begin_sweep()
     layer = 0
     while layer < config.n_layers:
+        xs, placed = passage.at(layer, xs)
         end = run_end(model, state, layer, groups[0].positions, _RUN_LAYERS) if len(groups) == 1 else layer
         if end > layer:
             xs = [_run(model, xs[0], state, range(layer, end), *placed[0])]
@@ -161,11 +176,10 @@ def shared_sweep(
                 settle(model, layer, groups[at].positions, xs[at])
         model.pending = xs[-1]
         if model.timeline is not None:
-            model.timeline.watch("compute", f"layer {layer}", xs[-1])
+            model.timeline.watch(model.lane(layer), f"layer {layer}", xs[-1])
         # Groups run in order: when the last one's input is ready, no earlier layer is at work.
         model.weights.release(layer, weights, before, done=xs[-1])
         layer += 1
-    model.count_sweep(state)
     return xs
 
 

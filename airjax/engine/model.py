@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from airjax import models, quants
 from airjax.engine.shards import ShardedLayer, cut_layers, local_manifest
-from airjax.engine.stats import Stats, has_compact_allocator
+from airjax.engine.stages import Stage
+from airjax.engine.stats import LinkStats, Stats, has_compact_allocator
 from airjax.engine.step import GlobalLayouts, Globals
 from airjax.engine.weights import (
     LayerWeights,
@@ -37,7 +39,7 @@ from airjax.gguf import (
 )
 from airjax.models import Architecture, Buffers, Config, DecoderConfig
 from airjax.plan import EMBEDDING, EXPERT_TENSORS, Plan, PlanError, Resident, Switch, make_plan
-from airjax.streaming import Pool, PoolStats, Timeline
+from airjax.streaming import Pool, PoolStats, Ring, Timeline
 
 if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
 Placement: TypeAlias = jax.Device | NamedSharding
 # XLA's CPU backend takes an array as it lies in memory only from this alignment on; other backends copy.
-_CPU_ALIGNMENT = 64
+CPU_ALIGNMENT = 64
 
 
 @dataclass
@@ -67,6 +69,10 @@ class Model:
       pool: of experts, where they are streamed one by one; `manifest` and `weights` are then without them.
       experts: where each layer's experts lie in the file; empty without a pool.
       routers: buffers and layout of the tensors that a layer's router reads, as they are first needed.
+      stages: of a pipeline, whose last one has what is outside the layers on `device`; empty otherwise.
+      number: of the device, where others do the same beside it.
+      shares_file: another model closes the file.
+      shares_weights: another model closes the weights too.
     """
 
     gguf: GGUF
@@ -83,6 +89,11 @@ class Model:
     pool: Pool | None = None
     experts: tuple[ExpertSpan | None, ...] = ()
     routers: dict[int, tuple[Buffers, Layout]] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    number: int | None = None
+    shares_file: bool = False
+    shares_weights: bool = False
+    _counting: threading.Lock = field(default_factory=threading.Lock)
 
     @functools.cached_property
     def everywhere(self) -> Placement:
@@ -97,6 +108,32 @@ class Model:
         return self.device if mesh is None else NamedSharding(mesh, PartitionSpec(None, models.AXIS))
 
     @functools.cached_property
+    def devices(self) -> tuple[jax.Device, ...]:
+        """All devices that take part."""
+        if self.stages:
+            return tuple(stage.device for stage in self.stages)
+        return (self.device,) if self.config.mesh is None else tuple(self.config.mesh.devices.flat)
+
+    @functools.cached_property
+    def _stage_numbers(self) -> tuple[int, ...]:
+        return tuple(number for number, stage in enumerate(self.stages) for _ in stage.layers)
+
+    def cache_at(self, layer: int) -> Placement:
+        """Where the KV cache of a layer lies."""
+        return self.stages[self._stage_numbers[layer]].device if self.stages else self.by_heads
+
+    def stage_end(self, layer: int) -> int:
+        """One past the last of the layers that are on the device of `layer`."""
+        if not self.stages:
+            return self.config.n_layers
+        return self.stages[self._stage_numbers[layer]].layers.stop
+
+    def lane(self, layer: int) -> str:
+        """The lane of the timeline on which a layer computes."""
+        number = self._stage_numbers[layer] if self.stages else self.number
+        return "compute" if number is None else f"compute {number}"
+
+    @functools.cached_property
     def kinds(self) -> list[str]:
         """The kind of each layer."""
         return [self.architecture.layer_kind(self.config, layer) for layer in range(self.config.n_layers)]
@@ -109,8 +146,8 @@ class Model:
     def watch(self, timeline: Timeline | None) -> None:
         """Records compute and transfers from the next sweep on; None ends that. Not within a sweep."""
         self.timeline = timeline
-        if self.weights.ring is not None:
-            self.weights.ring.timeline = timeline
+        for ring in self.weights.rings:
+            ring.timeline = timeline
         if self.pool is not None:
             self.pool.timeline = timeline
 
@@ -130,8 +167,25 @@ class Model:
         if self.pool is not None:
             self.pool.begin_sweep()
 
+    def count_link(self, number: int, nbytes: int, wait_s: float) -> None:
+        """Adds to what the link of one of several devices carried."""
+        link = self.stats.links.setdefault(number, LinkStats())
+        link.bytes_streamed += nbytes
+        link.wait_s += wait_s
+
+    def count_stage(self, number: int, ring: Ring) -> None:
+        """Adds a stage of a sweep to the run's counters."""
+        with self._counting:
+            self.count_link(number, self.plan.parts[number].bytes_per_sweep, ring.wait_s)
+            self.stats.wait_s += ring.wait_s
+        ring.wait_s = 0.0
+
     def count_sweep(self, state: State | PagedState) -> None:
         """Adds a sweep to the run's counters."""
+        with self._counting:
+            self._count_sweep(state)
+
+    def _count_sweep(self, state: State | PagedState) -> None:
         self.stats.sweeps += 1
         ring, shuttle = self.weights.ring, state.shuttle
         # Swept, not put: what was fetched ahead of the next sweep belongs to that one.
@@ -145,6 +199,10 @@ class Model:
             self.stats.wait_s += self.pool.wait_s
             self.pool.wait_s = 0.0
         if ring is not None:
+            for number in range(self.config.shards) if self.config.mesh is not None else ():
+                self.count_link(number, self.plan.bytes_per_sweep, ring.wait_s)
+            if self.number is not None:
+                self.count_link(self.number, self.plan.bytes_per_sweep, ring.wait_s)
             self.stats.wait_s += ring.wait_s
             ring.wait_s = 0.0
         if shuttle is not None:
@@ -163,6 +221,8 @@ class Model:
     def close(self) -> None:
         """Frees device memory, threads, pinned memory and the file."""
         self.wait()
+        if self.shares_weights:
+            return
         try:
             self.weights.close()
             if self.pool is not None:
@@ -171,7 +231,8 @@ class Model:
             for part in jax.tree.leaves(self.globals):
                 part.delete()
             self.globals.clear()
-            self.gguf.close()
+            if not self.shares_file:
+                self.gguf.close()
 
 
 def open_model(
@@ -193,23 +254,27 @@ def open_model(
     kv_tokens: int | None = None,
     drafts: bool = False,
     timeline: Timeline | None = None,
+    number: int | None = None,
+    shared: Model | None = None,
 ) -> Model:
     """Opens a file, checks it, plans, and only then takes memory.
 
     With more than one of `devices` each layer is cut among them; `device` is then their first, and budgets are of each.
+    With `shared` the file is that of another model, which is closed later; `number` is then that of the device.
 
     Raises:
       GGUFError: the file can't be run.
       PlanError: the budgets can't work.
     """
-    gguf = open_gguf(path)
+    gguf = open_gguf(path) if shared is None else shared.gguf
+    lane = "host to device" if number is None else f"link {number}"
     try:
         architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype)
-        align = _CPU_ALIGNMENT if device.platform == "cpu" else 1
+        align = CPU_ALIGNMENT if device.platform == "cpu" else 1
         manifest = build_manifest(gguf, align)
         cut: tuple[ShardedLayer, ...] = ()
         if len(devices) > 1:
-            _check_devices(gguf, config, manifest, len(devices), tier, kv_shuttle, drafts)
+            check_devices(gguf, config, manifest, len(devices), tier, kv_shuttle, drafts)
             assert isinstance(config, DecoderConfig)
             cut = cut_layers(gguf, config, len(devices))
             manifest = local_manifest(manifest, cut)
@@ -246,7 +311,9 @@ def open_model(
             weights = open_sharded_weights(gguf, cut, config.mesh, plan, timeline)
             everywhere = NamedSharding(config.mesh, PartitionSpec())
         else:
-            weights = open_weights(gguf, manifest, plan, device, timeline, capability)
+            weights = open_weights(
+                gguf, manifest, plan, device, timeline, capability, register=shared is None, lane=lane
+            )
         try:
             globals_ = {
                 name: put_span(gguf, span, everywhere, capability if name == output else "")
@@ -256,12 +323,13 @@ def open_model(
                 and not (plan.host_embedding and name == EMBEDDING)
             }
             jax.block_until_ready(globals_)
-            pool = open_pool(gguf, experts, plan, device, timeline) if experts else None
+            pool = open_pool(gguf, experts, plan, device, timeline, shared is None) if experts else None
         except BaseException:
             weights.close()
             raise
     except BaseException:
-        gguf.close()
+        if shared is None:
+            gguf.close()
         raise
     return Model(
         gguf,
@@ -275,10 +343,12 @@ def open_model(
         timeline,
         pool=pool,
         experts=experts,
+        number=number,
+        shares_file=shared is not None,
     )
 
 
-def _check_devices(
+def check_devices(
     gguf: GGUF, config: Config, manifest: Manifest, count: int, tier: str, kv_shuttle: str, drafts: bool
 ) -> None:
     types = {(name, slot.type) for span in manifest.layers for name, slot in span.layout.tensors}

@@ -15,6 +15,7 @@ from airjax.engine.experts import attend_and_route, run_experts
 from airjax.engine.hooks import Hook, attention_step
 from airjax.engine.long import long_layer
 from airjax.engine.model import Model
+from airjax.engine.stages import Passage
 from airjax.engine.step import block_step, run_step, shuttled_block_step
 from airjax.models import Buffers
 from airjax.streaming import Shuttle
@@ -65,9 +66,9 @@ def new_state(model: Model, batch: int = 1) -> State:
         )
         return State(batch, shuttle=shuttle)
     kv = []
-    for slots in plan.kv_slots:
+    for layer, slots in enumerate(plan.kv_slots):
         shape = (batch, config.all_kv_heads, min(slots, _SMALLEST_LENGTH), config.head_dim)
-        kv.append(layers.empty_cache(shape, config.kv_dtype, model.by_heads))
+        kv.append(layers.empty_cache(shape, config.kv_dtype, model.cache_at(layer)))
     return State(batch, kv=kv)
 
 
@@ -78,6 +79,7 @@ def sweep(
     positions: np.ndarray,
     device_positions: Array | None = None,
     hook: Hook | None = None,
+    passage: Passage | None = None,
 ) -> Array:
     """For each layer, in order: take its weights from the prefetcher, run the block, keep the new KV.
 
@@ -89,6 +91,7 @@ def sweep(
       device_positions: the same on the device, if they are there: on their way they would wait behind the layers that
         are fetched ahead.
       hook: sees the layers pass by; then each is a call of its own.
+      passage: through the stages of a pipeline, with the positions; None for one made here.
 
     Returns:
       The hidden states after the last layer, `[B, T, D]`.
@@ -98,9 +101,21 @@ def sweep(
       GGUFError: the file changed since it was opened.
       ReadError: a reader thread failed.
     """
+    if passage is None:
+        if device_positions is None:
+            device_positions = jax.device_put(positions, model.everywhere)
+        passage = Passage(model, device_positions)
+    with passage:
+        x = _pass(model, x, state, positions, passage, hook)
+    model.count_sweep(state)
+    return x
+
+
+def _pass(
+    model: Model, x: Array, state: State, positions: np.ndarray, passage: Passage, hook: Hook | None
+) -> Array:
+    """Takes the hidden states through all layers."""
     model.gguf.check_unchanged()
-    if device_positions is None:
-        device_positions = jax.device_put(positions, model.everywhere)
     if hook is not None:
         if hook.attention and state.shuttle is not None:
             raise ValueError(
@@ -114,6 +129,7 @@ def sweep(
         state.shuttle.begin_sweep(_uploads(state.shuttle, lengths, positions))
     layer = 0
     while layer < len(steps):
+        (x,), device_positions = passage.at(layer, [x])
         end = run_end(model, state, layer, positions) if hook is None else layer
         if end > layer:
             x = _run(model, x, state, range(layer, end), lengths, device_positions)
@@ -141,7 +157,7 @@ def sweep(
             state.shuttle.keep(layer, rows, positions)
         model.pending = x
         if model.timeline is not None:
-            model.timeline.watch("compute", f"layer {layer}", x)
+            model.timeline.watch(model.lane(layer), f"layer {layer}", x)
         if hook is not None:
             if layer in hook.attention:
                 _show_attention(model, state, hook, layer, weights, before, lengths[layer], positions)
@@ -149,7 +165,6 @@ def sweep(
         model.weights.release(layer, weights, before, done=x)
         settle(model, layer, positions, x)
         layer += 1
-    model.count_sweep(state)
     return x
 
 
@@ -193,7 +208,7 @@ def run_end(
     dispatched ahead: then the device stands still until the host has prepared the whole call.
     """
     end = first
-    last = model.config.n_layers if most is None else min(first + most, model.config.n_layers)
+    last = model.stage_end(first) if most is None else min(first + most, model.stage_end(first))
     alone = model.timeline is not None and model.timeline.each_layer
     if (
         not model.plan.streamed
@@ -226,7 +241,7 @@ def _run(
 def watch_run(model: Model, x: Array, run: range) -> None:
     """Records the call of a run of layers, if somebody looks."""
     if model.timeline is not None:
-        model.timeline.watch("compute", f"layers {run.start}-{run.stop - 1}", x)
+        model.timeline.watch(model.lane(run.start), f"layers {run.start}-{run.stop - 1}", x)
 
 
 def lengths_at(model: Model, positions: np.ndarray) -> list[int]:

@@ -52,6 +52,11 @@ class LayerWeights:
         self._resident = dict(resident)
         self.ring = ring
 
+    @property
+    def rings(self) -> list[Ring]:
+        """Of the links."""
+        return [] if self.ring is None else [self.ring]
+
     def begin_sweep(self) -> None:
         """Starts over from the first layer."""
         if self.ring is not None:
@@ -123,6 +128,9 @@ def open_weights(
     device: jax.Device,
     timeline: Timeline | None,
     capability: str = "",
+    *,
+    register: bool = True,
+    lane: str = "host to device",
 ) -> LayerWeights:
     """Loads the resident layers and opens the tier for the others.
 
@@ -133,6 +141,9 @@ def open_weights(
       device: where the blocks run.
       timeline: records events, or None.
       capability: of the kernels that resident layers are re-laid for, "" for none.
+      register: the mapping is to be registered here; another device's weights may have done so, for as long as they
+        are open.
+      lane: of the timeline, for transfers.
 
     Raises:
       ReadError: the file could not be read.
@@ -140,12 +151,14 @@ def open_weights(
     source: Source | None = None
     try:
         if plan.streamed:
-            source = _open_source(gguf, manifest, plan, device, timeline)
+            source = _open_source(gguf, manifest, plan, device, timeline, register)
         resident = {
             layer: put_span(gguf, manifest.layers[layer], device, capability) for layer in plan.resident
         }
         jax.block_until_ready(resident)
-        ring = Ring(source, plan.streamed, plan.stream_depth, timeline) if source is not None else None
+        ring = None
+        if source is not None:
+            ring = Ring(source, plan.streamed, plan.stream_depth, timeline, lane)
     except BaseException:
         if source is not None:
             source.close()
@@ -174,7 +187,12 @@ def open_sharded_weights(
 
 
 def _open_source(
-    gguf: GGUF, manifest: Manifest, plan: Plan, device: jax.Device, timeline: Timeline | None
+    gguf: GGUF,
+    manifest: Manifest,
+    plan: Plan,
+    device: jax.Device,
+    timeline: Timeline | None,
+    register: bool,
 ) -> Source:
     if plan.tier == "ring":
         ranges = [[ByteRange(e.shard, e.start, e.nbytes) for e in span.extents] for span in manifest.layers]
@@ -187,7 +205,7 @@ def _open_source(
             timeline=timeline,
         )
         return ReadSource(reader, device)
-    registered = _registered(gguf) if plan.tier == "registered mapping" else []
+    registered = _registered(gguf) if register and plan.tier == "registered mapping" else []
     return MappedSource([span_views(gguf, span) for span in manifest.layers], device, registered)
 
 
@@ -197,6 +215,7 @@ def open_pool(
     plan: Plan,
     device: jax.Device,
     timeline: Timeline | None,
+    register: bool = True,
 ) -> Pool:
     """Takes the memory of the pool of experts and opens the tier that fills it.
 
@@ -206,6 +225,7 @@ def open_pool(
       plan: how many slots there are for each kind of expert.
       device: where the slots are.
       timeline: records events, or None.
+      register: as in `open_weights`.
     """
     source: UnitSource
     stacks = [
@@ -225,7 +245,7 @@ def open_pool(
             timeline=timeline,
         )
     else:
-        registered = _registered(gguf) if plan.tier == "registered mapping" else []
+        registered = _registered(gguf) if register and plan.tier == "registered mapping" else []
         source = MappedUnits(gguf.maps, stacks, device, registered)
     kinds: dict[tuple[ExpertSlot, ...], list[int]] = {}
     for layer, span in enumerate(experts):

@@ -22,12 +22,19 @@ def warm_up(opened: Engine, full: bool, tell: Callable[[str], None] = lambda sta
       full: for any number of sequences in a sweep, and prompts of up to a chunk; else for one short request alone.
       tell: is told how far it is.
     """
-    scheduler = opened.scheduler(make_sampler(Settings()))
+    several = opened.lanes if opened.plan.parallel == "replica" else opened.lanes[:1]
+    for number, lane in enumerate(several):
+        scheduler = opened.lane_scheduler(lane, make_sampler(Settings()))
+        where = f" on device {number}" if len(several) > 1 else ""
+        _warm_up(scheduler, full, where, tell)
+
+
+def _warm_up(scheduler: Scheduler, full: bool, where: str, tell: Callable[[str], None]) -> None:
     try:
         batches = _batches(scheduler) if full else [(1, 1)]
-        firsts = itertools.cycle(range(opened.model.config.vocab_size))
+        firsts = itertools.cycle(range(scheduler.model.config.vocab_size))
         for number, (count, tokens) in enumerate(batches, 1):
-            tell(f"compiling, {number} of {len(batches)}")
+            tell(f"compiling, {number} of {len(batches)}{where}")
             for _ in range(count):
                 # Different first tokens, so that no prompt shares the pages of another.
                 ids = (next(firsts), *[0] * (tokens - 1))

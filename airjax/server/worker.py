@@ -161,7 +161,7 @@ class Worker:
         self._places = 0  # generations that were let in and have not ended
         self._lock = threading.Lock()
         self._engine: Engine | None = None
-        self._scheduler: engine.Scheduler | None = None
+        self._scheduler: engine.Scheduler | engine.Spread | None = None
         self._thread = threading.Thread(target=self._work, name="airjax-engine", daemon=True)
 
     @property
@@ -185,6 +185,12 @@ class Worker:
         """Sequences that take part in sweeps, and that wait."""
         return (self._scheduler.running, self._scheduler.waiting) if self._scheduler is not None else (0, 0)
 
+    @property
+    def lanes(self) -> list[tuple[int, int]]:
+        """For each of several batches side by side: its sequences that take part in sweeps, and that wait."""
+        several = self._scheduler.lanes if self._scheduler is not None else []
+        return [(lane.running, lane.waiting) for lane in several] if len(several) > 1 else []
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
@@ -203,7 +209,7 @@ class Worker:
           NotReadyError: the engine is not open.
           QueueFullError: the queue has no place for them.
         """
-        places = self.engine.plan.max_batch + self._max_queue
+        places = self.engine.plan.max_batch * len(self.engine.lanes) + self._max_queue
         with self._lock:
             if self._places + len(orders) > places:
                 raise QueueFullError(f"{self._places} of {places} places are taken")
@@ -224,8 +230,10 @@ class Worker:
             if not future.set_running_or_notify_cancel():
                 return
             try:
-                assert self._engine is not None
-                future.set_result(function(self._engine))
+                assert self._engine is not None and self._scheduler is not None
+                with self._scheduler.between():
+                    result = function(self._engine)
+                future.set_result(result)
             except Exception as error:
                 future.set_exception(error)
 
@@ -236,14 +244,15 @@ class Worker:
         try:
             self._engine = self._open_engine()
             self.stage = "making room for the batch"
-            self._scheduler = self._engine.scheduler(make_sampler(Settings()))
+            scheduler = self._engine.scheduler(make_sampler(Settings()))
         except Exception as error:
             self.error, self.state = error, "failed"
             if self._engine is not None:
                 self._engine.close()
             self._on_failure()
             return
-        self.metrics.watch(self._scheduler)
+        self._scheduler = scheduler
+        self.metrics.watch(scheduler)
         self.state, self.stage = "ready", "ready"
         try:
             while self._obey():
@@ -251,7 +260,7 @@ class Worker:
         finally:
             self.state = "stopped"
             self._fail_all("the server is shutting down")
-            self._scheduler.close()
+            scheduler.close()
             self._engine.close()
 
     def _obey(self) -> bool:

@@ -45,11 +45,16 @@ class Ring:
     Attributes:
       bytes_put: bytes whose transfer was started.
       wait_s: time in which the device had finished all earlier work and waited for weights.
-      timeline: records the transfers, if given; may be changed between sweeps.
+      timeline: records the transfers, if given; may be changed between sweeps. Several rings have lanes of their own.
     """
 
     def __init__(
-        self, source: Source, items: Sequence[int], depth: int, timeline: Timeline | None = None
+        self,
+        source: Source,
+        items: Sequence[int],
+        depth: int,
+        timeline: Timeline | None = None,
+        lane: str = "host to device",
     ) -> None:
         if depth < 1:
             raise ValueError(
@@ -61,6 +66,7 @@ class Ring:
         self._items = tuple(items)
         self._depth = min(depth, len(self._items))
         self.timeline = timeline
+        self._lane = lane
         self._ahead: collections.deque[tuple[int, Buffers]] = collections.deque()
         self._taken: list[Buffers] = []
         self._busy: collections.deque[_Busy] = collections.deque()
@@ -155,7 +161,7 @@ class Ring:
             nbytes = sum(part.nbytes for part in weights)
             self.bytes_put += nbytes
             if self.timeline is not None:
-                self.timeline.watch("host to device", f"layer {item}", weights, nbytes)
+                self.timeline.watch(self._lane, f"layer {item}", weights, nbytes)
 
 
 def _delete(weights: Buffers) -> None:

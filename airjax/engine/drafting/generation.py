@@ -80,7 +80,7 @@ def generate_drafted(
             else:
                 stats.prefill_s = stats.first_token_s = seconds
             start, waited = time.perf_counter(), stats.wait_s
-            stats.peak_device_bytes = peak_device_bytes(model.device)
+            stats.peak_device_bytes = peak_device_bytes(*model.devices)
             for row, draw in enumerate(drawn.draws):
                 if draw.id < 0:
                     if run.masks is not None and not run.masks[row].any():
