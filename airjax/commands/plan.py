@@ -85,8 +85,8 @@ def run(values: Flags) -> None:
             kv_tokens=None,
             tier="auto",
         )
-    rows = max(min(_PROMPT, plan.context - 1), 1)
-    prediction = None if ceilings is None else predict(plan, config, ceilings, 1, rows)
+    rows, batch = max(min(_PROMPT, plan.context - 1), 1), values.max_batch or 1
+    prediction = None if ceilings is None else predict(plan, config, ceilings, batch, rows)
     if values.json:
         told = None if prediction is None else dataclasses.asdict(prediction)
         print(json.dumps(to_dict(plan) | {"prediction": told}, indent=2))
