@@ -15,7 +15,7 @@ from airjax import layers
 from airjax.engine.experts import attend_and_route, run_experts
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
-from airjax.engine.stages import Passage
+from airjax.engine.pipeline import Passage
 from airjax.engine.step import paged_block_step, paged_run_step
 from airjax.engine.sweep import run_end, settle, watch_run
 from airjax.plan import KV_PAGE

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from airjax import models, quants
 from airjax.engine.model import CPU_ALIGNMENT, Model, check_devices, open_model
 from airjax.engine.shards import cut_layers, local_manifest
-from airjax.engine.stages import Stage, StagedWeights, plan_stages
+from airjax.engine.pipeline import Stage, StagedWeights, plan_stages
 from airjax.engine.stats import Stats, has_compact_allocator
 from airjax.engine.weights import LayerWeights, matrix_types, open_weights, put_span
 from airjax.gguf import GGUF, Manifest, build_manifest, open_gguf

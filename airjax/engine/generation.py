@@ -16,7 +16,7 @@ from airjax.engine.hooks import Hook
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.request import Constraint
-from airjax.engine.stages import Passage
+from airjax.engine.pipeline import Passage
 from airjax.engine.stats import peak_device_bytes
 from airjax.engine.step import draw_step, unembed_step
 from airjax.engine.sweep import State, sweep

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from airjax import models, quants
 from airjax.engine.shards import ShardedLayer, cut_layers, local_manifest
-from airjax.engine.stages import Stage
+from airjax.engine.pipeline import Stage
 from airjax.engine.stats import LinkStats, Stats, has_compact_allocator
 from airjax.engine.step import GlobalLayouts, Globals
 from airjax.engine.weights import (

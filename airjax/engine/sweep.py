@@ -15,7 +15,7 @@ from airjax.engine.experts import attend_and_route, run_experts
 from airjax.engine.hooks import Hook, attention_step
 from airjax.engine.long import long_layer
 from airjax.engine.model import Model
-from airjax.engine.stages import Passage
+from airjax.engine.pipeline import Passage
 from airjax.engine.step import block_step, run_step, shuttled_block_step
 from airjax.models import Buffers
 from airjax.streaming import Shuttle

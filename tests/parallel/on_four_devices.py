@@ -14,7 +14,7 @@ from toy_server import serve_toy
 
 import airjax
 from airjax import sampling
-from airjax.engine.stages import divide
+from airjax.engine.pipeline import divide
 from airjax.plan import PlanError, format_plan
 from airjax.server.sampler import Settings, make_sampler
 from airjax.server.warm import warm_up
