@@ -84,6 +84,7 @@ class Engine:
     @property
     def stats(self) -> engine.Stats:
         """What the last run measured."""
+        self.model.count_fetched()
         return self.model.stats
 
     @property
@@ -335,11 +336,16 @@ class Engine:
             lane.watch(timeline)
 
     def scheduler(
-        self, sampler: sampling.Transform, *, batch_invariant: bool = False
+        self, sampler: sampling.Transform, *, batch_invariant: bool = False, first_pages: int | None = None
     ) -> engine.Scheduler | engine.Spread:
         """Continuous batching over this model, for requests whose samplers have the structure of `sampler`.
 
         With replicas and pipelines requests are spread over as many batches as there are devices.
+
+        Args:
+          sampler: see `engine.Scheduler`, as for the others.
+          batch_invariant: decode each sequence in a call of its own.
+          first_pages: pages of the KV cache to begin with.
 
         Raises:
           RequestError: the engine was not loaded with `max_batch`.
@@ -349,7 +355,11 @@ class Engine:
         made: list[engine.Scheduler] = []
         try:
             for lane in self.lanes:
-                made.append(self.lane_scheduler(lane, sampler, batch_invariant=batch_invariant))
+                made.append(
+                    self.lane_scheduler(
+                        lane, sampler, batch_invariant=batch_invariant, first_pages=first_pages
+                    )
+                )
         except BaseException:
             for each in made:
                 each.close()
@@ -357,7 +367,12 @@ class Engine:
         return made[0] if len(made) == 1 else engine.Spread(made)
 
     def lane_scheduler(
-        self, lane: engine.Model, sampler: sampling.Transform, *, batch_invariant: bool = False
+        self,
+        lane: engine.Model,
+        sampler: sampling.Transform,
+        *,
+        batch_invariant: bool = False,
+        first_pages: int | None = None,
     ) -> engine.Scheduler:
         """Continuous batching in one of `lanes` alone."""
         return engine.Scheduler(
@@ -365,6 +380,7 @@ class Engine:
             sampler=sampler,
             batch_invariant=batch_invariant,
             draft_max=0 if self.drafts is None else self.drafts.draft_max,
+            first_pages=first_pages,
         )
 
     def apply_chat_template(
@@ -548,7 +564,7 @@ def load(
       PlanError: the budgets cannot work.
     """
     chosen = choose_devices(devices) if device is None else [device]
-    device = chosen[0]
+    device = next(each for each in chosen if each.process_index == jax.process_index())
     if compute_dtype is None:
         compute_dtype = "float32" if device.platform == "cpu" else "bfloat16"
     for name, value, allowed in (
@@ -564,6 +580,9 @@ def load(
         raise RequestError(f"draft_max must be between 1 and {drafting.MOST_DRAFTED}, got {draft_max}")
     vram_budget_bytes = _budget("vram_budget_gib", vram_budget_gib, free_device_bytes(device))
     ram_budget_bytes = _budget("ram_budget_gib", ram_budget_gib, free_host_bytes())
+    if engine.hosts.several():
+        _check_hosts(os.fspath(draft))
+        vram_budget_bytes, ram_budget_bytes = engine.hosts.least((vram_budget_bytes, ram_budget_bytes))
     kind = os.fspath(draft)
     opened: list[engine.Model] = []
     try:
@@ -608,6 +627,7 @@ def load(
             raise PlanError(f"{drafting.taken(opened[0], vram_budget_bytes)}, and {error}") from error
         opened += lanes
         model = lanes[0]
+        engine.check_alike(model)
         where = str(path)
         tokenizer = Tokenizer.from_metadata(model.gguf.metadata, where)
         has_template = "tokenizer.chat_template" in model.gguf.metadata
@@ -639,6 +659,8 @@ def choose_devices(count: int | str) -> list[jax.Device]:
     Raises:
       RequestError: there are fewer.
     """
+    if engine.hosts.several():
+        return _devices_of_all(count)
     found = jax.local_devices()
     if count == "auto":
         return found
@@ -647,6 +669,24 @@ def choose_devices(count: int | str) -> list[jax.Device]:
             f"devices must be between 1 and {len(found)}, which JAX sees here, or auto, got {count!r}"
         )
     return found[:count]
+
+
+def _devices_of_all(count: int | str) -> list[jax.Device]:
+    """Those of all processes, in the order of these."""
+    found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if count not in ("auto", 1, len(found)):
+        raise RequestError(
+            f"devices must be auto or {len(found)}, all that the {jax.process_count()} processes have, got {count!r}"
+        )
+    return found
+
+
+def _check_hosts(draft: str) -> None:
+    # How many tokens to guess is decided by what sweeps took, which differs from process to process.
+    if draft != "none":
+        raise PlanError(
+            f"drafts don't work with several processes yet, got draft={draft!r}: pass --draft=none"
+        )
 
 
 def _budget(name: str, gib: float | None, free: int) -> int:

@@ -62,18 +62,21 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class SweepTime:
-    """Seconds that each resource needs for one sweep. They work side by side, but memory and compute by turns."""
+    """Seconds that each resource needs for one sweep. They work side by side, but memory and compute by turns, and the
+    link with both (`by_turns`) where the device itself fetches experts in the middle of a layer."""
 
     link_s: float
     disk_s: float
     memory_s: float
     compute_s: float
     dispatch_s: float
+    by_turns: bool = False
 
     @property
     def seconds(self) -> float:
         """The sweep takes as long as its slowest resource."""
-        return max(self.link_s, self.disk_s, self.memory_s + self.compute_s, self.dispatch_s)
+        fetched_s = self.link_s if self.by_turns else 0.0
+        return max(self.link_s, self.disk_s, self.memory_s + self.compute_s + fetched_s, self.dispatch_s)
 
     @property
     def bound(self) -> Bound:
@@ -237,6 +240,7 @@ def _sweep(plan: Plan, config: Config, c: Ceilings, batch: int, new: int, length
         memory_s=memory_s,
         compute_s=2 * products / c.flops_per_s,
         dispatch_s=(own_layers + 1) * c.dispatch_s,
+        by_turns=plan.device_fetch,
     )
 
 

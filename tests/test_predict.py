@@ -173,6 +173,9 @@ def test_the_bound_is_the_slowest_resource(slowest, bound):
     sweep = SweepTime(**(times | {slowest: 3.0}))
     assert sweep.bound == bound
     assert sweep.seconds == (4 if slowest in ("memory_s", "compute_s") else 3)
+    # Experts that the device fetches are waited for in the middle of a layer.
+    fetching = dataclasses.replace(sweep, by_turns=True)
+    assert fetching.seconds == (5 if slowest in ("link_s", "memory_s", "compute_s") else 3)
 
 
 @given(

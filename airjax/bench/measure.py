@@ -211,6 +211,7 @@ def _from_position(model: Model, state: engine.State, token: int, position: int,
         int(drawn[0])  # as a generation does, which gives the token out
         x = engine.embed(model, drawn[:, None]) if x is None else x
     seconds = time.perf_counter() - begin
+    model.count_fetched()
     return Phase(decode, seconds, stats.sweeps, stats.bytes_streamed, stats.wait_s)
 
 

@@ -124,6 +124,25 @@ def define_devices(values: Flags) -> None:
     )
 
 
+def define_hosts(values: Flags) -> None:
+    """Several processes, on several hosts, that share the work."""
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "Share the work among processes that are given the same flags: HOST:PORT of the first one, a free port there; "
+        "auto: as Slurm, Kubernetes or MPI say. Then all devices of all are used.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.", 1, flag_values=values)
+    flags.DEFINE_integer(
+        "process_id",
+        None,
+        "Which of them this is, from 0; that one prints and serves.",
+        0,
+        flag_values=values,
+    )
+
+
 def parse_devices(text: str) -> int | Literal["auto"]:
     """The number of --devices.
 

@@ -51,7 +51,7 @@ def run(values: Flags) -> None:
     """Runs the command."""
     from airjax import api, engine, models
     from airjax.engine.stats import has_compact_allocator
-    from airjax.gguf import build_manifest, open_gguf
+    from airjax.gguf import open_gguf
     from airjax.plan import format_plan, to_dict
     from airjax.predict import predict
 
@@ -64,11 +64,10 @@ def run(values: Flags) -> None:
     on_cpu = device.platform == "cpu"
     with open_gguf(values.model) as gguf:
         compute_dtype = values.compute_dtype or ("float32" if on_cpu else "bfloat16")
-        _, config = models.from_gguf(gguf, compute_dtype, values.kv_dtype)
+        _, config = models.from_gguf(gguf, compute_dtype, values.kv_dtype, values.context)
         plan, config = engine.plan_form(
             gguf,
             config,
-            build_manifest(gguf),
             devices,
             parallel=values.parallel,
             links=cached_links(devices, values.model),

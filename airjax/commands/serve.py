@@ -111,6 +111,7 @@ def run(values: Flags) -> None:
                 if values.warm_up == "auto"
                 else values.warm_up == "full"
             )
+            worker.whole_cache = full
             warm_up(opened, full, tell)
         except BaseException:
             opened.close()

@@ -1,5 +1,6 @@
 """The engine: token ids in, logits and token ids out. It knows no text."""
 
+from airjax.engine import hosts as hosts
 from airjax.engine.beams import Hypothesis as Hypothesis
 from airjax.engine.beams import beam_search as beam_search
 from airjax.engine.beside import Beside as Beside
@@ -21,6 +22,7 @@ from airjax.engine.inside import logit_lens as logit_lens
 from airjax.engine.inside import token_stats as token_stats
 from airjax.engine.lookup import embed as embed
 from airjax.engine.model import Model as Model
+from airjax.engine.model import check_alike as check_alike
 from airjax.engine.model import open_model as open_model
 from airjax.engine.request import Constraint as Constraint
 from airjax.engine.request import Event as Event

@@ -12,14 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from airjax import models, quants
-from airjax.engine.model import CPU_ALIGNMENT, Model, check_devices, open_model
-from airjax.engine.shards import cut_layers, local_manifest
+from airjax.engine import hosts
+from airjax.engine.model import CPU_ALIGNMENT, Model, check_devices, fetches, open_model
 from airjax.engine.pipeline import Stage, StagedWeights, plan_stages
+from airjax.engine.shards import cut_layers, local_manifest
 from airjax.engine.stats import Stats, has_compact_allocator
 from airjax.engine.weights import LayerWeights, matrix_types, open_weights, put_span
 from airjax.gguf import GGUF, Manifest, build_manifest, open_gguf
 from airjax.models import Config, DecoderConfig
-from airjax.plan import EMBEDDING, Plan, PlanError, make_plan
+from airjax.plan import EMBEDDING, Plan, PlanError, make_plan, piece_bytes
 from airjax.streaming import Links, Timeline, Turns
 
 Form = Literal["tensor", "pipeline", "replica"]
@@ -96,8 +97,6 @@ def cut_refusal(
             manifest,
             count,
             options.get("tier", "auto"),
-            options.get("kv_shuttle", "auto"),
-            options.get("drafts", False),
         )
     except PlanError as error:
         return str(error).removeprefix(f"{gguf.path}: ")
@@ -107,7 +106,6 @@ def cut_refusal(
 def plan_form(
     gguf: GGUF,
     config: Config,
-    manifest: Manifest,
     devices: Sequence[jax.Device],
     *,
     parallel: Parallel,
@@ -119,7 +117,6 @@ def plan_form(
     Args:
       gguf: the open file.
       config: of the whole model.
-      manifest: its spans.
       devices: at least one.
       parallel: the form, or "auto".
       links: measured; None if they were not.
@@ -128,14 +125,21 @@ def plan_form(
     Raises:
       PlanError: it cannot work.
     """
+    manifest = _manifest(gguf, devices[0])
     if len(devices) == 1:
         return make_plan(gguf, manifest, config, **options), config
+    if hosts.several():
+        if parallel in ("pipeline", "replica"):
+            raise PlanError(
+                f"devices of several processes share each layer, got parallel={parallel}: pass tensor"
+            )
+        parallel = "tensor"
     form, reason = choose_form(
         gguf, config, manifest, len(devices), parallel=parallel, links=links, **options
     )
     if form == "tensor":
         try:
-            plan, local = _plan_tensor(gguf, config, manifest, devices, options)
+            plan, local = _plan_tensor(gguf, config, devices, options)
         except PlanError as error:
             if parallel != "auto":
                 raise
@@ -156,17 +160,23 @@ def plan_form(
 def _plan_tensor(
     gguf: GGUF,
     config: Config,
-    manifest: Manifest,
     devices: Sequence[jax.Device],
     options: dict[str, Any],
 ) -> tuple[Plan, Config]:
+    # Devices that share each layer take whole layers.
+    manifest = _manifest(gguf, devices[0], whole=True)
     refusal = cut_refusal(gguf, config, manifest, len(devices), options)
     if refusal is not None:
         raise PlanError(f"{gguf.path}: {refusal}")
     assert isinstance(config, DecoderConfig)
     cut = cut_layers(gguf, config, len(devices))
     local = models.local_config(config, Mesh(np.array(devices), (models.AXIS,)))
-    return make_plan(gguf, local_manifest(manifest, cut), local, **{**options, "kv_shuttle": "off"}), local
+    return make_plan(gguf, local_manifest(gguf, manifest, cut, len(devices)), local, **options), local
+
+
+def _manifest(gguf: GGUF, device: jax.Device, whole: bool = False) -> Manifest:
+    align = CPU_ALIGNMENT if device.platform == "cpu" else 1
+    return build_manifest(gguf, align, piece_bytes=None if whole else piece_bytes(device.platform))
 
 
 def _plan_pipeline(
@@ -214,19 +224,23 @@ def open_lanes(
       GGUFError: the file can't be run.
       PlanError: the budgets can't work.
     """
-    first = devices[0]
+    first = next(device for device in devices if device.process_index == jax.process_index())
     common: dict[str, Any] = {"compute_dtype": compute_dtype, "kv_dtype": kv_dtype, "timeline": timeline}
     if len(devices) == 1:
         return (open_model(path, device=first, **common, **options),)
     gguf: GGUF | None = open_gguf(path)
     assert gguf is not None
     try:
-        _, config = models.from_gguf(gguf, compute_dtype, kv_dtype)
-        manifest = build_manifest(gguf, CPU_ALIGNMENT if first.platform == "cpu" else 1)
-        planned = {**options, "backend": first.platform, "compact": has_compact_allocator(first)}
-        plan, _ = plan_form(gguf, config, manifest, devices, parallel=parallel, links=links, **planned)
+        _, config = models.from_gguf(gguf, compute_dtype, kv_dtype, options["context"])
+        planned = {
+            **options,
+            "backend": first.platform,
+            "compact": has_compact_allocator(first),
+            "device_fetch": fetches(config, first),
+        }
+        plan, _ = plan_form(gguf, config, devices, parallel=parallel, links=links, **planned)
         if plan.parallel == "pipeline":
-            lanes = _open_pipeline(gguf, config, manifest, plan, devices, timeline)
+            lanes = _open_pipeline(gguf, config, plan, devices, timeline)
             gguf = None
             return lanes
     finally:
@@ -253,12 +267,12 @@ def open_lanes(
 def _open_pipeline(
     gguf: GGUF,
     config: Config,
-    manifest: Manifest,
     plan: Plan,
     devices: Sequence[jax.Device],
     timeline: Timeline | None,
 ) -> tuple[Model, ...]:
     """A model whose stages are on the devices, as often as there are stages."""
+    manifest = _manifest(gguf, devices[0], whole=not plan.streamed)
     architecture = models.get(config.architecture)
     opened: list[tuple[range, LayerWeights]] = []
     output = "output.weight" if "output.weight" in manifest.globals else EMBEDDING
@@ -279,7 +293,7 @@ def _open_pipeline(
             name: put_span(gguf, span, device, capability if name == output else "")
             for name, span in manifest.globals.items()
             if name in architecture.global_specs(config)
-            and name != "rope_freqs.weight"
+            and name.removesuffix(".weight") not in models.ROPE_DIVISORS
             and not (plan.host_embedding and name == EMBEDDING)
         }
         jax.block_until_ready(globals_)
@@ -294,7 +308,7 @@ def _open_pipeline(
         gguf,
         manifest,
         architecture,
-        config,
+        models.with_kernels(config, gguf, device),
         plan,
         device,
         globals_,

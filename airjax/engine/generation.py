@@ -15,8 +15,8 @@ import numpy as np
 from airjax.engine.hooks import Hook
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
-from airjax.engine.request import Constraint
 from airjax.engine.pipeline import Passage
+from airjax.engine.request import Constraint
 from airjax.engine.stats import peak_device_bytes
 from airjax.engine.step import draw_step, unembed_step
 from airjax.engine.sweep import State, sweep
@@ -149,7 +149,7 @@ def generate(
         x, row = last
     draw = draw_step(model.layouts, model.config, sampler.apply)
     context = np.asarray(prompt, np.int32)[None]
-    sampler_state, token, keys, last_row, numbers = jax.device_put(
+    sampler_state, token, keys, last_row, numbers = model.put(
         (
             sampler.init(context[:, :-1], model.config.vocab_size),
             context[:, -1],
@@ -157,11 +157,10 @@ def generate(
             np.array([row], np.int32),
             (np.int32(earlier_draws), np.full((1, 1), len(prompt) - 1, np.int32)),
         ),
-        model.everywhere,
     )
-    only_row = jax.device_put(np.zeros(1, np.int32), model.everywhere)
+    only_row = model.put(np.zeros(1, np.int32))
     # Where nothing waits for the link, the device is given the next sweep before the host looks at the token.
-    ahead = not model.plan.streamed and model.pool is None and state.shuttle is None
+    ahead = model.runs_ahead
     for count in range(max_tokens):
         allowed = None if mask is None else mask.result()[None]
         before = x, last_row, sampler_state, token
@@ -174,6 +173,7 @@ def generate(
         if swept:
             x = sweep(model, x, state, np.full((1, 1), position, np.int32), numbers[1], hook)
         ids, logprobs = jax.device_get((token, logprob))
+        model.count_fetched(keep=int(swept))
         drawn = Draw(int(ids[0]), float(logprobs[0]))
         if drawn.id < 0:
             if allowed is not None and not allowed.any():
@@ -243,6 +243,7 @@ def score(model: Model, state: State, ids: Sequence[int]) -> Iterator[Array]:
             model.pending = logits
             yield logits[: rows - begin]
         model.stats.prefill_s += clock.lap()
+    model.count_fetched()
     model.stats.peak_device_bytes = peak_device_bytes(*model.devices)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
+from airjax.engine.passing import Passing
 from airjax.engine.weights import LayerWeights
 from airjax.gguf import GGUF, Manifest
 from airjax.models import Buffers, Config
@@ -53,7 +54,7 @@ class StagedWeights(LayerWeights):
     """The weights of all stages, each with a ring of its own; a stage begins when it is entered."""
 
     def __init__(self, stages: Sequence[tuple[range, LayerWeights]]) -> None:
-        super().__init__({}, None)
+        super().__init__((), {}, {}, None, ())
         self._stages = tuple(stages)
         self._of = {layer: weights for layers, weights in self._stages for layer in layers}
 
@@ -62,13 +63,13 @@ class StagedWeights(LayerWeights):
         """Of the stages that stream."""
         return [ring for _, weights in self._stages for ring in weights.rings]
 
-    def take(self, layer: int) -> Buffers:
+    def take(self, layer: int) -> Buffers | Passing:
         return self._of[layer].take(layer)
 
     def relaid(self, layer: int) -> bool:
         return self._of[layer].relaid(layer)
 
-    def release(self, layer: int, weights: Buffers, before: Array, done: Array) -> None:
+    def release(self, layer: int, weights: Buffers | Passing, before: Array, done: Array) -> None:
         self._of[layer].release(layer, weights, before, done)
 
     def close(self) -> None:
@@ -190,6 +191,7 @@ def plan_stages(
             plan,
             resident=tuple(layers.start + layer for layer in plan.resident),
             streamed=tuple(layers.start + layer for layer in plan.streamed),
+            kept=tuple((layers.start + layer, at) for layer, at in plan.kept),
         )
 
     @functools.cache
@@ -235,6 +237,7 @@ def joined(plans: Sequence[Plan], lanes: int, ram_budget_bytes: int, reason: str
         stream_depth=max(plan.stream_depth for plan in plans),
         resident=tuple(layer for plan in plans for layer in plan.resident),
         streamed=tuple(layer for plan in plans for layer in plan.streamed),
+        kept=tuple(piece for plan in plans for piece in plan.kept),
         kv_slots=tuple(slots for plan in plans for slots in plan.kv_slots),
         relaid=any(plan.relaid for plan in plans),
         workspace_bytes=max(plan.workspace_bytes for plan in plans),

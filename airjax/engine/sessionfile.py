@@ -163,9 +163,10 @@ def _check_shapes(model: Model, rows: list[list[np.ndarray]], filled: int, count
     if not 0 <= filled <= count or not count or len(rows) != model.config.n_layers:
         raise ValueError
     config = model.config
-    row: Any = layers.rows_struct((1, config.all_kv_heads, config.head_dim), config.kv_dtype)
-    template = jax.tree.leaves(LayerKV(row, row))
     for parts, kind, slots in zip(rows, model.kinds, model.plan.kv_slots, strict=True):
+        heads, width = config.all_kv_shape(kind)
+        row: Any = layers.rows_struct((1, heads // config.kv_copies, width), config.kv_dtype)
+        template = jax.tree.leaves(LayerKV(row, row))
         window = model.architecture.window(model.config, kind)
         needed = min(filled, window or slots)
         if len(parts) != len(template):

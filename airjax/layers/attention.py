@@ -17,7 +17,7 @@ class AttentionForm(NamedTuple):
     """What an architecture fixes of `attention`; static.
 
     Attributes:
-      scale, window, softcap: as `attention` has them.
+      scale, window, softcap, chunked: as `attention` has them.
       dtype: of the products.
     """
 
@@ -25,12 +25,20 @@ class AttentionForm(NamedTuple):
     window: int
     softcap: float
     dtype: np.dtype
+    chunked: bool = False
 
 
 # Finite, so that a padding row (which sees no key at all) stays free of NaN.
 MASKED = -1e30
 # Scores of one tile of new tokens; more new tokens than that go one tile after another.
 SCORES_BYTES = 64 << 20
+
+
+def first_seen(positions: Array, window: int, chunked: bool) -> Array | None:
+    """The first position that the tokens at `positions` see, of the same shape; None where they see all."""
+    if not window:
+        return None
+    return positions // window * window if chunked else positions - window + 1
 
 
 def _slots(positions: Array, size: int) -> Array:
@@ -97,6 +105,8 @@ def attention(
     *,
     scale: float,
     window: int = 0,
+    chunked: bool = False,
+    first: Array | None = None,
     softcap: float = 0.0,
     length: int | None = None,
     dtype: np.dtype | None = None,
@@ -112,6 +122,8 @@ def attention(
       positions: `[B, T]` int32, negative for padding rows (their output is meaningless, but finite).
       scale: factor of the scores before the softmax.
       window: a token sees itself and the `window - 1` before it; 0 for all before it.
+      chunked: windows stand side by side: a token sees what its own holds, up to itself (Llama 4).
+      first: the first position that each token sees, `[B, T]`; None for what follows from the window.
       softcap: scores become softcap * tanh(scores / softcap); 0 for none.
       length: only the first `length` slots are looked at (static); every position is below it then.
       dtype: of the products; None for the cache's own.
@@ -124,7 +136,8 @@ def attention(
     keys, values = decode(seen_rows.k, dtype), decode(seen_rows.v, dtype)
     batch, new, heads, width = q.shape
     kv_heads = keys.shape[1]
-    visible = _visible(positions, keys.shape[2], kv.k.shape[2], window)
+    first = first_seen(positions, window, chunked) if first is None else first
+    visible = _visible(positions, keys.shape[2], kv.k.shape[2], first)
 
     grouped = q.reshape(batch, new, kv_heads, heads // kv_heads, width).astype(keys.dtype)
 
@@ -151,6 +164,7 @@ def attention_weights(
     *,
     scale: float,
     window: int = 0,
+    chunked: bool = False,
     softcap: float = 0.0,
     length: int | None = None,
     dtype: np.dtype | None = None,
@@ -164,12 +178,13 @@ def attention_weights(
     keys = decode(jax.tree.map(lambda part: part[:, :, :length], kv.k), dtype)
     batch, new, heads, width = q.shape
     grouped = q.reshape(batch, new, keys.shape[1], -1, width).astype(keys.dtype)
-    visible = _visible(positions, keys.shape[2], kv.k.shape[2], window)
+    first = first_seen(positions, window, chunked)
+    visible = _visible(positions, keys.shape[2], kv.k.shape[2], first)
     weights = _weights(grouped, keys, visible, scale, softcap, sinks)
     return weights.reshape(batch, heads, new, keys.shape[2])
 
 
-def _visible(positions: Array, slots: int, size: int, window: int) -> Array:
+def _visible(positions: Array, slots: int, size: int, first: Array | None) -> Array:
     """Which of the first `slots` slots of a cache of `size` the tokens at `positions` `[B, T]` see: `[B, T, S]`."""
     # Where each slot's content comes from: the newest position that maps to it, negative if none yet.
     last = jnp.max(positions, axis=1)[:, None]  # [B, 1]
@@ -177,8 +192,8 @@ def _visible(positions: Array, slots: int, size: int, window: int) -> Array:
     key_positions = last - (last - slot) % size  # [B, S]
     query = positions[:, :, None]  # [B, T, 1]
     visible = (key_positions[:, None] >= 0) & (key_positions[:, None] <= query)
-    if window:
-        visible &= key_positions[:, None] > query - window
+    if first is not None:
+        visible &= key_positions[:, None] >= first[:, :, None]
     return visible
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from airjax.layers.attention import (
     MASKED,
     AttentionForm,
+    first_seen,
     masked_scores,
     product_precision,
     split_rows,
@@ -49,7 +50,7 @@ def attend_part(
       kv: `[B, K, S, H]` each.
       key_positions: where each key stands, `[B, S]` int32, negative for none.
       positions: `[B, T]` int32, negative for padding rows.
-      form: scale, window, softcap, dtype of the products.
+      form: scale, windows, softcap, dtype of the products.
     """
     keys, values = decode(kv.k, form.dtype), decode(kv.v, form.dtype)
     batch, new, heads, width = q.shape
@@ -92,8 +93,9 @@ def _attend(
 ) -> Partial:
     query = positions[:, :, None]  # [B, T, 1]
     visible = (key_positions[:, None] >= 0) & (key_positions[:, None] <= query)  # [B, T, S]
-    if form.window:
-        visible &= key_positions[:, None] > query - form.window
+    first = first_seen(query, form.window, form.chunked)
+    if first is not None:
+        visible &= key_positions[:, None] >= first
     visible = visible[:, None, None]
     einsum = functools.partial(
         jnp.einsum, preferred_element_type=jnp.float32, precision=product_precision(keys.dtype)

@@ -11,25 +11,38 @@ import dataclasses
 from airjax.gguf import GGUF, GGUFError
 from airjax.models import (
     arcee,
+    bailingmoe,
+    bailingmoe2,
     cohere2,
     command_r,
+    deepseek,
     deepseek2,
+    dots1,
     ernie4_5,
+    ernie4_5_moe,
     exaone,
     exaone4,
+    exaone_moe,
     falcon,
     gemma2,
     gemma3,
+    gemma4,
     glm4,
     glm4moe,
     gpt_oss,
     gptneox,
     granite,
+    granitemoe,
+    hunyuan_dense,
+    hunyuan_moe,
     internlm2,
     llama,
+    llama4,
+    minimax_m2,
     mistral3,
     nemotron,
     olmo2,
+    olmoe,
     phi2,
     phi3,
     qwen2,
@@ -49,7 +62,9 @@ from airjax.models.architecture import TensorSpec as TensorSpec
 from airjax.models.architecture import Weights as Weights
 from airjax.models.architecture import check_tensors as check_tensors
 from airjax.models.architecture import unpack as unpack
+from airjax.models.decoder import ROPE_DIVISORS as ROPE_DIVISORS
 from airjax.models.decoder import DecoderConfig as DecoderConfig
+from airjax.models.decoder import for_context
 from airjax.models.experts import EXPERT_MATRICES as EXPERT_MATRICES
 from airjax.models.experts import GATHERED_BYTES as GATHERED_BYTES
 from airjax.models.experts import biases as biases
@@ -59,31 +74,55 @@ from airjax.models.experts import decoded_experts as decoded_experts
 from airjax.models.experts import expert_products as expert_products
 from airjax.models.experts import route as route
 from airjax.models.experts import shared as shared
+from airjax.models.experts import shared_apart as shared_apart
+from airjax.models.experts import with_kernels as with_kernels
+from airjax.models.passing import held_at_once as held_at_once
+from airjax.models.passing import passing_order as passing_order
+from airjax.models.sharding import BY_HEADS as BY_HEADS
+from airjax.models.sharding import BY_HEADS_LAST as BY_HEADS_LAST
+from airjax.models.sharding import BYTES as BYTES
+from airjax.models.sharding import VOCABULARY_CUT as VOCABULARY_CUT
+from airjax.models.sharding import WHOLE as WHOLE
+from airjax.models.sharding import Cut as Cut
 from airjax.models.sharding import check_cuts as check_cuts
 from airjax.models.sharding import cut_of as cut_of
 from airjax.models.sharding import local_config as local_config
+from airjax.models.sharding import spread as spread
 
 _MODULES = (
     arcee,
+    bailingmoe,
+    bailingmoe2,
     cohere2,
     command_r,
+    deepseek,
     deepseek2,
+    dots1,
     ernie4_5,
+    ernie4_5_moe,
     exaone,
     exaone4,
+    exaone_moe,
     falcon,
     gemma2,
     gemma3,
+    gemma4,
     glm4,
     glm4moe,
     gpt_oss,
     gptneox,
     granite,
+    granitemoe,
+    hunyuan_dense,
+    hunyuan_moe,
     internlm2,
     llama,
+    llama4,
+    minimax_m2,
     mistral3,
     nemotron,
     olmo2,
+    olmoe,
     phi2,
     phi3,
     qwen2,
@@ -95,8 +134,16 @@ _MODULES = (
     stablelm,
     starcoder2,
 )
-# The names that files give: these two have a hyphen.
-_HYPHENATED = {"command_r": "command-r", "gpt_oss": "gpt-oss"}
+# The names that files give where they have a hyphen.
+_HYPHENATED = {
+    "command_r": "command-r",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "exaone_moe": "exaone-moe",
+    "gpt_oss": "gpt-oss",
+    "hunyuan_dense": "hunyuan-dense",
+    "hunyuan_moe": "hunyuan-moe",
+    "minimax_m2": "minimax-m2",
+}
 _ARCHITECTURES: dict[str, Architecture] = {
     _HYPHENATED.get(name, name): module.ARCHITECTURE
     for name, module in ((module.__name__.rpartition(".")[2], module) for module in _MODULES)
@@ -122,13 +169,16 @@ def get(architecture: str) -> Architecture:
     return _ARCHITECTURES[architecture]
 
 
-def from_gguf(gguf: GGUF, compute_dtype: str, kv_dtype: str = "auto") -> tuple[Architecture, Config]:
+def from_gguf(
+    gguf: GGUF, compute_dtype: str, kv_dtype: str = "auto", context: int | None = None
+) -> tuple[Architecture, Config]:
     """Finds the architecture of a file, reads its configuration and checks its tensor table.
 
     Args:
       gguf: the open file.
       compute_dtype: "float32", "bfloat16" or "float16".
       kv_dtype: one of `layers.KV_DTYPES`, or "auto" for the compute dtype.
+      context: positions of the KV cache, where the rope depends on it; None for few.
 
     Raises:
       GGUFError: the architecture is unknown, or the file does not fit it. No tensor data is read.
@@ -148,4 +198,4 @@ def from_gguf(gguf: GGUF, compute_dtype: str, kv_dtype: str = "auto") -> tuple[A
     if kv_dtype != "auto":
         config = dataclasses.replace(config, kv_dtype=kv_dtype)
     check_tensors(gguf, architecture, config)
-    return architecture, config
+    return architecture, for_context(config, context or 0)

@@ -35,7 +35,7 @@ class Config:
 
     `compute_dtype` is the dtype of products ("float32", "bfloat16", "float16"), `kv_dtype` the form of the KV cache
     (one of `layers.KV_DTYPES`), `experts` an `experts.Experts` where the feed-forward part is a mixture of them. With a
-    `mesh` the sizes are those of one device's part; see `sharding`.
+    `mesh` the sizes are those of one device's part; see `sharding`. `kv_copies` neighbours have the same KV heads.
     """
 
     architecture: str
@@ -52,16 +52,26 @@ class Config:
     kv_dtype: str
     experts: Any = field(default=None, kw_only=True)
     mesh: Any = field(default=None, kw_only=True)
+    kv_copies: int = field(default=1, kw_only=True)
 
-    @property
-    def all_kv_heads(self) -> int:
-        """Of all devices."""
-        return self.n_kv_heads * self.shards
+    def kv_shape(self, kind: str) -> tuple[int, int]:
+        """Heads of keys and values, and their width, in a kind of layer; the heads of one device."""
+        return self.n_kv_heads, self.head_dim
+
+    def all_kv_shape(self, kind: str) -> tuple[int, int]:
+        """The same with the heads of all devices, copies included."""
+        heads, width = self.kv_shape(kind)
+        return heads * self.shards, width
 
     @property
     def shards(self) -> int:
         """On how many devices each layer lies."""
         return 1 if self.mesh is None else int(self.mesh.size)
+
+    @property
+    def shards_here(self) -> int:
+        """On how many devices of this process."""
+        return 1 if self.mesh is None else len(self.mesh.local_devices)
 
 
 class Architecture(Protocol):
@@ -168,7 +178,11 @@ def project_many(x: Array, weights: Weights, names: Sequence[str], config: Confi
 
 
 def common_sizes(
-    gguf: GGUF, compute_dtype: str, eps: str = "layer_norm_rms_epsilon", head_dim: int | None = None
+    gguf: GGUF,
+    compute_dtype: str,
+    eps: str = "layer_norm_rms_epsilon",
+    head_dim: int | None = None,
+    kv_heads: int | None = None,
 ) -> dict[str, Any]:
     """The fields of `Config` from the metadata every decoder-only file has.
 
@@ -177,6 +191,7 @@ def common_sizes(
       compute_dtype: as in `Config`.
       eps: the name that the file has for the constant of its norms.
       head_dim: of the cache's rows, where it is not that of keys and values in the file.
+      kv_heads: of keys and values, where the file has a number for each layer.
 
     Raises:
       GGUFError: a key is missing, or a value makes no model.
@@ -194,7 +209,7 @@ def common_sizes(
 
     heads = key("attention.head_count")
     d_model = key("embedding_length")
-    kv_heads = key("attention.head_count_kv", heads)
+    kv_heads = key("attention.head_count_kv", heads) if kv_heads is None else kv_heads
     if heads % kv_heads:
         raise GGUFError(
             f"{gguf.path}: {arch}.attention.head_count must be a multiple of head_count_kv, "

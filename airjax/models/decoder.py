@@ -6,6 +6,7 @@ LLaMA, 2023, has the plain form; what departs from it is named at the fields.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from airjax.models.experts import ROUTER, expert_specs, feed_forward
 from airjax.types import Array, KVCache
 
 _UNROTATED = " unrotated"
+# Tensors outside the layers that are read with the metadata.
+ROPE_DIVISORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,18 @@ class DecoderConfig(Config):
     Attributes:
       rope_frequencies: of the rotated pairs of a head; the rest of a head passes unchanged.
       rope_frequencies_local: of layers with a sliding window, where they have others (Gemma 3, OLMo 3).
+      rope_frequencies_long: those of contexts longer than `short_context`, where they have others (Phi 3).
       rope_scale: factor of the rotated elements (YaRN's attention factor), but for those layers.
       rope_interleaved: pairs are neighbours, else halves.
       unrotated_every: each so manyth layer has no rope (SmolLM3); 0 for none.
       sliding_window: of local layers; 0 for none.
+      local_kv_heads, local_head_dim: of those layers, where they are others; 0 for the same (Gemma 4).
+      chunked: the windows stand side by side (Llama 4).
       global_every: each so manyth layer sees the whole context, the others the window; 0 for none of them.
       norm: "rms", or "layer" for the form that takes the mean away and may have a bias.
       qk_norm: queries and keys are normed by the "head" (Qwen 3), by the head with weights for "each head"
-        (Command R+), or the "whole" of them at once (OLMo 2).
+        (Command R+), or the "whole" of them at once (OLMo 2); "plain" without weights, where they are turned (Llama 4).
+      qk_norm_late: after rope, else before it (Hunyuan).
       parallel: attention and feed-forward take the same input, and both are added to it (Falcon).
       attention_norm: name of the norm before attention.
       pre_norms: norms before attention and feed-forward.
@@ -57,6 +64,7 @@ class DecoderConfig(Config):
       attention_softcap: of the scores; 0 for none (Gemma 2).
       attention_growth: how queries grow with the logarithm of their position (Llama 4, Ministral 3); 0 for not at all.
       attention_growth_length: in steps of so many positions.
+      attention_growth_unrotated: of layers without rope alone, with positions counted from 1 (Llama 4).
       logit_softcap: of the logits; 0 for none.
       embedding_scale: factor of the embedding.
       residual_scale: factor of what is added to the hidden states (Granite).
@@ -68,13 +76,19 @@ class DecoderConfig(Config):
     rope_frequencies: tuple[float, ...]
     attention_scale: float
     rope_frequencies_local: tuple[float, ...] = ()
+    rope_frequencies_long: tuple[float, ...] = ()
+    short_context: int = 0
     rope_scale: float = 1.0
     rope_interleaved: bool = False
     unrotated_every: int = 0
     sliding_window: int = 0
+    local_kv_heads: int = 0
+    local_head_dim: int = 0
+    chunked: bool = False
     global_every: int = 0
     norm: Literal["rms", "layer"] = "rms"
-    qk_norm: Literal["", "head", "each head", "whole"] = ""
+    qk_norm: Literal["", "head", "each head", "whole", "plain"] = ""
+    qk_norm_late: bool = False
     parallel: bool = False
     attention_norm: str = "attn_norm"
     pre_norms: bool = True
@@ -86,12 +100,19 @@ class DecoderConfig(Config):
     attention_softcap: float = 0.0
     attention_growth: float = 0.0
     attention_growth_length: int = 1
+    attention_growth_unrotated: bool = False
     logit_softcap: float = 0.0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
     sinks: bool = False
     feed_forward_name: str = "ffn_norm"
+
+    def kv_shape(self, kind: str) -> tuple[int, int]:
+        """Heads of keys and values, and their width, in a kind of layer; the heads of one device."""
+        if not kind.startswith("local"):
+            return self.n_kv_heads, self.head_dim
+        return self.local_kv_heads or self.n_kv_heads, self.local_head_dim or self.head_dim
 
 
 @dataclass(frozen=True)
@@ -115,7 +136,10 @@ class Decoder:
             **_norm_specs({"output_norm": (config.d_model,)}, config),
             "output.weight": TensorSpec((config.vocab_size, config.d_model), optional=True),
             "output.bias": TensorSpec((config.vocab_size,), optional=True),
-            "rope_freqs.weight": TensorSpec((len(config.rope_frequencies),), optional=True),
+            **{
+                f"{name}.weight": TensorSpec((len(config.rope_frequencies),), optional=True)
+                for name in ROPE_DIVISORS
+            },
         }
 
     def block_specs(self, config: DecoderConfig, layer: int) -> dict[str, TensorSpec]:
@@ -140,7 +164,7 @@ class Decoder:
             norms |= {"attn_q_norm": (q,), "attn_k_norm": (kv,)}
         elif config.qk_norm == "head":
             norms |= {"attn_q_norm": (config.head_dim,), "attn_k_norm": (config.head_dim,)}
-        elif config.qk_norm:
+        elif config.qk_norm == "each head":
             norms |= {"attn_q_norm": (config.n_heads, config.head_dim)}
             norms |= {"attn_k_norm": (config.n_kv_heads, config.head_dim)}
         specs = _norm_specs(norms, config)
@@ -173,6 +197,7 @@ class Decoder:
             window=self.window(config, kind),
             softcap=config.attention_softcap,
             dtype=np.dtype(config.compute_dtype),
+            chunked=config.chunked,
         )
 
     def attention_sinks(self, weights: Weights, config: DecoderConfig) -> Array | None:
@@ -193,14 +218,19 @@ class Decoder:
         if config.qk_norm == "whole":
             q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
         q, k, v = (y.reshape(batch, new, -1, config.head_dim) for y in (q, k, v))
-        if config.qk_norm in ("head", "each head"):
+        by_head, rotated = config.qk_norm in ("head", "each head"), not kind.endswith(_UNROTATED)
+        if by_head and not config.qk_norm_late:
             q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
-        if not kind.endswith(_UNROTATED):
+        if rotated:
             local = config.rope_frequencies_local if kind == "local" else ()
             frequencies = np.asarray(local or config.rope_frequencies, np.float32)
             scale = 1.0 if local else config.rope_scale
             q, k = (layers.rope(y, positions, frequencies, config.rope_interleaved, scale) for y in (q, k))
-        if config.attention_growth:
+        if by_head and config.qk_norm_late:
+            q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
+        if config.qk_norm == "plain" and rotated:
+            q, k = (layers.rms_norm(y, jnp.ones(()), config.norm_eps) for y in (q, k))
+        if config.attention_growth and not (rotated and config.attention_growth_unrotated):
             q = q * _growth(positions, config)[..., None, None]
         return q, k, v
 
@@ -299,7 +329,7 @@ def rope_fields(gguf: GGUF, sizes: dict[str, Any], base: float = 10_000.0) -> di
     base = gguf.get(f"{arch}.rope.freq_base", float, base)
     scaling = gguf.get(f"{arch}.rope.scaling.type", str, "none")
     factor = gguf.get(f"{arch}.rope.scaling.factor", float, 1.0)
-    factors = _rope_factors(gguf, width)
+    factors = _rope_factors(gguf, "rope_freqs", width)
     if scaling == "yarn" and factor > 1:
         original = gguf.get(f"{arch}.rope.scaling.original_context_length", int)
         given = gguf.get(f"{arch}.rope.scaling.attn_factor", float, 1.0)
@@ -310,9 +340,12 @@ def rope_fields(gguf: GGUF, sizes: dict[str, Any], base: float = 10_000.0) -> di
             "rope_frequencies": tuple(frequencies.tolist()),
             "rope_scale": given * (1 + 0.1 * math.log(factor)),
         }
+    if "rope_factors_long.weight" in gguf.tensors:
+        return _longrope_fields(gguf, arch, width, base)
     if scaling not in ("none", "linear", "yarn"):
         raise GGUFError(
-            f"{path}: {arch}.rope.scaling.type {scaling!r} can't be run: none, linear and yarn can"
+            f"{path}: {arch}.rope.scaling.type {scaling!r} can't be run: none, linear and yarn can, "
+            "and longrope with its factors"
         )
     linear = factor if scaling == "linear" else 1.0
     return {"rope_frequencies": tuple(layers.rope_frequencies(width, base, linear, factors).tolist())}
@@ -346,16 +379,50 @@ def window_fields(gguf: GGUF, sizes: dict[str, Any], every: int) -> dict[str, An
     return {"sliding_window": window, "global_every": every}
 
 
-def _rope_factors(gguf: GGUF, width: int) -> tuple[float, ...]:
-    info = gguf.tensors.get("rope_freqs.weight")
+def for_context(config: Config, context: int) -> Config:
+    """The configuration for a cache of so many positions: a rope of two sets of frequencies takes one of them."""
+    if not isinstance(config, DecoderConfig) or not config.short_context < context:
+        return config
+    if not config.rope_frequencies_long:
+        return config
+    return dataclasses.replace(config, rope_frequencies=config.rope_frequencies_long)
+
+
+def _longrope_fields(gguf: GGUF, arch: str, width: int, base: float) -> dict[str, Any]:
+    """Divisors for short contexts and for long ones: Ding et al., LongRoPE, 2024."""
+    short, long = (_rope_factors(gguf, f"rope_factors_{name}", width) for name in ("short", "long"))
+    if not short:
+        raise GGUFError(
+            f"{gguf.path}: tensor rope_factors_short.weight is missing beside rope_factors_long.weight: "
+            "convert the model again"
+        )
+    original = gguf.get(f"{arch}.rope.scaling.original_context_length", int)
+    if original < 1:
+        raise GGUFError(
+            f"{gguf.path}: {arch}.rope.scaling.original_context_length must be at least 1, got {original}"
+        )
+    frequencies, others = (
+        tuple(layers.rope_frequencies(width, base, 1.0, own).tolist()) for own in (short, long)
+    )
+    scale = gguf.get(f"{arch}.rope.scaling.attn_factor", float, 1.0)
+    return {
+        "rope_frequencies": frequencies,
+        "rope_frequencies_long": others,
+        "short_context": original,
+        "rope_scale": scale or 1.0,
+    }
+
+
+def _rope_factors(gguf: GGUF, name: str, width: int) -> tuple[float, ...]:
+    name = f"{name}.weight"
+    info = gguf.tensors.get(name)
     if info is None:
         return ()
     if info.type != GGMLType.F32 or info.shape != (width // 2,):
         raise GGUFError(
-            f"{gguf.path}: tensor rope_freqs.weight must be F32 of shape ({width // 2},), "
-            f"got {info.type.name} {info.shape}"
+            f"{gguf.path}: tensor {name} must be F32 of shape ({width // 2},), got {info.type.name} {info.shape}"
         )
-    return tuple(gguf.raw("rope_freqs.weight").view(np.float32).tolist())
+    return tuple(gguf.raw(name).view(np.float32).tolist())
 
 
 def _added(x: Array, update: Array, weights: Weights, norm: str, config: DecoderConfig) -> Array:
@@ -379,7 +446,8 @@ def _feed_forward(h: Array, weights: Weights, config: DecoderConfig) -> Array:
 
 def _growth(positions: Array, config: DecoderConfig) -> Array:
     """Factor of the queries at each position: 1 in the first step, then more with the logarithm of the step."""
-    step = jnp.maximum(positions, 0) // config.attention_growth_length
+    first = 1 if config.attention_growth_unrotated else 0
+    step = (jnp.maximum(positions, 0) + first) // config.attention_growth_length
     return 1 + config.attention_growth * jnp.log(1 + step.astype(jnp.float32))
 
 

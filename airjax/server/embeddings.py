@@ -56,10 +56,10 @@ async def _embed(state: State, inputs: list[list[int]]) -> list[np.ndarray]:
         run = state.submit(orders)
         try:
             while run.open:
-                index, event = await run.next()
-                if event.hidden is None:
-                    raise ApiError(500, f"a text was not embedded: {event.error}")
-                found[index] = event.hidden / max(float(np.linalg.norm(event.hidden)), 1e-12)
+                for index, event in await run.next():
+                    if event.hidden is None:
+                        raise ApiError(500, f"a text was not embedded: {event.error}")
+                    found[index] = event.hidden / max(float(np.linalg.norm(event.hidden)), 1e-12)
         finally:
             run.close()
         vectors += [found[index] for index in range(len(part))]

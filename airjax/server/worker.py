@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from airjax import engine
 from airjax.api import Engine
 from airjax.engine import BatchStats
+from airjax.plan import KV_PAGE
 from airjax.server.metrics import Metrics
-from airjax.server.sampler import Settings, make_sampler
+from airjax.server.programs import Programs
+from airjax.server.sampler import Settings, keyless_sampler, make_sampler
 from airjax.text import Grammar
 
 _T = TypeVar("_T")
@@ -28,6 +31,8 @@ _LOG = logging.getLogger("airjax.server")
 _CHOICES = 0x7FFFFFFF
 # Likewise for what transforms draw themselves.
 _SAMPLER = 0x7FFFFFFE
+# After a step of at least this time the next one waits for so large a part of it for those who come back.
+_LONG_STEP_S, _LINGER = 0.1, 0.02
 
 
 class QueueFullError(Exception):
@@ -54,12 +59,15 @@ class Order:
 
     def request(self) -> engine.Request:
         """For the scheduler."""
-        key = jax.random.key((self.seed ^ self.seed >> 32) & 0x7FFFFFFF)
-        if self.choice:
-            key = jax.random.fold_in(jax.random.fold_in(key, _CHOICES), self.choice)
+        settings = self.settings
+        # On the CPU: the few numbers of a key are not worth a wait for what the device has to do.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            key, own = _keys((self.seed ^ self.seed >> 32) & 0x7FFFFFFF, self.choice)
+            draws = settings.xtc_probability or settings.mirostat
+            sampler = make_sampler(settings, own) if draws else keyless_sampler(settings)
         return engine.Request(
             ids=self.ids,
-            sampler=make_sampler(self.settings, jax.random.fold_in(key, _SAMPLER)),
+            sampler=sampler,
             key=key,
             max_tokens=self.max_tokens,
             stop_ids=self.stop_ids,
@@ -69,21 +77,55 @@ class Order:
         )
 
 
+@jax.jit
+def _keys(seed: int, choice: int) -> tuple[jax.Array, jax.Array]:
+    """The key of a generation's draws, and that of what its transforms draw themselves."""
+    first = jax.random.key(seed)
+    folded = jax.random.fold_in(jax.random.fold_in(first, _CHOICES), choice)
+    bits = jnp.where(choice > 0, jax.random.key_data(folded), jax.random.key_data(first))
+    key = jax.random.wrap_key_data(bits, impl=jax.random.key_impl(first))
+    return key, jax.random.fold_in(key, _SAMPLER)
+
+
+def first_pages(opened: Engine, whole: bool) -> int | None:
+    """Pages of the KV cache that a server begins with: all, or few, and more (and new programs) when needed."""
+    return opened.plan.kv_tokens // KV_PAGE if whole else None
+
+
 class Run:
     """The generations of one HTTP request, as its handler sees them. It belongs to the event loop."""
 
     def __init__(self, worker: Worker, count: int) -> None:
         self._worker = worker
         self.loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, engine.Event]] = asyncio.Queue()
+        self._events: list[tuple[int, engine.Event]] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._until = 0.0
         self.open = set(range(count))
 
-    async def next(self) -> tuple[int, engine.Event]:
-        """The next event, with the number of its generation."""
-        index, event = await self._events.get()
-        if event.finish_reason:
-            self.open.discard(index)
-        return index, event
+    async def next(self, patience_s: float | None = None) -> list[tuple[int, engine.Event]]:
+        """What happened since the last time, each event with the number of its generation.
+
+        Args:
+          patience_s: after which nothing, an empty list, is an answer too; None to wait as long as it takes.
+        """
+        if not self._events:
+            self._waiter = self.loop.create_future()
+            if patience_s is not None:
+                self._until = self.loop.time() + patience_s
+                # One timer for many waits, each of which only moves the end: a token should not cost a timer.
+                if self._timer is None or self._timer.when() > self._until:
+                    self._set_timer()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        found, self._events = self._events, []
+        for index, event in found:
+            if event.finish_reason:
+                self.open.discard(index)
+        return found
 
     def cancel(self, index: int, reason: str = "cancelled") -> None:
         """Ends a generation early; it is counted under `reason`."""
@@ -93,13 +135,33 @@ class Run:
 
     def close(self) -> None:
         """Ends what is still open."""
+        if self._timer is not None:
+            self._timer.cancel()
         for index in tuple(self.open):
             self.cancel(index)
 
     def put(self, events: Sequence[tuple[int, engine.Event]]) -> None:
         """Adds events, in the loop."""
-        for item in events:
-            self._events.put_nowait(item)
+        self._events += events
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_at(self._until, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        if self._waiter is None:
+            return
+        if self.loop.time() < self._until:
+            self._set_timer()
+        else:
+            self._wake()
 
 
 def deliver(found: Mapping[Run, Sequence[tuple[int, engine.Event]]]) -> None:
@@ -138,6 +200,8 @@ class Worker:
       state: where it stands.
       stage: what it does while loading.
       error: why the engine could not be opened.
+      programs: drops compiled programs when there are too many.
+      whole_cache: whether all KV pages are made at once; to be set while the engine is being opened.
     """
 
     def __init__(
@@ -152,13 +216,16 @@ class Worker:
         self.error: Exception | None = None
         self.started = time.monotonic()
         self.metrics = metrics
+        self.programs = Programs()
         self._open_engine = open_engine
         self._max_queue = max_queue
+        self.whole_cache = False
         self._on_failure = on_failure
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[int, _Job] = {}
         self._numbers: dict[tuple[Run, int], int] = {}
         self._places = 0  # generations that were let in and have not ended
+        self._expected, self._until = 0, 0.0  # for how many, and until when, the next step waits
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._scheduler: engine.Scheduler | engine.Spread | None = None
@@ -244,7 +311,8 @@ class Worker:
         try:
             self._engine = self._open_engine()
             self.stage = "making room for the batch"
-            scheduler = self._engine.scheduler(make_sampler(Settings()))
+            pages = first_pages(self._engine, self.whole_cache)
+            scheduler = self._engine.scheduler(make_sampler(Settings()), first_pages=pages)
         except Exception as error:
             self.error, self.state = error, "failed"
             if self._engine is not None:
@@ -257,6 +325,7 @@ class Worker:
         try:
             while self._obey():
                 self._step()
+                self.programs.look()
         finally:
             self.state = "stopped"
             self._fail_all("the server is shutting down")
@@ -266,9 +335,17 @@ class Worker:
     def _obey(self) -> bool:
         """Carries out what was asked for; waits for something to do. False at the end."""
         assert self._scheduler is not None
+        until, self._until = self._until, 0.0
         while True:
+            # Clients whose answers ended may come back at once; a long sweep should not leave without them.
+            left = until - time.monotonic() if self._places < self._expected else 0.0
             try:
-                command = self._commands.get(block=not self._scheduler.busy)
+                if not self._scheduler.busy:
+                    command = self._commands.get()
+                elif left > 0:
+                    command = self._commands.get(timeout=left)
+                else:
+                    command = self._commands.get(block=False)
             except queue.Empty:
                 return True
             if command is None:
@@ -277,6 +354,7 @@ class Worker:
 
     def _step(self) -> None:
         assert self._scheduler is not None
+        start, self._expected = time.monotonic(), self._places
         try:
             events = self._scheduler.step()
         except Exception as error:
@@ -285,6 +363,8 @@ class Worker:
             return
         self.metrics.step()
         now = time.monotonic()
+        if now - start > _LONG_STEP_S:
+            self._until = now + _LINGER * (now - start)
         found: dict[Run, list[tuple[int, engine.Event]]] = {}
         for event in events:
             job = self._jobs.get(event.request)

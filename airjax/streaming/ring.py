@@ -31,16 +31,24 @@ class Source(Protocol):
 
 
 class _Busy(NamedTuple):
-    weights: Buffers
-    done: Array
+    weights: tuple[Buffers, ...]
+    done: Any  # an array
 
 
 class Ring:
     """Cyclic prefetch of `items` in their order, sweep after sweep.
 
     While the last item of a sweep computes, the first ones of the next sweep are already on the link.
-    A slot is refilled only when the block that used it has finished, so that no more than `depth` items
-    are ever alive on the device; that wait is also the throttle of the host loop.
+    A slot is refilled only when the work that used it has finished, so that no more than `depth` items
+    are ever alive on the device, unless more than these are asked for at once; that wait is also the throttle of
+    the host loop.
+
+    Args:
+      source: starts the transfers.
+      items: in the order in which they are asked for, again and again.
+      depth: how many slots there are.
+      timeline: as the attribute.
+      names: of the items, for the timeline; None for their numbers.
 
     Attributes:
       bytes_put: bytes whose transfer was started.
@@ -54,6 +62,7 @@ class Ring:
         items: Sequence[int],
         depth: int,
         timeline: Timeline | None = None,
+        names: Sequence[str] | None = None,
         lane: str = "host to device",
     ) -> None:
         if depth < 1:
@@ -64,6 +73,7 @@ class Ring:
         self.wait_s = 0.0
         self._source = source
         self._items = tuple(items)
+        self._names = names
         self._depth = min(depth, len(self._items))
         self.timeline = timeline
         self._lane = lane
@@ -90,7 +100,15 @@ class Ring:
 
     def take(self, item: int) -> Buffers:
         """The weights of `item`, the next in order; they may still be on the link."""
+        self._free_ready()
         self._fill()
+        if not self._ahead:
+            # Nothing was given back since: the newest work is the last that uses a slot.
+            for busy in self._busy:
+                jax.block_until_ready(busy.done)
+            self._free(keep=0)
+        if not self._ahead:
+            self._put()  # all slots are taken, and this is wanted beside them
         ahead, weights = self._ahead.popleft()
         if ahead != item:
             self.drop()
@@ -98,17 +116,17 @@ class Ring:
         self._taken.append(weights)
         return weights
 
-    def release(self, weights: Buffers, before: Array, done: Array) -> None:
-        """Gives the slot of `weights` back, to be refilled once `done` is computed.
+    def release(self, weights: Sequence[Buffers], before: Array, done: Array) -> None:
+        """Gives slots back, to be refilled once `done` is computed.
 
         Args:
-          weights: what `take` returned.
-          before: the input of the block that uses the weights: ready when all earlier blocks are done.
-          done: an output of that block, not donated to anything.
+          weights: what `take` returned, of one or more items that the same work used last.
+          before: the input of that work: ready when all earlier work is done.
+          done: an output of that work, not donated to anything.
         """
-        self._taken = [taken for taken in self._taken if taken is not weights]
-        self._busy.append(_Busy(weights, done))
-        # The block is dispatched already, so waiting here leaves no gap on the device.
+        self._taken = [taken for taken in self._taken if not any(taken is given for given in weights)]
+        self._busy.append(_Busy(tuple(weights), done))
+        # The work is dispatched already, so waiting here leaves no gap on the device.
         jax.block_until_ready(before)
         self._free(keep=1)
         start = time.perf_counter()
@@ -120,7 +138,9 @@ class Ring:
 
     def drop(self) -> None:
         """Forgets everything fetched ahead; the next sweep starts over."""
-        waiting: list[tuple[Buffers, Any]] = [(busy.weights, busy.done) for busy in self._busy]
+        waiting: list[tuple[Buffers, Any]] = [
+            (weights, busy.done) for busy in self._busy for weights in busy.weights
+        ]
         waiting += [
             (weights, weights) for weights in [*self._taken, *(weights for _, weights in self._ahead)]
         ]
@@ -144,24 +164,34 @@ class Ring:
 
     def _free(self, keep: int) -> None:
         while len(self._busy) > keep:
-            _delete(self._busy.popleft().weights)
+            for weights in self._busy.popleft().weights:
+                _delete(weights)
             self._fill()
 
+    def _free_ready(self) -> None:
+        """Where somebody waited for the newest work too, its slots are free at once."""
+        if all(busy.done.is_ready() for busy in self._busy if not busy.done.is_deleted()):
+            self._free(keep=0)
+
     def _fill(self) -> None:
-        while len(self._ahead) + len(self._taken) + len(self._busy) < self._depth:
-            item = self._items[self._next]
-            try:
-                weights = self._source.put(item)
-            except BaseException:
-                # The source may have given up a part of its order: both start over together.
-                self.drop()
-                raise
-            self._next = (self._next + 1) % len(self._items)
-            self._ahead.append((item, weights))
-            nbytes = sum(part.nbytes for part in weights)
-            self.bytes_put += nbytes
-            if self.timeline is not None:
-                self.timeline.watch(self._lane, f"layer {item}", weights, nbytes)
+        while len(self._ahead) + len(self._taken) + sum(len(b.weights) for b in self._busy) < self._depth:
+            self._put()
+
+    def _put(self) -> None:
+        item = self._items[self._next]
+        try:
+            weights = self._source.put(item)
+        except BaseException:
+            # The source may have given up a part of its order: both start over together.
+            self.drop()
+            raise
+        self._next = (self._next + 1) % len(self._items)
+        self._ahead.append((item, weights))
+        nbytes = sum(part.nbytes for part in weights)
+        self.bytes_put += nbytes
+        if self.timeline is not None:
+            name = f"layer {item}" if self._names is None else self._names[item]
+            self.timeline.watch(self._lane, name, weights, nbytes)
 
 
 def _delete(weights: Buffers) -> None:

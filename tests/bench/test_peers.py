@@ -13,18 +13,35 @@ BENCH = Path(__file__).parents[2] / "bench"
 
 
 def test_a_peer_that_was_not_run_says_why_and_has_no_number():
-    ran = {"prefill_s": 2.0, "decode_s": 0.5, "device_bytes": 3 << 30, "note": "all on the GPU"}
-    unknown = {"prefill_s": 1.0, "decode_s": 4.0, "device_bytes": None, "note": ""}
+    ran = {"prefill_rate": 32.0, "decode_rate": 16.0, "device_bytes": 3 << 30, "rounds": 2, "note": "all"}
+    unknown = {"prefill_rate": 64.0, "decode_rate": 2.0, "device_bytes": None, "rounds": 1, "note": ""}
     table = peers.format_table(
-        {"airjax": ran, "llama.cpp": unknown, "airllm": {"not_run": "not installed: airllm"}},
-        prompt=64,
-        decode=8,
+        [
+            ("8b", 2.79, "airjax", 1, ran),
+            ("8b", 2.79, "llama.cpp", 8, unknown),
+            ("8b", 2.79, "airllm", 1, {"not_run": "not installed: airllm"}),
+        ]
     )
     assert table.splitlines()[2:] == [
-        "| airjax | 32.0 | 16.00 | 3.00 | all on the GPU |",
-        "| llama.cpp | 64.0 | 2.00 | n/a |  |",
-        "| airllm | not run | not run | n/a | not installed: airllm |",
+        "| 8b | 2.79 | airjax | 1 | 32.0 | 16.00 | 3.00 | 2 | all |",
+        "| 8b | 2.79 | llama.cpp | 8 | 64.0 | 2.00 | n/a | 1 |  |",
+        "| 8b | 2.79 | airllm | 1 | not run | not run | n/a | 0 | not installed: airllm |",
     ]
+
+
+def test_cases_are_shape_memory_and_engines():
+    first, second = peers.parse_cases("8b:2.79,70b:18.62:airjax+llama.cpp")
+    assert first == ("8b", 2.79, tuple(peers.ENGINES))
+    assert second == ("70b", 18.62, ("airjax", "llama.cpp"))
+    with pytest.raises(ValueError, match="9b is none of"):
+        peers.parse_cases("9b:2")
+    with pytest.raises(ValueError, match="vllm is none of"):
+        peers.parse_cases("8b:2:vllm")
+
+
+def test_without_time_left_nothing_is_started():
+    args = argparse.Namespace(timeout_s=3.0)
+    assert peers.run("airjax", args) == {"not_run": "no time left before the deadline"}
 
 
 def test_missing_packages_are_named(monkeypatch):
@@ -42,11 +59,14 @@ def test_missing_packages_are_named(monkeypatch):
 def test_llama_cpp_gets_as_many_layers_as_the_budget_holds(vram_gib, layers):
     file_bytes = 33 * (136 << 20)
     assert peers.layers_on_gpu(int(vram_gib * (1 << 30)), file_bytes, 32) == layers
+    with_cache = peers.layers_on_gpu(int(vram_gib * (1 << 30)), file_bytes, 32, 136 << 20)
+    assert with_cache == (layers // 2 if layers < 32 or vram_gib < 6 else layers)
 
 
 def test_a_worker_that_fails_gives_its_reason(tmp_path):
     answer = tmp_path / "answer.json"
     args = [f"--answer={answer}", "--gguf=no-such.gguf", "--worker=airjax", "--cpu", "--shape=tiny"]
+    args += ["--batch=1", "--vram_gib=1"]
     subprocess.run([sys.executable, str(BENCH / "peers.py"), *args], cwd=BENCH.parent, check=True)
     assert "no-such.gguf" in answer.read_text() and "not_run" in answer.read_text()
 

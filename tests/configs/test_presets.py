@@ -11,7 +11,7 @@ import synthetic
 from airjax import models
 from airjax.gguf import build_manifest, open_gguf
 from airjax.main import main
-from airjax.plan import GIB, make_plan
+from airjax.plan import GIB, make_plan, piece_bytes
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.flags"))
 CARDS = (8, 12, 16, 24, 48, 80)
@@ -53,7 +53,7 @@ def test_a_preset_says_what_a_gpu_would_stream(shapes, preset):
         _, config = models.from_gguf(file, "bfloat16")
         plan = make_plan(
             file,
-            build_manifest(file),
+            build_manifest(file, piece_bytes=piece_bytes("cuda")),
             config,
             backend="cuda",
             vram_budget_bytes=int(float(flags["vram_budget_gib"]) * GIB),

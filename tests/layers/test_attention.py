@@ -11,7 +11,7 @@ from airjax import layers
 from airjax.layers import read_rows
 from airjax.types import LayerKV
 
-attention = jax.jit(layers.attention, static_argnames=("scale", "window", "softcap", "length"))
+attention = jax.jit(layers.attention, static_argnames=("scale", "window", "chunked", "softcap", "length"))
 write_rows = jax.jit(layers.write_rows)
 
 _B, _N, _K, _H = 2, 4, 2, 8
@@ -27,12 +27,13 @@ def _rows(generator, length):
     return q, k, v
 
 
-def _expected(q, k, v, scale, window=0, softcap=0.0):
+def _expected(q, k, v, scale, window=0, softcap=0.0, chunked=False):
     """Causal attention of whole sequences, one query at a time."""
     out = np.zeros(q.shape)
     for b in range(_B):
         for t in range(q.shape[1]):
             first = max(0, t - window + 1) if window else 0
+            first = t // window * window if chunked else first
             for n in range(_N):
                 head = n // (_N // _K)
                 scores = k[b, first : t + 1, head].astype(np.float64) @ q[b, t, n] * scale
@@ -62,11 +63,12 @@ def test_any_chunking_equals_whole_attention(chunks, softcap):
     np.testing.assert_allclose(got, _expected(q, k, v, 0.3, softcap=softcap), atol=1e-5)
 
 
+@pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("chunks", [[4] * 5, [1] * 20, [4, 1, 1, 4, 4, 2, 4]])
-def test_a_window_needs_no_more_slots_than_itself_and_a_chunk(chunks):
+def test_a_window_needs_no_more_slots_than_itself_and_a_chunk(chunks, chunked):
     q, k, v = _rows(np.random.default_rng(1), 20)
-    got = _run(q, k, v, 5 + 4, chunks, window=5)
-    np.testing.assert_allclose(got, _expected(q, k, v, 0.3, window=5), atol=1e-5)
+    got = _run(q, k, v, 5 + 4, chunks, window=5, chunked=chunked)
+    np.testing.assert_allclose(got, _expected(q, k, v, 0.3, window=5, chunked=chunked), atol=1e-5)
 
 
 def test_length_cuts_only_what_nobody_sees():

@@ -25,8 +25,8 @@ def _inputs(dtype=np.float32):
     return jnp.asarray(q), kv, jnp.asarray(positions)
 
 
-def _form(window=0, softcap=0.0, dtype=np.float32):
-    return AttentionForm(scale=0.3, window=window, softcap=softcap, dtype=np.dtype(dtype))
+def _form(window=0, softcap=0.0, dtype=np.float32, chunked=False):
+    return AttentionForm(scale=0.3, window=window, softcap=softcap, dtype=np.dtype(dtype), chunked=chunked)
 
 
 def _parts(q, kv, positions, form, block):
@@ -52,7 +52,7 @@ def _float64(q, kv, positions, form):
     slot, query = np.arange(_S), np.asarray(positions)[:, :, None]
     visible = slot <= query
     if form.window:
-        visible &= slot > query - form.window
+        visible &= slot >= query // form.window * form.window if form.chunked else slot > query - form.window
     scores = np.where(visible[:, :, None, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
@@ -60,10 +60,12 @@ def _float64(q, kv, positions, form):
 
 
 @pytest.mark.parametrize("block", [1, 7, 16, 40])
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (9, 0.0), (0, 2.0)])
-def test_parts_equal_float64(block, window, softcap):
+@pytest.mark.parametrize(
+    ("window", "softcap", "chunked"), [(0, 0.0, False), (9, 0.0, False), (9, 0.0, True), (0, 2.0, False)]
+)
+def test_parts_equal_float64(block, window, softcap, chunked):
     q, kv, positions = _inputs()
-    form = _form(window, softcap)
+    form = _form(window, softcap, chunked=chunked)
     # Exponents of float32 scores of a few units: some 1e-7 each, over 40 keys.
     np.testing.assert_allclose(
         _parts(q, kv, positions, form, block), _float64(q, kv, positions, form), atol=2e-6

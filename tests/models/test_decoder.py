@@ -43,6 +43,17 @@ def test_yarn_gives_the_logits_of_transformers(tmp_path, architecture):
     assert max_kl(torch_logits(plain, ids), theirs) > 1e-3
 
 
+def test_longrope_takes_the_divisors_of_the_context_as_transformers_does(tmp_path):
+    path = toy_decoder(tmp_path / "toy.gguf", "phi3", longrope=True)
+    ids = None
+    for context, count in ((128, 100), (64, 60)):
+        with airjax.load(path, vram_budget_gib=1, context=context, compute_dtype="float32") as loaded:
+            ids = _ids(loaded.model, 100) if ids is None else ids
+            assert max_kl(torch_logits(path, ids[:count]), loaded.logits(ids[:count])) < 1e-6
+    with _load(path) as loaded:  # a short text in a long context keeps the divisors of the context
+        assert max_kl(torch_logits(path, ids[:60]), loaded.logits(ids[:60])) > 1e-6
+
+
 @_EVERY
 def test_token_by_token_and_in_pieces_equals_the_full_forward(tmp_path, architecture):
     with _load(toy_decoder(tmp_path / "toy.gguf", architecture)) as loaded:
@@ -98,6 +109,7 @@ def test_a_file_without_one_of_its_tensors_is_refused_by_name(tmp_path, architec
         ("command-r", {"logit_scale": 0.0}, "command-r.logit_scale is a factor"),
         ("cohere2", {"logit_scale": 0.0}, "cohere2.logit_scale is a factor"),
         ("cohere2", {"attention.sliding_window": 0}, "cohere2.attention.sliding_window is missing"),
+        ("phi3", {"rope.scaling.type": "longrope"}, "and longrope with its factors"),
         ("mistral3", {"expert_count": 4}, "a mistral3 model with experts"),
         ("mistral3", {"attention.temperature_length": 0}, "temperature_length must be at least 1"),
         ("falcon", {"attention.layer_norm_epsilon": 2.0}, "layer_norm_epsilon must be in"),

@@ -106,7 +106,7 @@ def test_a_ring_over_readers_survives_a_failed_read(file):
     with pytest.raises(ReadError):
         for item in range(4):
             weights = ring.take(item)
-            ring.release(weights, weights[0], weights[0])
+            ring.release([weights], weights[0], weights[0])
         ring.begin_sweep()
         ring.take(0)
     data.tofile(path)

@@ -201,6 +201,10 @@ _TWINS: dict[str, _Twin] = {
             },
         },
     ),
+    "hunyuan-dense": _Twin(
+        "HunYuanDenseV1",
+        _PLAIN | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+    ),
     "seed_oss": _Twin(
         "SeedOss",
         _ATTENTION

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,7 @@ DECODERS: dict[str, dict[str, Any]] = {
             "rope.scaling.original_context_length": 64,
         },
     },
+    "hunyuan-dense": {"qk_norm": "head", "width": 24},
     "seed_oss": {
         "norms": ("attn_norm", "post_attention_norm"),
         "biases": ("attn_q", "attn_k", "attn_v"),
@@ -280,6 +282,7 @@ def toy_decoder(
     block_type: str = "F32",
     separate_output: bool = False,
     yarn_factor: float = 0.0,
+    longrope: bool = False,
     layers: int = 4,
     seed: int = 0,
 ) -> Path:
@@ -291,6 +294,7 @@ def toy_decoder(
       block_type: of all matrices.
       separate_output: an output matrix of its own, else the embedding is used twice.
       yarn_factor: of rope scaling from a context of 64; 0 for none.
+      longrope: divisors of the rope for contexts up to 64 and for longer ones.
       layers: how many.
       seed: of the weights.
     """
@@ -312,6 +316,11 @@ def toy_decoder(
         toy.value("rope.scaling.type", "yarn")
         toy.value("rope.scaling.factor", yarn_factor)
         toy.value("rope.scaling.original_context_length", 64)
+    if longrope:
+        toy.value("rope.scaling.original_context_length", 64)
+        toy.value("rope.scaling.attn_factor", math.sqrt(1 + math.log(512 / 64) / math.log(64)))
+        toy.tensor("rope_factors_short.weight", np.linspace(1, 1.5, width // 2))
+        toy.tensor("rope_factors_long.weight", np.linspace(1, 8, width // 2))
     norm_biases = options.get("norm_biases", options.get("layer_norm", False))
     toy.outside(d, separate_output)
     if norm_biases:

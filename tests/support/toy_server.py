@@ -30,16 +30,22 @@ def serve_toy(
     *,
     max_queue: int = 8,
     own_tokenizer: bool = False,
+    own_template: bool = False,
     load: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[TestClient]:
-    """A client of a server whose engine is open; unless `own_tokenizer`, each letter is a token and nothing ends."""
+    """A client of a server whose engine is open.
+
+    Unless `own_tokenizer`, each letter is a token and nothing ends; unless `own_template`, conversations are plain
+    lines.
+    """
 
     asked = {"vram_budget_gib": 1, "context": 256, "max_batch": 4, "resident": "all", **(load or {})}
 
     def open_engine() -> airjax.Engine:
         opened = airjax.load(path, **asked)
-        opened._template = ChatTemplate(TEMPLATE, "toy")
+        if not own_template:
+            opened._template = ChatTemplate(TEMPLATE, "toy")
         if own_tokenizer:
             assert opened.tokenizer.eog_ids
             return opened

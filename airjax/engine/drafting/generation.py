@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
-import jax
 import numpy as np
 
 from airjax.engine.drafting.choice import choose
@@ -133,7 +132,7 @@ class _Run:
     ) -> None:
         self._model, self._state, self._drafter, self._sampler = model, state, drafter, sampler
         self._constraint, self._law = constraint, law
-        self._keys = jax.device_put(key[None], model.device)
+        self._keys = model.put(key[None])
         self.sequel = Sequel([], None, key, 0)
         self.masks: np.ndarray | None = None
         self._draft_s = 0.0  # of the draft that the sweep checks

@@ -9,10 +9,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from airjax import layers
+from airjax import layers, models
 from airjax.engine.experts import attend_and_route, run_experts
+from airjax.engine.fetched import run_fetched
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
+from airjax.engine.passing import Passing
+from airjax.engine.stages import chain
 from airjax.engine.step import block_step, shuttled_row
 from airjax.engine.sweep import State, grown, lengths_at, sweep
 from airjax.models import Config
@@ -89,8 +92,7 @@ def sweep_rows(model: Model, state: State, ids: Sequence[int], first: int) -> Sw
 
 def may_run_ahead(model: Model) -> bool:
     """Whether a sweep may be dispatched before the host looks at its token: nothing waits for the link."""
-    plan = model.plan
-    return not plan.streamed and model.pool is None and not plan.shuttle and not plan.host_embedding
+    return model.runs_ahead
 
 
 def rows_apart(model: Model, state: State, last: int) -> bool:
@@ -114,7 +116,7 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
     model.gguf.check_unchanged()
     lengths = [lengths_at(model, position[None, None]) for position in positions]
     xs = [embed(model, np.array([[token]], np.int32)) for token in ids]
-    placed = jax.device_put([position[None, None] for position in positions], model.device)
+    placed = model.put([position[None, None] for position in positions])
     model.begin_sweep()
     shuttle = state.shuttle
     if shuttle is not None:
@@ -127,19 +129,25 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
             kv = grown(state.kv[layer], lengths[-1][layer])
         else:
             (piece,) = shuttle.pieces(layer)
-            kv = _unpack_step(model.config)(piece.kv)
-        for row, x in enumerate(xs):
-            if model.pool_holds(layer):
+            kv = _unpack_step(model.config, kind)(piece.kv)
+        if model.device_fetches(layer):
+            for row, x in enumerate(xs):
+                run = range(layer, layer + 1)
+                xs[row], (kv,) = run_fetched(model, run, x, [kv], None, placed[row], lengths[row])
+        elif model.pool_holds(layer):
+            assert not isinstance(weights, Passing)
+            for row, x in enumerate(xs):
                 routed, kv = attend_and_route(model, layer, weights, x, kv, placed[row], lengths[row][layer])
                 (xs[row],) = run_experts(model, layer, [routed], [positions[row : row + 1, None]])
-                continue
-            step = block_step(layout, model.config, kind, lengths[row][layer])
-            xs[row], kv = step(weights, x, kv, placed[row])
+        else:
+            steps = [block_step(layout, model.config, kind, length[layer]) for length in lengths]
+            calls = [(step, x, (where,)) for step, x, where in zip(steps, xs, placed, strict=True)]
+            xs, kv = chain(weights, kv, calls, [False] * len(xs))
         if shuttle is None:
             state.kv[layer] = kv
         else:
             shuttle.release(xs[-1])
-            shuttle.keep(layer, _read_rows(kv, positions[None]), positions[None])
+            shuttle.keep(layer, _read_step(model.config)(kv, positions[None]), positions[None])
         model.pending = xs[-1]
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", xs[-1])
@@ -150,9 +158,20 @@ def _sweep_each(model: Model, state: State, ids: Sequence[int], positions: np.nd
 
 
 @functools.cache
-def _unpack_step(config: Config) -> Callable[[Array], LayerKV]:
+def _unpack_step(config: Config, kind: str) -> Callable[[Array], LayerKV]:
     """jitted `(piece uint8 [S, row bytes]) -> the cache of a layer`."""
-    return jax.jit(lambda piece: to_cache(piece, shuttled_row(config, 1)))
+    return jax.jit(
+        models.spread(
+            lambda piece: to_cache(piece, shuttled_row(config, kind, 1)),
+            config.mesh,
+            (models.BYTES,),
+            models.BY_HEADS,
+        )
+    )
 
 
-_read_rows = jax.jit(layers.read_rows)
+@functools.cache
+def _read_step(config: Config) -> Callable[[LayerKV, np.ndarray], LayerKV]:
+    """jitted `(the cache of a layer, positions [1, T]) -> its rows [1, K, T, H]`."""
+    inside = models.BY_HEADS, models.WHOLE
+    return jax.jit(models.spread(layers.read_rows, config.mesh, inside, models.BY_HEADS))

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from airjax import models, sampling
+from airjax import sampling
 from airjax.engine.drafting.rows import Swept, padded
 from airjax.engine.generation import Draw
 from airjax.engine.model import Model
-from airjax.engine.step import GlobalLayouts, Globals, draw_step, unpack_globals
+from airjax.engine.step import GlobalLayouts, Globals, draw_step, logits_of
 from airjax.engine.sweep import State, sweep
 from airjax.models import Config
 from airjax.types import Array
@@ -85,7 +85,7 @@ def ask(
             (np.int32(draws), np.int32(len(ids))),
             None if masks is None else np.pad(masks, ((0, fill), (0, 0))),
         )
-    placed: Question = jax.device_put(question, model.device)
+    placed: Question = model.put(question)
     return placed
 
 
@@ -203,7 +203,6 @@ def verify_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[
       T are real. Only the first `draws` tokens and log-probabilities mean anything; they are those of `draw_step`, and
       so is the state. After a draw that failed (-1) it is the state before that draw.
     """
-    architecture = models.get(config.architecture)
 
     @jax.jit
     def verify(
@@ -216,7 +215,7 @@ def verify_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[
         rows: Array,
         masks: Array | None,
     ) -> Any:
-        logits = architecture.unembed(unpack_globals(buffers, layouts), x[0], config)  # [T, V]
+        logits = logits_of(buffers, layouts, x[0], config)  # [T, V]
 
         def right_so_far(carry: Any) -> Array:
             row, alive, *_ = carry
