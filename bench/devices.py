@@ -426,6 +426,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--decode", type=int, default=8)
     parser.add_argument("--ram_gib", type=float, default=_RAM_GIB)
     parser.add_argument("--nocheck", action="store_true", help="leave the comparison with one device out")
+    parser.add_argument("--nobaseline", action="store_true", help="leave one device out")
     parser.add_argument("--noprobe", action="store_true", help="leave the links out")
     parser.add_argument("--profile", action="store_true", help="time link and block of a streamed layer too")
     parser.add_argument(
@@ -542,7 +543,7 @@ def _measure(
     prompts = [args.prompt if batch == 1 else args.batch_prompt for batch in batches]
     for name in [name for name in args.settings.split(",") if name]:
         setting, one = SETTINGS[name], dict[tuple[int, str], float]()
-        for form in ("", *forms):
+        for form in forms if args.nobaseline else ("", *forms):
             devices = args.devices if form else 1
             limit = None if limits is None else limits["together" if form else "alone"]
             limit = limit[0] if isinstance(limit, list) else limit
