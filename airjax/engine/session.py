@@ -211,7 +211,7 @@ def write_cache(model: Model, state: State, filled: int, rows: Sequence[Sequence
         for leaf, new in zip(leaves, newest, strict=True):
             cache = np.zeros((*leaf.shape[:2], room, *leaf.shape[3:]), leaf.dtype)
             cache[:, :, at] = np.moveaxis(new, 0, 2)
-            placed.append(jax.device_put(cache, model.by_heads))
+            placed.append(jax.device_put(cache, model.cache_at(layer)))
         for leaf in leaves:
             leaf.delete()
         state.kv[layer] = jax.tree.unflatten(tree, placed)

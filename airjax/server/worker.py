@@ -178,7 +178,7 @@ class Worker:
         self._expected, self._until = 0, 0.0  # for how many, and until when, the next step waits
         self._lock = threading.Lock()
         self._engine: Engine | None = None
-        self._scheduler: engine.Scheduler | None = None
+        self._scheduler: engine.Scheduler | engine.Spread | None = None
         self._teller: Teller
         self._thread = threading.Thread(target=self._work, name="airjax-engine", daemon=True)
 
@@ -203,6 +203,12 @@ class Worker:
         """Sequences that take part in sweeps, and that wait."""
         return (self._scheduler.running, self._scheduler.waiting) if self._scheduler is not None else (0, 0)
 
+    @property
+    def lanes(self) -> list[tuple[int, int]]:
+        """For each of several batches side by side: its sequences that take part in sweeps, and that wait."""
+        several = self._scheduler.lanes if self._scheduler is not None else []
+        return [(lane.running, lane.waiting) for lane in several] if len(several) > 1 else []
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
@@ -221,7 +227,7 @@ class Worker:
           NotReadyError: the engine is not open.
           QueueFullError: the queue has no place for them.
         """
-        places = self.engine.plan.max_batch + self._max_queue
+        places = self.engine.plan.max_batch * len(self.engine.lanes) + self._max_queue
         with self._lock:
             if self._places + len(orders) > places:
                 raise QueueFullError(f"{self._places} of {places} places are taken")
@@ -242,8 +248,10 @@ class Worker:
             if not future.set_running_or_notify_cancel():
                 return
             try:
-                assert self._engine is not None
-                future.set_result(function(self._engine))
+                assert self._engine is not None and self._scheduler is not None
+                with self._scheduler.between():
+                    result = function(self._engine)
+                future.set_result(result)
             except Exception as error:
                 future.set_exception(error)
 
@@ -255,7 +263,7 @@ class Worker:
             self._engine = self._open_engine()
             self.stage = "making room for the batch"
             pages = first_pages(self._engine, self.whole_cache)
-            self._scheduler = self._engine.scheduler(make_sampler(Settings()), first_pages=pages)
+            scheduler = self._engine.scheduler(make_sampler(Settings()), first_pages=pages)
             self._teller = Teller()
         except Exception as error:
             self.error, self.state = error, "failed"
@@ -263,7 +271,8 @@ class Worker:
                 self._engine.close()
             self._on_failure()
             return
-        self.metrics.watch(self._scheduler)
+        self._scheduler = scheduler
+        self.metrics.watch(scheduler)
         self.state, self.stage = "ready", "ready"
         try:
             while self._obey():
@@ -274,7 +283,7 @@ class Worker:
             self._fail_all("the server is shutting down")
             if self.error is None:
                 self._teller.end()
-            self._scheduler.close()
+            scheduler.close()
             self._engine.close()
 
     def _obey(self) -> bool:
