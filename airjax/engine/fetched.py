@@ -105,7 +105,9 @@ def run_step(blocks: tuple[Block, ...], config: Config) -> Callable[..., tuple[H
                 state, x, cache = _layer(
                     block, block.form, config, state, source, weights, x, cache, positions
                 )
-            written.append(cache.pages if isinstance(cache, PagedKV) else cache)
+            kept = cache.pages if isinstance(cache, PagedKV) else cache
+            assert isinstance(kept, LayerKV)
+            written.append(kept)
         return state, x, written
 
     return run
