@@ -105,7 +105,9 @@ def run_step(blocks: tuple[Block, ...], config: Config) -> Callable[..., tuple[H
                 state, x, cache = _layer(
                     block, block.form, config, state, source, weights, x, cache, positions
                 )
-            written.append(cache.pages if isinstance(cache, PagedKV) else cache)
+            pages = cache.pages if isinstance(cache, PagedKV) else cache
+            assert isinstance(pages, LayerKV)
+            written.append(pages)
         return state, x, written
 
     return run
