@@ -84,7 +84,7 @@ class Engine:
     @property
     def stats(self) -> engine.Stats:
         """What the last run measured."""
-        self.model.count_fetched()
+        self.model.count_fetched(wait=False)
         return self.model.stats
 
     @property

@@ -539,7 +539,8 @@ def format_plan(plan: Plan) -> str:
         (
             "pool of experts",
             plan.expert_pool_bytes,
-            f"{sum(plan.expert_slots)} slots; of evenly spread choices {plan.expert_hit_rate:.0%} are there"
+            f"{sum(plan.expert_slots)} slots; of evenly spread choices {plan.expert_hit_rate:.0%} are there, the "
+            f"{'device' if plan.device_fetch else 'host'} fetches the others"
             if plan.expert_slots
             else "",
         ),

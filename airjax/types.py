@@ -8,6 +8,8 @@ Shape letters, used in docstrings and comments throughout:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.struct
 import jax
 
@@ -73,4 +75,25 @@ class PagedKV:
     table: Array
 
 
-KVCache = LayerKV | PagedKV
+class Tree(NamedTuple):
+    """New rows of which several stand for one position of the text.
+
+    Attributes:
+      slots: `[B, T]` int32, in whose slots the rows lie: those of the first row's position and of the next ones, in the
+        order of the rows; negative for padding.
+      seen: bool `[B, T, T]`: whether row t sees row u, which is itself or one that it follows.
+    """
+
+    slots: Array
+    seen: Array
+
+
+@flax.struct.dataclass
+class TreeKV:
+    """A layer's cache for new rows that form a tree."""
+
+    kv: LayerKV | PagedKV
+    tree: Tree
+
+
+KVCache = LayerKV | PagedKV | TreeKV

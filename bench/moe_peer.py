@@ -10,7 +10,7 @@ import ctypes
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,18 @@ def layers_on_cpu(path: str, budget_bytes: float, kv_bytes: float) -> tuple[int,
     return max(len(experts) - fit, 0), len(experts)
 
 
-def measure(path: str, budget_bytes: float, batch: int, prompt: int, decode: int) -> dict[str, Any]:
-    """Loads the file and measures one batch, after a pass that warms up.
+def measure(
+    path: str, budget_bytes: float, work: Sequence[tuple[int, int]], decode: int
+) -> Iterator[dict[str, Any]]:
+    """Loads the file once and measures one batch after another, each after a pass that warms up.
 
     Args:
       path: of the model.
       budget_bytes: of device memory.
-      batch: sequences.
-      prompt: random tokens of each.
-      decode: tokens after them.
+      work: sequences, and random tokens of each one's prompt.
+      decode: tokens after the prompts.
 
-    Returns:
+    Yields:
       Tokens per second of both phases, and a note on the placement.
     """
     import llama_cpp as lib
@@ -67,7 +68,7 @@ def measure(path: str, budget_bytes: float, batch: int, prompt: int, decode: int
 
     with open_gguf(path) as file:
         _, config = models.from_gguf(file, "float32")
-    positions = batch * (prompt + decode + 1)
+    positions = max(batch * (prompt + decode + 1) for batch, prompt in work)
     kv_bytes = 2 * 2 * config.n_kv_heads * config.head_dim * config.n_layers * positions
     on_cpu, layers = layers_on_cpu(path, budget_bytes, kv_bytes)
     has_gpu = bool(lib.llama_supports_gpu_offload())
@@ -88,14 +89,27 @@ def measure(path: str, budget_bytes: float, batch: int, prompt: int, decode: int
     model = lib.llama_model_load_from_file(path.encode(), options)
     if not model:
         raise RuntimeError("llama.cpp could not load the model")
-    context_options = lib.llama_context_default_params()
-    context_options.n_ctx = positions
-    context_options.n_batch = context_options.n_ubatch = max(_CHUNK, batch)
-    context_options.n_seq_max = batch
-    context_options.n_threads = context_options.n_threads_batch = os.cpu_count() or 1
-    context_options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    context_options.kv_unified = True
-    context = lib.llama_init_from_model(model, context_options)
+    note = f"experts of {layers - on_cpu} of {layers} layers on the GPU"
+    for batch, prompt in work:
+        prefill_s, decode_s = _measure(lib, model, batch, prompt, decode)
+        yield {
+            "batch": batch,
+            "prefill": batch * prompt / prefill_s,
+            "decode": batch * decode / decode_s,
+            "note": note if has_gpu else "no GPU in this build: all on the CPU",
+        }
+
+
+def _measure(lib: Any, model: Any, batch: int, prompt: int, decode: int) -> tuple[float, float]:
+    """Seconds of both phases."""
+    options = lib.llama_context_default_params()
+    options.n_ctx = batch * (prompt + decode + 1)
+    options.n_batch = options.n_ubatch = max(_CHUNK, batch)
+    options.n_seq_max = batch
+    options.n_threads = options.n_threads_batch = os.cpu_count() or 1
+    options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    options.kv_unified = True
+    context = lib.llama_init_from_model(model, options)
     if not context:
         raise RuntimeError("llama.cpp could not make a context")
     vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
@@ -118,15 +132,11 @@ def measure(path: str, budget_bytes: float, batch: int, prompt: int, decode: int
             run([(int(tokens[s]), prompt + step, s, True) for s in range(batch)])
         return middle - begin, time.perf_counter() - middle
 
-    once(min(decode, 4))
-    prefill_s, decode_s = once(decode)
-    return {
-        "prefill": batch * prompt / prefill_s,
-        "decode": batch * decode / decode_s,
-        "note": f"experts of {layers - on_cpu} of {layers} layers on the GPU"
-        if has_gpu
-        else "no GPU in this build: all on the CPU",
-    }
+    try:
+        once(min(decode, 4))
+        return once(decode)
+    finally:
+        lib.llama_free(context)
 
 
 class _Runner:

@@ -42,8 +42,10 @@ _PACKAGES = {
     "accelerate": ("torch", "transformers", "accelerate"),
     "airllm": ("torch", "transformers", "airllm"),
 }
+# Rows of its batches, of prompts of several sequences together.
+_LLAMA_CPP_ROWS = 512
 # Tokens of each prompt where several sequences decode together.
-_BATCH_PROMPT = 128
+_BATCH_PROMPT = 64
 # Runs one round and returns (prefill seconds, decode seconds).
 Round = Callable[[], tuple[float, float]]
 # The round, peak device memory so far (None: ask nvidia-smi), and a note on the placement.
@@ -72,9 +74,10 @@ def parse_cases(text: str) -> list[Case]:
     for part in text.split(","):
         shape, vram, *engines = part.split(":")
         names = tuple(engines[0].split("+")) if engines else tuple(ENGINES)
-        for name, known in ((shape, synthetic.SHAPES), *((name, ENGINES) for name in names)):
-            if name not in known:
-                raise ValueError(f"{part}: {name} is none of {', '.join(known)}")
+        known = {shape: list(synthetic.SHAPES), **{name: list(ENGINES) for name in names}}
+        for name, allowed in known.items():
+            if name not in allowed:
+                raise ValueError(f"{part}: {name} is none of {', '.join(allowed)}")
         cases.append(Case(shape, float(vram), names))
     return cases
 
@@ -155,13 +158,13 @@ def _llama_cpp(args: argparse.Namespace) -> Peer:
         raise NotRunError("llama.cpp could not load the file")
     of_context = llama_cpp.llama_context_default_params()
     of_context.n_ctx, of_context.n_seq_max = batch * context, batch
-    of_context.n_batch = of_context.n_ubatch = max(prompt, batch)
+    of_context.n_batch = of_context.n_ubatch = max(prompt, _LLAMA_CPP_ROWS)
     of_context.n_threads = of_context.n_threads_batch = os.cpu_count()
     of_context.flash_attn_type = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED
     running = llama_cpp.llama_init_from_model(model, of_context)
     if not running:
         raise NotRunError("llama.cpp could not make a context")
-    tokens = llama_cpp.llama_batch_init(max(prompt, batch), 0, 1)
+    tokens = llama_cpp.llama_batch_init(max(prompt, _LLAMA_CPP_ROWS), 0, 1)
 
     def decode(rows: list[tuple[int, int, int, bool]]) -> None:
         """Rows of token, position, sequence and whether its logits are wanted."""
@@ -177,8 +180,13 @@ def _llama_cpp(args: argparse.Namespace) -> Peer:
     def once() -> tuple[float, float]:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(running), True)
         begin = time.perf_counter()
-        for sequence, own in enumerate(ids.tolist()):
-            decode([(token, at, sequence, at == prompt - 1) for at, token in enumerate(own)])
+        rows = [
+            (token, at, sequence, at == prompt - 1)
+            for sequence, own in enumerate(ids.tolist())
+            for at, token in enumerate(own)
+        ]
+        for first in range(0, len(rows), _LLAMA_CPP_ROWS):
+            decode(rows[first : first + _LLAMA_CPP_ROWS])
         llama_cpp.llama_synchronize(running)
         prefilled = time.perf_counter()
         for step in range(args.decode):

@@ -4,12 +4,14 @@
     python bench/serve.py --shape=8b --flags="--resident=all"
     python bench/serve.py --url=http://127.0.0.1:3000 --clients=1,8,32
 
-With --model, or --shape (random weights, written by bench/synthetic.py to --folder and removed), the engine does the
-same work first, in a process of its own and without a server: as many requests at a time as there are clients, the
-next one when one ends. Then `airjax serve` is started, fully warmed up, and loaded. Each client sends its requests one
-after the other (a single one sends one), each with a prompt of its own of random ids, so that no prefix is shared, and
-reads the stream. A line of JSON for each level, one table at the end: "same work" is the engine's rate over all of its
-work, prompts included, "decode" that of its sweeps in which all decode and no prompt is there.
+With --model, or --shape (random weights, written by bench/synthetic.py to --folder and removed), a child opens the
+model once and does the same work without a server first: as many requests at a time as there are clients, the next
+one when one ends. Then it serves, as `airjax serve` does, and is loaded from this process. Each client sends its
+requests one after the other (a single one sends one), each with a prompt of its own of random ids, so that no prefix
+is shared, and reads the stream. Only what this load needs is compiled before. A line of JSON for each level, one table
+at the end: "all" is the rate over all of the work, prompts, beginning and end included; "steady" the server's from the
+moment when all clients have their first token until the first of them is done; "decode" that of the engine's sweeps in
+which all decode and no prompt is there.
 """
 
 from __future__ import annotations
@@ -23,28 +25,38 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from airjax.api import Engine
+    from airjax.server.worker import Worker
+
 _ROOT = Path(__file__).parents[1]
-# The part of the time that the engine alone may take.
-_ENGINE_SHARE = 0.6
+
+
+class Answer(NamedTuple):
+    """One answer: whose, when it was asked for, when its pieces came, and tokens in all."""
+
+    client: int
+    start: float
+    times: list[float]
+    tokens: int
 
 
 @dataclass
 class Load:
-    """What clients saw, in seconds."""
+    """What clients saw."""
 
-    first_s: list[float] = field(default_factory=list)
-    between_s: list[float] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     tokens: int = 0
     failures: int = 0
 
@@ -59,7 +71,7 @@ def requests_of(clients: int, arguments: argparse.Namespace) -> int:
     return 1 if clients == 1 else arguments.requests
 
 
-async def _request(load: Load, prompt: list[int], arguments: argparse.Namespace) -> None:
+async def _request(load: Load, number: int, prompt: list[int], arguments: argparse.Namespace) -> None:
     """One request over a connection of its own. Lines are read as they come: a client library takes longer for an event
     than the server, and would be what is measured."""
     body = json.dumps(
@@ -75,8 +87,8 @@ async def _request(load: Load, prompt: list[int], arguments: argparse.Namespace)
     head = [f"POST /v1/completions HTTP/1.1\r\nHost: {url.netloc}", f"Content-Length: {len(body)}"]
     head += ["Content-Type: application/json", "Connection: close"]
     head += [f"Authorization: Bearer {arguments.key}"] if arguments.key else []
-    start = last = time.perf_counter()
-    first = True
+    start = time.perf_counter()
+    times: list[float] = []
     reader, writer = await asyncio.open_connection(url.hostname, url.port or 80)
     try:
         writer.write(("\r\n".join(head) + "\r\n\r\n" + body).encode())
@@ -87,27 +99,42 @@ async def _request(load: Load, prompt: list[int], arguments: argparse.Namespace)
         async for line in reader:
             if not line.startswith(b"data: {"):  # headers, sizes of chunks, blank lines
                 continue
-            if b'"usage":null' not in line:
-                chunk = json.loads(line.removeprefix(b"data: "))
-                if "error" in chunk:
-                    break
-                load.tokens += chunk["usage"]["completion_tokens"]
-                return
-            now = time.perf_counter()
-            if first:
-                load.first_s.append(now - start)
-            else:
-                load.between_s.append(now - last)
-            first, last = False, now
+            if b'"usage":null' in line:
+                times.append(time.perf_counter())
+                continue
+            chunk = json.loads(line.removeprefix(b"data: "))
+            if "error" in chunk:
+                break
+            tokens = chunk["usage"]["completion_tokens"]
+            load.tokens += tokens
+            load.answers.append(Answer(number, start, times, tokens))
+            return
         load.failures += 1
     finally:
         writer.close()
 
 
+def steady(answers: list[Answer]) -> float | None:
+    """Tokens per second while all clients are at work, after the first token of each; None if that is no time."""
+    by_client: dict[int, list[Answer]] = {}
+    for answer in answers:
+        by_client.setdefault(answer.client, []).append(answer)
+    if not by_client:
+        return None
+    begin = max(min(answer.times[0] for answer in own) for own in by_client.values())
+    end = min(max(answer.times[-1] for answer in own) for own in by_client.values())
+    # A piece of text may be of several tokens, as a character may.
+    tokens = sum(
+        answer.tokens / len(answer.times) * sum(begin < at <= end for at in answer.times)
+        for answer in answers
+    )
+    return tokens / (end - begin) if end > begin else None
+
+
 async def _client(load: Load, number: int, count: int, arguments: argparse.Namespace) -> None:
     chance = random.Random(number)
     for _ in range(count):
-        await _request(load, prompt_of(chance, arguments.prompt), arguments)
+        await _request(load, number, prompt_of(chance, arguments.prompt), arguments)
 
 
 async def measure_server(clients: int, arguments: argparse.Namespace, timeout_s: float) -> dict[str, Any]:
@@ -122,9 +149,14 @@ async def measure_server(clients: int, arguments: argparse.Namespace, timeout_s:
     except TimeoutError:
         cut = True
     seconds = time.perf_counter() - start
+    whole = [answer for answer in load.answers if answer.times]
+    waits: dict[str, list[float]] = {
+        "first": [answer.times[0] - answer.start for answer in whole],
+        "between": [float(gap) for answer in whole for gap in np.diff(answer.times)],
+    }
     percentiles = {
         f"{name}_{percent}_s": float(np.percentile(values, percent)) if values else None
-        for name, values in (("first", load.first_s), ("between", load.between_s))
+        for name, values in waits.items()
         for percent in (50, 99)
     }
     return {
@@ -135,6 +167,7 @@ async def measure_server(clients: int, arguments: argparse.Namespace, timeout_s:
         "cut": cut,
         "seconds": seconds,
         "tokens_per_s": load.tokens / seconds,
+        "steady_tokens_per_s": steady(whole) if clients > 1 else None,
         **percentiles,
     }
 
@@ -146,7 +179,7 @@ def measure_engine(scheduler: Any, clients: int, arguments: argparse.Namespace) 
 
     chance = random.Random(clients)
     settings = Settings(temperature=0.0)
-    left = clients * requests_of(clients, arguments)
+    left = clients * min(arguments.engine_requests or arguments.requests, requests_of(clients, arguments))
     drawn: dict[int, int] = {}
     tokens = decoded = 0
     decode_s = 0.0
@@ -179,31 +212,42 @@ def measure_engine(scheduler: Any, clients: int, arguments: argparse.Namespace) 
     }
 
 
-def run_engine(arguments: argparse.Namespace) -> None:
-    """Prints a line of JSON for each level: in the child."""
+def run_child(arguments: argparse.Namespace) -> None:
+    """Prints a line of JSON for each level of the engine, and serves."""
     from absl import flags
 
     from airjax.commands import serve
-    from airjax.commands.options import load_engine
     from airjax.server.sampler import Settings, make_sampler
-    from airjax.server.warm import warm_up
+    from airjax.server.warm import Batch, warm_up
     from airjax.server.worker import first_pages
 
     start = time.perf_counter()
+
+    def tell(what: str) -> None:
+        _say({"what": what, "seconds": time.perf_counter() - start})
+
     values = flags.FlagValues()
     serve.define_flags(values)
-    values(["serve", *server_flags(arguments)])
-    opened = load_engine(
-        values, context=values.context, max_batch=values.max_batch, kv_tokens=values.kv_tokens
-    )
-    _say({"what": "engine opened", "seconds": time.perf_counter() - start})
-    warm_up(opened, True, lambda stage: _say({"what": stage, "seconds": time.perf_counter() - start}))
-    _say({"what": "engine warm", "seconds": time.perf_counter() - start})
+    values(["serve", f"--port={arguments.port}", *server_flags(arguments)])
+    opened = serve.open_model(values)
+    tell("opened")
+    plan, greedy = opened.plan, Settings(temperature=0.0)
+    most = min(max(_numbers(arguments.clients)), plan.max_batch)
+    together = max(plan.prefill_chunk // max(arguments.prompt, 64), 1)
+    counts = sorted({most, *(1 << power for power in range(8) if 1 << power <= min(together, most))})
+    draws = 2 if plan.streamed else 4  # a resident model's sweeps are dispatched ahead from the third on
+    warm_up(opened, True, tell, [Batch(count, arguments.prompt, draws, greedy) for count in counts])
+    tell("warm")
     scheduler = opened.scheduler(make_sampler(Settings()), first_pages=first_pages(opened, True))
     for clients in _numbers(arguments.engine_clients or arguments.clients):
         _say(measure_engine(scheduler, clients, arguments))
     scheduler.close()
-    opened.close()
+
+    def load(worker: Worker) -> Engine:
+        worker.whole_cache = True
+        return opened
+
+    serve.serve(values, load)
 
 
 def server_flags(arguments: argparse.Namespace) -> list[str]:
@@ -216,69 +260,63 @@ def server_flags(arguments: argparse.Namespace) -> list[str]:
         f"--max_batch={batch}",
         f"--max_queue={max(most, 64)}",
         f"--context={context}",
-        "--warm_up=full",
         *shlex.split(arguments.flags),
     ]
 
 
-def environment() -> dict[str, str]:
-    """Of both processes: they share compiled programs."""
-    path = f"{_ROOT}:{os.environ.get('PYTHONPATH', '')}"
-    return {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "JAX_COMPILATION_CACHE_DIR": str(Path.home() / ".cache" / "airjax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-        **os.environ,
-        "PYTHONPATH": path,
-    }
-
-
-def engine_levels(arguments: argparse.Namespace, timeout_s: float) -> list[dict[str, Any]]:
-    """What the child measured before the time was up."""
-    command = [sys.executable, __file__, "--part=engine", *sys.argv[1:], f"--model={arguments.model}"]
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, env=environment(), timeout=timeout_s, check=False
-        )
-        output = done.stdout
-    except subprocess.TimeoutExpired as error:
-        print(f"the engine alone took longer than {timeout_s:.0f} s", flush=True)
-        output = error.stdout or b""
-    print(output.decode(), end="", flush=True)
-    lines = [
-        json.loads(line) for line in output.splitlines() if line.startswith(b"{") and line.endswith(b"}")
-    ]
-    return [line for line in lines if line["what"] == "engine"]
-
-
-@contextmanager
-def running_server(arguments: argparse.Namespace, timeout_s: float) -> Iterator[str]:
-    """The address of a server that is ready.
-
-    Raises:
-      RuntimeError: it ended, or is not ready in time.
-    """
+def run_model(arguments: argparse.Namespace, end: float) -> None:
+    """Measures a model's engine and server, and prints the table."""
+    begin = time.monotonic()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "airjax.main", "serve", f"--port={port}", *server_flags(arguments)]
-    url, start = f"http://127.0.0.1:{port}", time.monotonic()
-    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as server:
+        arguments.port = probe.getsockname()[1]
+    arguments.url = f"http://127.0.0.1:{arguments.port}"
+    words = [f"--model={arguments.model}", f"--port={arguments.port}", "--part=child"]
+    engine: list[dict[str, Any]] = []
+    server: list[dict[str, Any]] = []
+    with subprocess.Popen(
+        [sys.executable, __file__, *sys.argv[1:], *words],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None and child.stderr is not None
+        errors: list[str] = []
+        readers = [
+            threading.Thread(target=_hear, args=(child.stdout, engine), daemon=True),
+            threading.Thread(target=lambda: errors.extend(child.stderr or ()), daemon=True),
+        ]
+        for reader in readers:
+            reader.start()
         try:
-            while not _ready(url):
-                if server.poll() is not None:
-                    assert server.stderr is not None
-                    raise RuntimeError(f"the server ended: {server.stderr.read()[-800:]}")
-                if time.monotonic() - start > timeout_s:
-                    raise RuntimeError(f"the server is not ready after {timeout_s:.0f} s")
+            while not _ready(arguments.url) and child.poll() is None and time.monotonic() < end:
                 time.sleep(0.2)
-            _say({"what": "server ready", "seconds": time.monotonic() - start})
-            yield url
-            server.terminate()
-            server.communicate(timeout=10)
+            _say({"what": "ready", "seconds": time.monotonic() - begin})
+            if child.poll() is None:
+                server = load_levels(arguments, end)
         finally:
-            server.kill()
+            child.kill()
+            for reader in readers:
+                reader.join()
+    if not server:
+        print("".join(errors[-12:]), flush=True)
+    what = f"{arguments.prompt} tokens a prompt, {arguments.tokens} an answer"
+    print(f"\n{arguments.model} {arguments.flags}: {what}")
+    print(table([line for line in engine if line["what"] == "engine"], server), flush=True)
+
+
+def _hear(lines: Iterable[str], into: list[dict[str, Any]]) -> None:
+    for line in lines:
+        print(line, end="", flush=True)
+        if line.startswith("{"):
+            into.append(json.loads(line))
+
+
+def environment() -> dict[str, str]:
+    """Of the child."""
+    path = f"{_ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, "PYTHONPATH": path}
 
 
 def _ready(url: str) -> bool:
@@ -292,22 +330,32 @@ def _ready(url: str) -> bool:
 def table(engine: list[dict[str, Any]], server: list[dict[str, Any]]) -> str:
     """One line for each level."""
     own = {line["clients"]: line for line in engine}
-    lines = [
-        "clients  server tok/s  x of 1  engine same work  %  engine decode  %  first p50/p99 s  between p50/p99 ms"
-    ]
     one = next((line["tokens_per_s"] for line in server if line["clients"] == 1), None)
+    head = (
+        "clients | server tok/s: all, steady | x of 1 | engine: all, decode | share: all/all, steady/decode"
+    )
+    lines = [head + " | first p50/p99 s | between p50/p99 ms"]
     for line in server:
-        rate, beside = line["tokens_per_s"], own.get(line["clients"], {})
-        cells = [f"{line['clients']:7d}", f"{rate:.2f}{' (cut)' if line['cut'] else ''}"]
-        cells.append(f"{rate / one:.1f}" if one else "-")
-        for name in ("tokens_per_s", "decode_tokens_per_s"):
-            figure = beside.get(name)
-            cells += ["-", "-"] if figure is None else [f"{figure:.2f}", f"{100 * rate / figure:.1f}"]
+        beside = own.get(line["clients"], {})
+        rates = [line["tokens_per_s"], line["steady_tokens_per_s"]]
+        theirs = [beside.get("tokens_per_s"), beside.get("decode_tokens_per_s")]
+        best = rates[1] or rates[0]
+        cells = [f"{line['clients']}{' (cut)' if line['cut'] else ''}", _joined(rates, "{:.2f}")]
+        cells += [f"{rates[0] / one:.1f}" if one else "-", _joined(theirs, "{:.2f}")]
+        shares = [
+            100 * rate / figure if rate and figure else None
+            for rate, figure in zip([rates[0], best], theirs, strict=True)
+        ]
+        cells.append(_joined(shares, "{:.1f} %"))
         for name, factor in (("first", 1), ("between", 1000)):
             both = [line[f"{name}_{percent}_s"] for percent in (50, 99)]
-            cells.append("/".join("-" if value is None else f"{value * factor:.3g}" for value in both))
-        lines.append("  ".join(cells) + (f"  {line['failures']} failed" if line["failures"] else ""))
+            cells.append(_joined([None if value is None else value * factor for value in both], "{:.3g}"))
+        lines.append(" | ".join(cells) + (f" | {line['failures']} failed" if line["failures"] else ""))
     return "\n".join(lines)
+
+
+def _joined(values: Sequence[float | None], form: str) -> str:
+    return ", ".join("-" if value is None else form.format(value) for value in values)
 
 
 def load_levels(arguments: argparse.Namespace, end: float) -> list[dict[str, Any]]:
@@ -345,15 +393,17 @@ def main() -> None:
     parser.add_argument("--clients", default="1,8,32,128", help="levels")
     parser.add_argument("--engine_clients", default="", help="levels of the engine alone; all, if not given")
     parser.add_argument("--requests", type=int, default=2, help="of each client, where there are several")
+    parser.add_argument("--engine_requests", type=int, default=0, help="as --requests, for the engine alone")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=32, help="to decode")
     parser.add_argument("--max_batch", type=int, default=32, help="of the server")
     parser.add_argument("--flags", default="", help="further flags of airjax serve")
     parser.add_argument("--deadline_s", type=float, default=600)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.part == "engine":
-        run_engine(arguments)
+    if arguments.part == "child":
+        run_child(arguments)
         return
     end = begin + arguments.deadline_s
     if arguments.url:
@@ -369,18 +419,7 @@ def main() -> None:
         synthetic.write(str(written), synthetic.SHAPES[arguments.shape], gguf.GGMLQuantizationType.Q4_K)
         _say({"what": "written", "seconds": time.monotonic() - begin})
     try:
-        engine = engine_levels(arguments, (end - time.monotonic()) * _ENGINE_SHARE)
-        server: list[dict[str, Any]] = []
-        try:
-            with running_server(arguments, end - time.monotonic()) as url:
-                arguments.url = url
-                server = load_levels(arguments, end)
-        except RuntimeError as error:
-            print(error, flush=True)
-        print(
-            f"\n{arguments.model} {arguments.flags}: {arguments.prompt} tokens a prompt, {arguments.tokens} an answer"
-        )
-        print(table(engine, server))
+        run_model(arguments, end)
         print(f"({time.monotonic() - begin:.0f} s)", flush=True)
     finally:
         if written is not None:

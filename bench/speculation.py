@@ -28,8 +28,9 @@ from airjax import engine, sampling
 from airjax.engine import drafting
 from airjax.engine.drafting.combined import Combined
 from airjax.engine.drafting.law import Acceptance, Costs, Law
-from airjax.engine.drafting.rows import most_rows, padded, rows_apart, sweep_rows
+from airjax.engine.drafting.rows import Rows, most_rows, padded, rows_apart, sweep_rows
 from airjax.engine.drafting.verify import answer, ask
+from airjax.engine.generation import prefill
 
 _ROWS = (1, 2, 4, 8, 16, 32)
 
@@ -83,52 +84,47 @@ def timed_drafter(slow: Any, token_s: float, costs: Assumed) -> Any:
 def measure_costs(options: argparse.Namespace) -> None:
     """Prints the seconds of sweeps by rows, as JSON."""
     with load(options, "lookup") as loaded:
-        model = loaded.model
-        ids = np.random.default_rng(0).integers(0, model.config.vocab_size, options.position + 64).tolist()
-        state = engine.new_state(model)
-        sampler = sampling.greedy()
-        list(
-            engine.generate(
-                model,
-                state,
-                ids[: options.position],
-                sampler=sampler,
-                key=jax.random.key(0),
-                max_tokens=1,
-                stop_ids=frozenset(),
-            )
-        )
-        keys = jax.device_put(jax.random.key(0)[None], model.device)
-        sampler_state = sampler.init(np.zeros((1, 1), np.int32), model.config.vocab_size)
-        seconds: dict[int, float] = {}
-        first = options.position
-        for rows in _ROWS:
-            if rows > most_rows(model):
-                continue
-            part = ids[first : first + rows]
-            times = []
-            for _ in range(options.repeats + 2):
-                start = time.perf_counter()
-                question = ask(
-                    model, part, first, 0, None, rows == 1 or rows_apart(model, state, first + rows - 1)
-                )
-                swept = sweep_rows(model, state, part, first)
-                answer(model, sampler.apply, swept, part, question, sampler_state, keys)
-                jax.block_until_ready(swept.x)
-                times.append(time.perf_counter() - start)
-            seconds[rows] = statistics.median(times[2:])
-            print(
-                f"{rows:>3} rows: {seconds[rows] * 1e3:9.2f} ms, {seconds[rows] / seconds[1]:.3f} of one row "
-                f"(least {min(times[2:]) * 1e3:.2f}, most {max(times[2:]) * 1e3:.2f})",
-                file=sys.stderr,
-            )
-        model.wait()
-        state.close()
+        seconds = costs_of(loaded, options)
+        device = loaded.model.device.device_kind
+    print(json.dumps({"seconds": seconds, "device": device, "model": Path(options.model).name}))
+
+
+def costs_of(
+    loaded: airjax.Engine, options: argparse.Namespace, sampler: sampling.Transform | None = None
+) -> dict[int, float]:
+    """Seconds of sweeps with their draws, by rows: the median of `options.repeats` at `options.position`."""
+    model = loaded.model
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, options.position + 64).tolist()
+    state = engine.new_state(model)
+    sampler = sampling.greedy() if sampler is None else sampler
+    for _ in prefill(model, state, ids[: options.position]):
+        pass
+    keys = jax.device_put(jax.random.key(0)[None], model.device)
+    sampler_state = sampler.init(np.zeros((1, 1), np.int32), model.config.vocab_size)
+    seconds: dict[int, float] = {}
+    first = options.position
+    for rows in _ROWS:
+        if rows > most_rows(model):
+            continue
+        part = Rows(ids[first : first + rows])
+        times = []
+        for _ in range(options.repeats + 2):
+            start = time.perf_counter()
+            apart = rows == 1 or rows_apart(model, state, first + rows - 1)
+            question = ask(model, part, first, 0, None, apart)
+            swept = sweep_rows(model, state, part, first)
+            answer(model, sampler.apply, swept, part, question, sampler_state, keys)
+            jax.block_until_ready(swept.x)
+            times.append(time.perf_counter() - start)
+        seconds[rows] = statistics.median(times[2:])
         print(
-            json.dumps(
-                {"seconds": seconds, "device": model.device.device_kind, "model": Path(options.model).name}
-            )
+            f"{rows:>3} rows: {seconds[rows] * 1e3:9.2f} ms, {seconds[rows] / seconds[1]:.3f} of one row "
+            f"(least {min(times[2:]) * 1e3:.2f}, most {max(times[2:]) * 1e3:.2f})",
+            file=sys.stderr,
         )
+    model.wait()
+    state.close()
+    return seconds
 
 
 def measure_texts(options: argparse.Namespace) -> None:

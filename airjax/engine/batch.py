@@ -170,17 +170,15 @@ def _through(
             layer = end
             continue
         step = paged_block_step(model.manifest.layers[layer].layout, config, model.kinds[layer])
-        weights = model.weights.take(layer)
+        weights = model.weights.take(layer, xs[-1])
         wait = [settles(model, layer, group.positions) for group in groups]
         if model.device_fetches(layer):
-            before = xs[-1]
             xs = [
                 _run(model, x, state, range(layer, layer + 1), *where)
                 for x, where in zip(xs, placed, strict=True)
             ]
         elif model.pool_holds(layer):
             assert not isinstance(weights, Passing)
-            before = xs[-1]
             routed = []
             for x, (positions, table) in zip(xs, placed, strict=True):
                 pages = PagedKV(state.layers[layer], table)
@@ -188,14 +186,12 @@ def _through(
                 routed.append(part)
             xs = run_experts(model, layer, routed, [group.positions for group in groups])
         else:
-            before = xs[-1]
             calls = [(step, x, (table, positions)) for x, (positions, table) in zip(xs, placed, strict=True)]
             xs, state.layers[layer] = chain(weights, state.layers[layer], calls, wait)
         model.pending = xs[-1]
         if model.timeline is not None:
             model.timeline.watch(model.lane(layer), f"layer {layer}", xs[-1])
-        # Groups run in order: when the last one's input is ready, no earlier layer is at work.
-        model.weights.release(layer, weights, before, done=xs[-1])
+        model.weights.release(layer, weights, done=xs[-1])
         if wait[-1]:
             jax.block_until_ready(xs[-1])
         layer += 1

@@ -17,7 +17,7 @@ from airjax.engine.step import jit
 from airjax.gguf import ExpertSlot, Layout
 from airjax.models import Buffers, Config, Weights
 from airjax.streaming import Pool
-from airjax.types import Array, KVCache, LayerKV, PagedKV
+from airjax.types import Array, KVCache, LayerKV, PagedKV, TreeKV
 
 if TYPE_CHECKING:
     from airjax.engine.model import Model
@@ -188,6 +188,7 @@ def route_step(
             )
             picks = jnp.concatenate([picks, likely.reshape(picks.shape)], axis=1)
         routed = Routed(x, h, ids, gates, models.shared(h, weights, config), picks)
+        assert not isinstance(cache, TreeKV)
         return routed, cache.pages if isinstance(cache, PagedKV) else cache
 
     return route

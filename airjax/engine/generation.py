@@ -18,7 +18,7 @@ from airjax.engine.model import Model
 from airjax.engine.pipeline import Passage
 from airjax.engine.request import Constraint
 from airjax.engine.stats import peak_device_bytes
-from airjax.engine.step import draw_step, unembed_step
+from airjax.engine.step import draw_in_place_step, draw_step, unembed_step
 from airjax.engine.sweep import State, sweep
 from airjax.plan import LOGIT_ROWS_BYTES
 from airjax.sampling import DrawError, Transform, explain, mask_tokens
@@ -148,6 +148,7 @@ def generate(
             last = x, rows - 1
         x, row = last
     draw = draw_step(model.layouts, model.config, sampler.apply)
+    in_place = draw_in_place_step(model.layouts, model.config, sampler.apply)
     context = np.asarray(prompt, np.int32)[None]
     sampler_state, token, keys, last_row, numbers = model.put(
         (
@@ -163,10 +164,13 @@ def generate(
     ahead = model.runs_ahead
     for count in range(max_tokens):
         allowed = None if mask is None else mask.result()[None]
-        before = x, last_row, sampler_state, token
-        token, logprob, sampler_state, x, numbers = draw(
-            model.globals, x, last_row, sampler_state, token, keys, numbers, allowed
-        )
+        before = last_row, sampler_state, token
+        given = model.globals, x, last_row, sampler_state, token, keys, numbers, allowed
+        if ahead and count and hook is None and not model.plan.host_embedding:
+            token, logprob, sampler_state, x, numbers, drawn_from = in_place(*given)
+        else:
+            drawn_from = x
+            token, logprob, sampler_state, x, numbers = draw(*given)
         last_row, model.pending = only_row, logprob
         position = len(prompt) + count
         swept = ahead and x is not None and count + 1 < max_tokens and position < model.plan.context
@@ -179,7 +183,7 @@ def generate(
             if allowed is not None and not allowed.any():
                 stats.finish_reason = "grammar"
                 return
-            raise DrawError(why_undrawn(model, sampler.apply, *before, allowed))
+            raise DrawError(why_undrawn(model, sampler.apply, drawn_from, *before, allowed))
         if constraint is not None:
             constraint.advance(drawn.id)
             if not constraint.finished:

@@ -46,17 +46,17 @@ def long_layer(
       The new hidden states, and the new rows `[B, K, T, H]` each as the cache stores them.
     """
     layout, kind = model.manifest.layers[layer].layout, model.kinds[layer]
-    begin, end = begin_step(layout, model.config, kind), end_step(layout, model.config)
+    begin, end = begin_step(layout, model.config, kind), end_step(layout, model.config, kind)
     keep: set[int] = set()
     if isinstance(weights, Passing):
         _, waiting, _ = staged(begin, layout, x, positions).shapes
-        keep = needs(weights, end, x, waiting)
+        keep = needs(weights, end, x, waiting, positions)
     q, partial, rows = call(weights, begin, x, positions, wait=wait, keep=keep)
     attend = attend_step(model.config, kind, model.plan.kv_slots[layer])
     for piece in shuttle.pieces(layer):
         partial = attend(q, partial, piece.kv, np.int32(piece.first), positions)
         shuttle.release(partial.total)
-    return call(weights, end, x, partial, wait=wait), rows
+    return call(weights, end, x, partial, positions, wait=wait), rows
 
 
 @functools.cache
@@ -114,17 +114,19 @@ def attend_step(config: Config, kind: str, size: int) -> Callable[..., Partial]:
 
 
 @functools.cache
-def end_step(layout: Layout, config: Config) -> Callable[..., Array]:
-    """What follows attention: jitted `(buffers, x [B, T, D], partial) -> x`."""
+def end_step(layout: Layout, config: Config, kind: str) -> Callable[..., Array]:
+    """What follows attention: jitted `(buffers, x [B, T, D], partial, positions [B, T]) -> x`."""
     architecture = models.get(config.architecture)
 
-    def part(buffers: Buffers, x: Array, partial: Partial) -> Array:
+    def part(buffers: Buffers, x: Array, partial: Partial, positions: Array) -> Array:
         weights = models.unpack(buffers, layout)
         attended = layers.finish(partial, architecture.attention_sinks(weights, config))
+        x = architecture.begun(weights, x, positions, config, kind)
         return architecture.attend_output(weights, x, attended, config)
 
     @jax.jit
-    def end(buffers: Buffers, x: Array, partial: Partial) -> Any:
-        return spread(part, config.mesh, (BYTES, WHOLE, BY_HEADS_LAST), WHOLE)(buffers, x, partial)
+    def end(buffers: Buffers, x: Array, partial: Partial, positions: Array) -> Any:
+        inside = BYTES, WHOLE, BY_HEADS_LAST, WHOLE
+        return spread(part, config.mesh, inside, WHOLE)(buffers, x, partial, positions)
 
     return end

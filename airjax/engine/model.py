@@ -88,6 +88,7 @@ class Model:
       number: of the device, where others do the same beside it.
       shares_file: another model closes the file.
       shares_weights: another model closes the weights too.
+      counting: held while counters of the pool are added up.
     """
 
     gguf: GGUF
@@ -109,6 +110,7 @@ class Model:
     shares_file: bool = False
     shares_weights: bool = False
     _counting: threading.Lock = field(default_factory=threading.Lock)
+    counting: threading.Lock = field(default_factory=threading.Lock)
 
     @functools.cached_property
     def everywhere(self) -> Placement:
@@ -255,15 +257,19 @@ class Model:
             self.stats.wait_s += shuttle.wait_s
             shuttle.wait_s = 0.0
 
-    def count_fetched(self, keep: int = 0) -> None:
-        """Adds sweeps whose experts the device fetched, all but the newest `keep`, to the counters of their runs."""
+    def count_fetched(self, keep: int = 0, *, wait: bool = True) -> None:
+        """Adds sweeps whose experts the device fetched, all but the newest `keep`, to the counters of their runs.
+
+        Without `wait` only those that the device has done, so that a meter does not hold up the engine's thread.
+        """
         if isinstance(self.pool, DevicePool):
-            for stats, counted, wait_s in self.pool.take(keep):
-                stats.sweeps += 1
-                stats.experts = stats.experts or PoolStats()
-                stats.experts.add(counted)
-                stats.bytes_streamed += counted.bytes
-                stats.wait_s += wait_s
+            with self.counting:
+                for stats, counted, wait_s in self.pool.take(keep, wait=wait):
+                    stats.sweeps += 1
+                    stats.experts = stats.experts or PoolStats()
+                    stats.experts.add(counted)
+                    stats.bytes_streamed += counted.bytes
+                    stats.wait_s += wait_s
 
     def wait(self) -> None:
         """Waits until the device has done all its work, which may still read the mapping."""

@@ -30,30 +30,30 @@ class Passing:
         self._coming = [piece for piece in models.passing_order(layout) if piece in items]
         self._held: dict[int, Array] = {}
 
-    def hold(self, buffers: Iterable[int]) -> Mapping[int, Array]:
-        """Takes what is missing of `buffers`, and what comes before it; pieces may still be on the link."""
+    def hold(self, buffers: Iterable[int], before: Array | None) -> Mapping[int, Array]:
+        """Takes what is missing of `buffers`, and what comes before it; `before` is as in `Ring.take`."""
         for buffer in buffers:
             while buffer not in self._kept and buffer not in self._held:
-                self._take()
+                self._take(before)
         return {**self._kept, **self._held}
 
-    def free(self, keep: Collection[int], before: Array, done: Array) -> None:
-        """Gives back what is held, but for `keep`; the arrays are as in `Ring.release`."""
+    def free(self, keep: Collection[int], done: Array) -> None:
+        """Gives back what is held, but for `keep`; `done` is as in `Ring.release`."""
         gone = [piece for piece in self._held if piece not in keep]
         if gone:
             assert self._ring is not None
-            self._ring.release([(self._held.pop(piece),) for piece in gone], before, done)
+            self._ring.release([(self._held.pop(piece),) for piece in gone], done)
 
-    def finish(self, before: Array, done: Array) -> None:
+    def finish(self, done: Array) -> None:
         """Gives everything back, also what nobody needed."""
         while self._coming:
-            self._take()
-        self.free((), before, done)
+            self._take(done)
+        self.free((), done)
 
-    def _take(self) -> None:
+    def _take(self, before: Array | None) -> None:
         piece = self._coming.pop(0)
         assert self._ring is not None
-        (self._held[piece],) = self._ring.take(self._items[piece])
+        (self._held[piece],) = self._ring.take(self._items[piece], before)
 
 
 def ring_items(

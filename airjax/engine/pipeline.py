@@ -63,14 +63,14 @@ class StagedWeights(LayerWeights):
         """Of the stages that stream."""
         return [ring for _, weights in self._stages for ring in weights.rings]
 
-    def take(self, layer: int) -> Buffers | Passing:
-        return self._of[layer].take(layer)
+    def take(self, layer: int, before: Array | None = None) -> Buffers | Passing:
+        return self._of[layer].take(layer, before)
 
     def relaid(self, layer: int) -> bool:
         return self._of[layer].relaid(layer)
 
-    def release(self, layer: int, weights: Buffers | Passing, before: Array, done: Array) -> None:
-        self._of[layer].release(layer, weights, before, done)
+    def release(self, layer: int, weights: Buffers | Passing, done: Array) -> None:
+        self._of[layer].release(layer, weights, done)
 
     def close(self) -> None:
         """Closes all stages, each even if another fails; the first, which holds the pinned mapping, as the last."""

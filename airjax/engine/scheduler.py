@@ -205,9 +205,9 @@ class Scheduler:
     def _open_state(self) -> None:
         """Empty pages, and rows of the sampler's state."""
         limit = self.model.plan.kv_tokens // KV_PAGE
-        self._pages = Pages(
-            min(_FIRST_PAGES if self._first_pages is None else self._first_pages, limit), limit
-        )
+        # As with the cache of one sequence, see `new_state`.
+        first = _FIRST_PAGES if self._first_pages is None else self._first_pages
+        self._pages = Pages(limit if self.model.plan.streamed else min(first, limit), limit)
         self._state: PagedState = new_pages(self.model, self._pages.count)
         self._draws = Draws(self.model, self._sampler, self.max_batch)
 

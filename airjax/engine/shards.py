@@ -193,6 +193,10 @@ class Shards:
             self.close()
             raise
 
+    def ready(self, item: int) -> bool:
+        """Always: nothing is read ahead."""
+        return True
+
     def put(self, item: int) -> Buffers:
         """Starts the transfers of a layer to all devices at once."""
         parts: list[list[jax.Array]] = [[] for _ in self._layers[item].layout.sizes]

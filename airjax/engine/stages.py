@@ -157,12 +157,11 @@ class _Running:
 
     Attributes:
       newest: what is ready when these are done.
-      before: what is ready when the one before the newest is.
     """
 
     def __init__(self, staged: Staged, leaves: Sequence[Any]) -> None:
         self.staged = staged
-        self.newest = self.before = leaves[0]
+        self.newest = leaves[0]
         self._values = dict(zip(staged.arguments, leaves, strict=True))
 
     def advance(self, level: int, buffers: Mapping[int, Array]) -> None:
@@ -172,7 +171,7 @@ class _Running:
         for var in stage.drops:
             del self._values[var]
         self._values.update(zip(stage.gives, given, strict=True))
-        self.before, self.newest = self.newest, self._values[stage.shows]
+        self.newest = self._values[stage.shows]
 
     def value(self, var: core.Var) -> Any:
         """A value that was given already."""
@@ -198,15 +197,16 @@ def _advance(
         active = [
             (one, waits) for one, waits in zip(running, wait, strict=True) if level in one.staged.stages
         ]
-        buffers = weights.hold({at for one, _ in active for at in one.staged.stages[level].buffers})
-        for one, waits in active:
+        # Calls run in order: when the newest output of the last is ready, no earlier stage is at work.
+        last, waits = active[-1]
+        needed = {at for one, _ in active for at in one.staged.stages[level].buffers}
+        buffers = weights.hold(needed, last.newest)
+        for one, one_waits in active:
             one.advance(level, buffers)
-            if waits and one is not active[-1][0]:
+            if one_waits and one is not last:
                 jax.block_until_ready(one.newest)
         later = set(keep).union(*(one.staged.buffers_after(level) for one in running))
-        # Calls run in order: when the last one's input is ready, no earlier stage is at work.
-        last, waits = active[-1]
-        weights.free(later, last.before, last.newest)
+        weights.free(later, last.newest)
         if waits:
             jax.block_until_ready(last.newest)
 

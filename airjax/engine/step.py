@@ -16,7 +16,7 @@ from airjax.gguf import GGMLType, Layout
 from airjax.models import BY_HEADS, BYTES, WHOLE, Buffers, Config, spread
 from airjax.plan import EMBEDDING
 from airjax.streaming import to_cache
-from airjax.types import Array, LayerKV, PagedKV
+from airjax.types import Array, KVCache, LayerKV, PagedKV, Tree, TreeKV
 
 Globals = dict[str, Buffers]
 GlobalLayouts = tuple[tuple[str, Layout], ...]
@@ -32,16 +32,20 @@ def block_step(
     """One layer with its cache on the device; the cache is donated and updated in place.
 
     Returns:
-      jitted `(buffers, x [B, T, D], kv, positions [B, T]) -> (x, kv)`.
+      jitted `(buffers, x [B, T, D], kv, positions [B, T], tree=None) -> (x, kv)`. With a `Tree` the rows form one; not
+      on several devices.
     """
     architecture = models.get(config.architecture)
 
-    def part(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Any:
+    def part(buffers: Buffers, x: Array, kv: KVCache, positions: Array) -> Any:
         weights = models.unpack(buffers, layout)
         return architecture.block(weights, x, kv, positions, config, kind, length)
 
     @functools.partial(jit, donate_argnames="kv")
-    def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Any:
+    def block(buffers: Buffers, x: Array, kv: LayerKV, positions: Array, tree: Tree | None = None) -> Any:
+        if tree is not None:
+            x, written = part(buffers, x, TreeKV(kv, tree), positions)
+            return x, written.kv
         whole = spread(part, config.mesh, (BYTES, WHOLE, BY_HEADS, WHOLE), (WHOLE, BY_HEADS))
         return whole(buffers, x, kv, positions)
 
@@ -82,7 +86,8 @@ def run_step(
       config: of the model.
 
     Returns:
-      jitted `([buffers], x [B, T, D], [kv], positions [B, T]) -> (x, [kv])`; the caches are donated.
+      jitted `([buffers], x [B, T, D], [kv], positions [B, T]) -> (x, [kv])`; x and the caches are donated: a graph
+      whose arguments lie where they lay is replayed as it is, one with others is first written anew by the host.
     """
     architecture = models.get(config.architecture)
 
@@ -94,7 +99,7 @@ def run_step(
             written.append(new)
         return x, written
 
-    @functools.partial(jit, donate_argnames="kvs")
+    @functools.partial(jit, donate_argnames=("x", "kvs"))
     def run(buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array) -> Any:
         whole = spread(parts, config.mesh, (BYTES, WHOLE, BY_HEADS, WHOLE), (WHOLE, BY_HEADS))
         return whole(buffers, x, kvs, positions)
@@ -131,19 +136,24 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
     """One layer whose cache was uploaded for this sweep; only the new rows come back.
 
     Returns:
-      jitted `(buffers, x [B, T, D], piece uint8 [S, row bytes], positions [B, T]) -> (x, rows [B, K, T, H])`.
+      jitted `(buffers, x [B, T, D], piece uint8 [S, row bytes], positions [B, T], tree=None) -> (x, rows
+      [B, K, T, H])`. With a `Tree` the rows form one.
     """
     architecture = models.get(config.architecture)
 
-    def part(buffers: Buffers, x: Array, piece: Array, positions: Array) -> Any:
+    def part(buffers: Buffers, x: Array, piece: Array, positions: Array, tree: Tree | None = None) -> Any:
         weights = models.unpack(buffers, layout)
-        cache = to_cache(piece, shuttled_row(config, kind, len(x)))
-        x, written = architecture.block(weights, x, cache, positions, config, kind, cache.k.shape[2])
-        assert isinstance(written, LayerKV)
-        return x, layers.read_rows(written, positions)
+        kv = to_cache(piece, shuttled_row(config, kind, len(x)))
+        cache: KVCache = kv if tree is None else TreeKV(kv, tree)
+        x, written = architecture.block(weights, x, cache, positions, config, kind, kv.k.shape[2])
+        rows = written.kv if isinstance(written, TreeKV) else written
+        assert isinstance(rows, LayerKV)
+        return x, layers.read_rows(rows, positions if tree is None else tree.slots)
 
     @jit
-    def block(buffers: Buffers, x: Array, piece: Array, positions: Array) -> Any:
+    def block(buffers: Buffers, x: Array, piece: Array, positions: Array, tree: Tree | None = None) -> Any:
+        if tree is not None:
+            return part(buffers, x, piece, positions, tree)
         whole = spread(part, config.mesh, (BYTES, WHOLE, BYTES, WHOLE), (WHOLE, BY_HEADS))
         return whole(buffers, x, piece, positions)
 
@@ -194,7 +204,7 @@ def unembed_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]
 
 
 @functools.cache
-def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..., Any]:
+def draw_step(layouts: GlobalLayouts, config: Config, apply: Any, second: bool = False) -> Callable[..., Any]:
     """From the hidden states of a sweep to the next token of each sequence, and its embedding.
 
     Returns:
@@ -203,11 +213,42 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
       its key folded with `count`. The numbers come back one higher, for the next sweep and draw: from the host they
       would wait behind the layers on the link. `allowed` is None or packed bits `[B, W]`. The log-probability is the
       model's own, before mask and sampler. A token is -1 where nothing can be drawn. The last x is None where the
-      embedding stays on the host.
+      embedding stays on the host. With `second` a sixth result is the token `[B]` that comes next: that of the same
+      draw without the first, or where the sampler allows no other the next most probable one.
     """
+    return jit(_drawing(layouts, config, apply, second))
+
+
+@functools.cache
+def draw_in_place_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..., Any]:
+    """`draw_step` from a single row `[B, 1, D]`, with an embedding on the device: x and the numbers are donated.
+
+    So the new ones lie where the old ones lay, and a GPU replays the next sweep's graph as it is.
+
+    Returns:
+      as `draw_step`, jitted, and as the last output the hidden states drawn from, `[B, 1, D]`.
+    """
+    drawing = _drawing(layouts, config, apply)
+
+    @functools.partial(jit, donate_argnames=("x", "numbers"))
+    def draw(
+        buffers: Globals,
+        x: Array,
+        row: Array,
+        state: Any,
+        token: Array,
+        keys: Array,
+        numbers: tuple[Array, Array],
+        allowed: Array | None,
+    ) -> Any:
+        return (*drawing(buffers, x, row, state, token, keys, numbers, allowed), x)
+
+    return draw
+
+
+def _drawing(layouts: GlobalLayouts, config: Config, apply: Any, second: bool = False) -> Callable[..., Any]:
     architecture = models.get(config.architecture)
 
-    @jit
     def draw(
         buffers: Globals,
         x: Array,
@@ -223,14 +264,16 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..
         logits = logits_of(buffers, layouts, last, config)  # [B, V]
         masked = logits if allowed is None else sampling.mask_tokens(logits, allowed)
         filtered, state = apply(masked, state, token)
-        drawn = sampling.draw(filtered, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, numbers[0]))
-        return (
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, numbers[0])
+        drawn = sampling.draw(filtered, keys)
+        out = (
             drawn,
             sampling.log_prob(logits, drawn),
             state,
             architecture.embed(weights, drawn[:, None], config) if EMBEDDING in weights else None,
             jax.tree.map(lambda number: number + 1, numbers),
         )
+        return (*out, _second(logits, filtered, drawn, keys)) if second else out
 
     return draw
 
@@ -263,6 +306,15 @@ def last_rows(
         jnp.pad(slots, (0, missing), constant_values=spare),
         jnp.pad(tokens, (0, missing), constant_values=-1),
         jnp.pad(counts, (0, missing)),
+    )
+
+
+def _second(logits: Array, filtered: Array, drawn: Array, keys: Array) -> Array:
+    """The draw `[B]` that there would be without the one that there was."""
+    first = jnp.arange(logits.shape[1]) == drawn[:, None]
+    again = sampling.draw(jnp.where(first, -jnp.inf, filtered), keys)
+    return jnp.where(again < 0, jnp.argmax(jnp.where(first, -jnp.inf, logits), axis=1), again).astype(
+        jnp.int32
     )
 
 

@@ -21,8 +21,9 @@ from airjax.engine.passing import Passing
 from airjax.engine.pipeline import Passage
 from airjax.engine.stages import call, needs
 from airjax.engine.step import block_step, run_step, shuttled_block_step, shuttled_row
+from airjax.quants.kernels import MOST_ROWS
 from airjax.streaming import Shuttle
-from airjax.types import Array, LayerKV
+from airjax.types import Array, LayerKV, Tree
 
 if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
@@ -56,7 +57,10 @@ class State:
 
 
 def new_state(model: Model, batch: int = 1) -> State:
-    """An empty cache for `batch` sequences, as the plan says; on the device it grows with what it holds."""
+    """An empty cache for `batch` sequences, as the plan says; on the device it grows with what it holds.
+
+    But where layers are streamed memory is tight, and buffers that come and go leave gaps in it: it is taken at once.
+    """
     config, plan = model.config, model.plan
     if plan.shuttle:
         shuttle = Shuttle(
@@ -72,7 +76,8 @@ def new_state(model: Model, batch: int = 1) -> State:
     kv = []
     for layer, (slots, kind) in enumerate(zip(plan.kv_slots, model.kinds, strict=True)):
         heads, width = config.all_kv_shape(kind)
-        shape = (batch, heads, min(slots, _SMALLEST_LENGTH), width)
+        first = slots if plan.streamed else min(slots, _SMALLEST_LENGTH)
+        shape = (batch, heads, first, width)
         kv.append(layers.empty_cache(shape, config.kv_dtype, model.cache_at(layer)))
     return State(batch, kv=kv)
 
@@ -84,6 +89,7 @@ def sweep(
     positions: np.ndarray,
     device_positions: Array | None = None,
     hook: Hook | None = None,
+    tree: Tree | None = None,
     passage: Passage | None = None,
 ) -> Array:
     """For each layer, in order: take its weights from the prefetcher, run the block, keep the new KV.
@@ -96,6 +102,8 @@ def sweep(
       device_positions: the same on the device, if they are there: on their way they would wait behind the layers that
         are fetched ahead.
       hook: sees the layers pass by; then each is a call of its own.
+      tree: of rows that form one, on the host; not with experts that come through a pool, nor over a cache that
+        comes in pieces.
       passage: through the stages of a pipeline, with the positions; None for one made here.
 
     Returns:
@@ -111,13 +119,19 @@ def sweep(
             device_positions = model.put(positions)
         passage = Passage(model, device_positions)
     with passage:
-        x = _pass(model, x, state, positions, passage, hook)
+        x = _pass(model, x, state, positions, passage, hook, tree)
     model.count_sweep(state)
     return x
 
 
 def _pass(
-    model: Model, x: Array, state: State, positions: np.ndarray, passage: Passage, hook: Hook | None
+    model: Model,
+    x: Array,
+    state: State,
+    positions: np.ndarray,
+    passage: Passage,
+    hook: Hook | None,
+    tree: Tree | None,
 ) -> Array:
     """Takes the hidden states through all layers."""
     model.gguf.check_unchanged()
@@ -127,11 +141,13 @@ def _pass(
                 "attention can be seen where the KV cache is on the device: pass kv_shuttle='off'"
             )
         x = hook.at(0, x, positions)
-    lengths = lengths_at(model, positions)
+    places = positions if tree is None else np.asarray(tree.slots)
+    lengths = lengths_at(model, places)
     steps = _steps(model, state, lengths)
+    form = () if tree is None else (jax.device_put(tree, model.device),)
     model.begin_sweep()
     if state.shuttle is not None:
-        state.shuttle.begin_sweep(_uploads(state.shuttle, lengths, positions))
+        state.shuttle.begin_sweep(_uploads(state.shuttle, lengths, places))
     layer = 0
     while layer < len(steps):
         (x,), device_positions = passage.at(layer, [x])
@@ -142,7 +158,7 @@ def _pass(
             layer = end
             continue
         step = steps[layer]
-        weights, wait = model.weights.take(layer), settles(model, layer, positions)
+        weights, wait = model.weights.take(layer, x), settles(model, layer, positions)
         before = x
         if model.device_fetches(layer):
             x = _run(model, x, state, range(layer, layer + 1), lengths, device_positions)
@@ -158,15 +174,17 @@ def _pass(
             keep: set[int] = set()
             if hook is not None and layer in hook.attention:
                 keep = needs(weights, _attention_step(model, layer, lengths), before, kv, device_positions)
-            x, state.kv[layer] = call(weights, step, before, kv, device_positions, wait=wait, keep=keep)
+            x, state.kv[layer] = call(
+                weights, step, before, kv, device_positions, *form, wait=wait, keep=keep
+            )
         else:
             if lengths[layer] > state.shuttle.block:
                 x, rows = long_layer(model, state.shuttle, layer, weights, before, device_positions, wait)
             else:
                 for piece in state.shuttle.pieces(layer):  # there is one
-                    x, rows = call(weights, step, before, piece.kv, device_positions, wait=wait)
+                    x, rows = call(weights, step, before, piece.kv, device_positions, *form, wait=wait)
                     state.shuttle.release(x)
-            state.shuttle.keep(layer, rows, positions)
+            state.shuttle.keep(layer, rows, places)
         model.pending = x
         if model.timeline is not None:
             model.timeline.watch(model.lane(layer), f"layer {layer}", x)
@@ -179,7 +197,7 @@ def _pass(
                 assert hook.attended is not None
                 hook.attended(layer, seen, positions)
             x = hook.at(layer + 1, x, positions)
-        model.weights.release(layer, weights, before, done=x)
+        model.weights.release(layer, weights, done=x)
         if wait:
             jax.block_until_ready(x)
         layer += 1
@@ -196,9 +214,9 @@ def settles(model: Model, layer: int, positions: np.ndarray) -> bool:
     """Whether to wait for a layer: of more than one row where layers are streamed no two hold their workspace at once.
 
     The link, whose next transfers are under way, does not notice, and the device hardly: such a layer takes
-    far longer than its dispatch. A decoding step of the kernels needs no such workspace.
+    far longer than its dispatch. The kernels need no such workspace for the rows that they take.
     """
-    kernels = model.weights.relaid(layer) and positions.shape[1] == 1
+    kernels = model.weights.relaid(layer) and positions.size <= MOST_ROWS
     # XLA's CPU backend may run out of threads, where several programs wait in them for sums over the devices.
     alone = model.config.mesh is not None and model.device.platform == "cpu"
     return alone or (bool(model.plan.streamed) and positions.size > 1 and not kernels)

@@ -83,8 +83,8 @@ class LayerWeights:
         if self.ring is not None:
             self.ring.begin_sweep()
 
-    def take(self, layer: int) -> Buffers | Passing:
-        """The weights of `layer`, for `stages.call`; streamed ones may still be on the link."""
+    def take(self, layer: int, before: Array | None = None) -> Buffers | Passing:
+        """The weights of `layer`, for `stages.call`; `before` is as in `Ring.take`."""
         resident, layout = self._resident.get(layer), self._layouts[layer]
         if layout.pieces and not isinstance(resident, dict):
             # Resident or not, a layer that is cut runs in the same stages, so its numbers are the same.
@@ -93,20 +93,20 @@ class LayerWeights:
         if resident is not None:
             return resident
         assert self.ring is not None
-        return self.ring.take(self._items[layer][0])
+        return self.ring.take(self._items[layer][0], before)
 
     def relaid(self, layer: int) -> bool:
         """Whether the layer is resident in the form that the fused kernel reads."""
         return isinstance(self._resident.get(layer), dict)
 
-    def release(self, layer: int, weights: Buffers | Passing, before: Array, done: Array) -> None:
+    def release(self, layer: int, weights: Buffers | Passing, done: Array) -> None:
         """Gives back what `take` returned, once the work that uses it is dispatched; see `Ring.release`."""
         if isinstance(weights, Passing):
-            weights.finish(before, done)
+            weights.finish(done)
         elif layer not in self._resident:
             assert self.ring is not None
             assert isinstance(weights, tuple)
-            self.ring.release([weights], before, done)
+            self.ring.release([weights], done)
 
     def close(self) -> None:
         """Frees the device memory and the tier."""

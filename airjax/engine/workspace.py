@@ -161,7 +161,7 @@ def _long(
     return max(
         _workspace_of(begin, layout, config.shards, x, positions),
         _workspace(attend, q, partial, piece, _array((), jnp.int32), positions) + waiting,
-        _workspace_of(end_step(layout, config), layout, config.shards, x, partial) + waiting,
+        _workspace_of(end_step(layout, config, kind), layout, config.shards, x, partial, positions) + waiting,
     )
 
 

@@ -17,6 +17,8 @@ PAGE_BYTES = 4096
 _SMALL_SHARE = 64
 # Of the parts of an expert on the device.
 _PART_ALIGNMENT = 128
+# Tensors outside the layers that only the first one reads.
+OF_FIRST_LAYER = {"position_embd.weight", "token_embd_norm.weight", "token_embd_norm.bias"}
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)", re.DOTALL)
 
 
@@ -220,6 +222,8 @@ def build_manifest(
             own = layers.setdefault(int(match[1]), [])
             if match[2] not in without:
                 own.append((match[2], info))
+        elif info.name in OF_FIRST_LAYER:
+            layers.setdefault(0, []).append((info.name, info))
         else:
             others[info.name] = _span(info.name, [(info.name, info)], align, max_gap)
     for number, layer in enumerate(sorted(layers)):

@@ -20,8 +20,6 @@ from airjax.layers.online import Partial as Partial
 from airjax.layers.online import attend_part as attend_part
 from airjax.layers.online import finish as finish
 from airjax.layers.online import merge as merge
-from airjax.layers.paged import attention as attention
-from airjax.layers.paged import write_rows as write_rows
 from airjax.layers.rope import rope as rope
 from airjax.layers.rope import rope_frequencies as rope_frequencies
 from airjax.layers.rope import yarn_frequencies as yarn_frequencies
@@ -30,3 +28,5 @@ from airjax.layers.rows import empty_cache as empty_cache
 from airjax.layers.rows import encode as encode
 from airjax.layers.rows import row_bytes as row_bytes
 from airjax.layers.rows import rows_struct as rows_struct
+from airjax.layers.trees import attention as attention
+from airjax.layers.trees import write_rows as write_rows

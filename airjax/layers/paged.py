@@ -11,10 +11,10 @@ import numpy as np
 
 from airjax.layers import attention as contiguous
 from airjax.layers.rows import encode
-from airjax.types import Array, KVCache, LayerKV, PagedKV
+from airjax.types import Array, LayerKV, PagedKV
 
 
-def write_rows(kv: KVCache, k: Array, v: Array, positions: Array) -> KVCache:
+def write_rows(kv: LayerKV | PagedKV, k: Array, v: Array, positions: Array) -> LayerKV | PagedKV:
     """Puts new keys and values into their slots; rows at negative positions are dropped.
 
     Args:
@@ -43,13 +43,14 @@ def write_rows(kv: KVCache, k: Array, v: Array, positions: Array) -> KVCache:
 
 def attention(
     q: Array,
-    kv: KVCache,
+    kv: LayerKV | PagedKV,
     positions: Array,
     *,
     scale: float,
     window: int = 0,
     chunked: bool = False,
     softcap: float = 0.0,
+    alibi: float = 0.0,
     length: int | None = None,
     dtype: np.dtype | None = None,
     sinks: Array | None = None,
@@ -60,25 +61,35 @@ def attention(
       q: `[B, T, N, H]`, N a multiple of K.
       kv: a cache with a row of slots per sequence, or one in pages whose table covers every position.
       positions: `[B, T]` int32, negative for padding rows; the others of a row rise one by one.
-      scale, window, chunked, softcap, length, dtype, sinks: as in `contiguous.attention`; pages have no `length`,
-        their table is cut.
+      scale, window, chunked, softcap, alibi, length, dtype, sinks: as in `contiguous.attention`; pages have no
+        `length`, their table is cut.
 
     Returns:
       `[B, T, N, H]` float32.
     """
     first = contiguous.first_seen(positions, window, chunked)
     if isinstance(kv, PagedKV):
-        kv, positions, first = _gather(kv, positions, first, window)
+        kv, positions, first = gather(kv, positions, first, window)
         length = None
     return contiguous.attention(
-        q, kv, positions, scale=scale, first=first, softcap=softcap, length=length, dtype=dtype, sinks=sinks
+        q,
+        kv,
+        positions,
+        scale=scale,
+        first=first,
+        softcap=softcap,
+        alibi=alibi,
+        length=length,
+        dtype=dtype,
+        sinks=sinks,
     )
 
 
-def _gather(
+def gather(
     kv: PagedKV, positions: Array, first: Array | None, window: int
 ) -> tuple[LayerKV, Array, Array | None]:
-    """The pages that new tokens can see as one row of slots per sequence; positions, and the first seen, within it."""
+    """The pages that new tokens at `positions` `[B, T]` can see as one row of slots per sequence; positions, and the
+    first seen, within it."""
     size = kv.pages.k.shape[2]
     table = kv.table
     if first is not None:

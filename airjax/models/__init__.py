@@ -11,10 +11,15 @@ import dataclasses
 from airjax.gguf import GGUF, GGUFError
 from airjax.models import (
     arcee,
+    baichuan,
     bailingmoe,
     bailingmoe2,
+    bloom,
+    chatglm,
+    codeshell,
     cohere2,
     command_r,
+    dbrx,
     deepseek,
     deepseek2,
     dots1,
@@ -24,11 +29,13 @@ from airjax.models import (
     exaone4,
     exaone_moe,
     falcon,
+    gemma,
     gemma2,
     gemma3,
     gemma4,
     glm4,
     glm4moe,
+    gpt2,
     gpt_oss,
     gptneox,
     granite,
@@ -38,13 +45,17 @@ from airjax.models import (
     internlm2,
     llama,
     llama4,
+    minicpm,
     minimax_m2,
     mistral3,
+    mpt,
     nemotron,
+    olmo,
     olmo2,
     olmoe,
     phi2,
     phi3,
+    qwen,
     qwen2,
     qwen2moe,
     qwen3,
@@ -52,7 +63,9 @@ from airjax.models import (
     seed_oss,
     smollm3,
     stablelm,
+    starcoder,
     starcoder2,
+    xverse,
 )
 from airjax.models.architecture import AXIS as AXIS
 from airjax.models.architecture import Architecture as Architecture
@@ -91,10 +104,15 @@ from airjax.models.sharding import spread as spread
 
 _MODULES = (
     arcee,
+    baichuan,
     bailingmoe,
     bailingmoe2,
+    bloom,
+    chatglm,
+    codeshell,
     cohere2,
     command_r,
+    dbrx,
     deepseek,
     deepseek2,
     dots1,
@@ -104,11 +122,13 @@ _MODULES = (
     exaone4,
     exaone_moe,
     falcon,
+    gemma,
     gemma2,
     gemma3,
     gemma4,
     glm4,
     glm4moe,
+    gpt2,
     gpt_oss,
     gptneox,
     granite,
@@ -118,13 +138,17 @@ _MODULES = (
     internlm2,
     llama,
     llama4,
+    minicpm,
     minimax_m2,
     mistral3,
+    mpt,
     nemotron,
+    olmo,
     olmo2,
     olmoe,
     phi2,
     phi3,
+    qwen,
     qwen2,
     qwen2moe,
     qwen3,
@@ -132,7 +156,9 @@ _MODULES = (
     seed_oss,
     smollm3,
     stablelm,
+    starcoder,
     starcoder2,
+    xverse,
 )
 # The names that files give where they have a hyphen.
 _HYPHENATED = {
@@ -148,20 +174,40 @@ _ARCHITECTURES: dict[str, Architecture] = {
     _HYPHENATED.get(name, name): module.ARCHITECTURE
     for name, module in ((module.__name__.rpartition(".")[2], module) for module in _MODULES)
 }
-# Of those that gguf names: layers of another kind than attention stand between or in the place of attention.
-_OTHER_KINDS = {
-    "arwkv7",
-    "falcon-h1",
-    "granitehybrid",
-    "jamba",
-    "kimi-linear",
-    "lfm2",
-    "lfm2moe",
-    "mamba",
-    "mamba2",
+# Why others of those that gguf names can't be run.
+_REASONS = {
+    "has state-space, linear-attention or convolution layers": (
+        *(
+            "arwkv7",
+            "falcon-h1",
+            "granitehybrid",
+            "jamba",
+            "kimi-linear",
+            "lfm2",
+            "lfm2moe",
+            "mamba",
+            "mamba2",
+        ),
+        *(
+            "nemotron_h",
+            "nemotron_h_moe",
+            "plamo2",
+            "qwen35",
+            "qwen35moe",
+            "qwen3next",
+            "rwkv6",
+            "rwkv6qwen2",
+        ),
+        "rwkv7",
+    ),
+    "has a rope in sections, of images": ("hunyuan_vl", "paddleocr", "qwen2vl", "qwen3vl", "qwen3vlmoe"),
+    "has layers that share embeddings and keys with others": ("gemma3n",),
+    "is no decoder-only language model": (
+        *("bert", "clip", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llama-embed"),
+        *("modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "t5", "t5encoder", "wavtokenizer-dec"),
+    ),
+    "writes its text by diffusion": ("dream", "llada", "llada-moe", "rnd1"),
 }
-_OTHER_KINDS |= {"nemotron_h", "nemotron_h_moe", "plamo2", "qwen35", "qwen35moe", "qwen3next"}
-_OTHER_KINDS |= {"rwkv6", "rwkv6qwen2", "rwkv7"}
 
 
 def get(architecture: str) -> Architecture:
@@ -184,14 +230,10 @@ def from_gguf(
       GGUFError: the architecture is unknown, or the file does not fit it. No tensor data is read.
     """
     name = gguf.get("general.architecture", str)
-    if name in _OTHER_KINDS:
-        raise GGUFError(
-            f"{gguf.path}: architecture {name!r} has state-space or linear-attention layers, which can't be run: "
-            f"airjax runs {', '.join(sorted(_ARCHITECTURES))}"
-        )
     if name not in _ARCHITECTURES:
+        reason = next((f" {reason} and" for reason, names in _REASONS.items() if name in names), "")
         raise GGUFError(
-            f"{gguf.path}: architecture {name!r} can't be run: airjax runs {', '.join(sorted(_ARCHITECTURES))}"
+            f"{gguf.path}: architecture {name!r}{reason} can't be run: airjax runs {', '.join(sorted(_ARCHITECTURES))}"
         )
     architecture = get(name)
     config = architecture.config_from_gguf(gguf, compute_dtype)

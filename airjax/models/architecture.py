@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from airjax import layers, quants
-from airjax.gguf import GGUF, GGUFError, Layout, guessing_layers
+from airjax.gguf import GGUF, OF_FIRST_LAYER, GGUFError, Layout, guessing_layers
 from airjax.types import Array, KVCache
 
 # Of the mesh of tensor parallelism.
@@ -103,6 +103,10 @@ class Architecture(Protocol):
         self, weights: Weights, x: Array, positions: Array, config: Any, kind: str
     ) -> tuple[Array, Array, Array]:
         """What comes before attention in `block`: queries, keys and values."""
+        ...
+
+    def begun(self, weights: Weights, x: Array, positions: Array, config: Any, kind: str) -> Array:
+        """What `attend_output` adds to: the input of `block`, but for a first layer that changes it before."""
         ...
 
     def attend_output(self, weights: Weights, x: Array, attended: Array, config: Any) -> Array:
@@ -265,7 +269,9 @@ def check_tensors(gguf: GGUF, architecture: Architecture, config: Config) -> Non
     specs = dict(architecture.global_specs(config))
     for layer in range(config.n_layers):
         block = architecture.block_specs(config, layer)
-        specs |= {f"blk.{layer}.{name}": spec for name, spec in block.items()}
+        specs |= {
+            name if name in OF_FIRST_LAYER else f"blk.{layer}.{name}": spec for name, spec in block.items()
+        }
     for name, spec in specs.items():
         info = gguf.tensors.get(name)
         if info is None:

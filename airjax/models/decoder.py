@@ -28,7 +28,7 @@ from airjax.models.architecture import (
 from airjax.models.experts import ROUTER, expert_specs, feed_forward
 from airjax.types import Array, KVCache
 
-_UNROTATED = " unrotated"
+_FIRST, _UNROTATED = " first", " unrotated"
 # Tensors outside the layers that are read with the metadata.
 ROPE_DIVISORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 
@@ -48,7 +48,7 @@ class DecoderConfig(Config):
       local_kv_heads, local_head_dim: of those layers, where they are others; 0 for the same (Gemma 4).
       chunked: the windows stand side by side (Llama 4).
       global_every: each so manyth layer sees the whole context, the others the window; 0 for none of them.
-      norm: "rms", or "layer" for the form that takes the mean away and may have a bias.
+      norm: "rms", or "layer" for the form that takes the mean away and may have a bias; "plain layer" without weights.
       qk_norm: queries and keys are normed by the "head" (Qwen 3), by the head with weights for "each head"
         (Command R+), or the "whole" of them at once (OLMo 2); "plain" without weights, where they are turned (Llama 4).
       qk_norm_late: after rope, else before it (Hunyuan).
@@ -56,6 +56,7 @@ class DecoderConfig(Config):
       attention_norm: name of the norm before attention.
       pre_norms: norms before attention and feed-forward.
       post_norms: norms after them, before they are added.
+      qkv_bound: queries, keys and values are kept between it and its negative; 0 for not (OLMo).
       fused_qkv: queries, keys and values come from one matrix.
       fused_gate: gate and up come from one matrix, `ffn_up`.
       gated: the feed-forward part has a gate, else the activation is of `ffn_up` itself.
@@ -65,6 +66,9 @@ class DecoderConfig(Config):
       attention_growth: how queries grow with the logarithm of their position (Llama 4, Ministral 3); 0 for not at all.
       attention_growth_length: in steps of so many positions.
       attention_growth_unrotated: of layers without rope alone, with positions counted from 1 (Llama 4).
+      alibi: scores fall with the distance, of the last head by 2 to the minus this; 0 for not (MPT, BLOOM).
+      learned_positions: of so many positions there is an embedding, which is added (GPT-2); 0 for none.
+      embedding_norm: the embedding is normed (BLOOM).
       logit_softcap: of the logits; 0 for none.
       embedding_scale: factor of the embedding.
       residual_scale: factor of what is added to the hidden states (Granite).
@@ -86,13 +90,14 @@ class DecoderConfig(Config):
     local_head_dim: int = 0
     chunked: bool = False
     global_every: int = 0
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "layer", "plain layer"] = "rms"
     qk_norm: Literal["", "head", "each head", "whole", "plain"] = ""
     qk_norm_late: bool = False
     parallel: bool = False
     attention_norm: str = "attn_norm"
     pre_norms: bool = True
     post_norms: bool = False
+    qkv_bound: float = 0.0
     fused_qkv: bool = False
     fused_gate: bool = False
     gated: bool = True
@@ -101,6 +106,9 @@ class DecoderConfig(Config):
     attention_growth: float = 0.0
     attention_growth_length: int = 1
     attention_growth_unrotated: bool = False
+    alibi: float = 0.0
+    learned_positions: int = 0
+    embedding_norm: bool = False
     logit_softcap: float = 0.0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -167,7 +175,11 @@ class Decoder:
         elif config.qk_norm == "each head":
             norms |= {"attn_q_norm": (config.n_heads, config.head_dim)}
             norms |= {"attn_k_norm": (config.n_kv_heads, config.head_dim)}
+        if config.embedding_norm and layer == 0:
+            norms["token_embd_norm"] = (d,)
         specs = _norm_specs(norms, config)
+        if config.learned_positions and layer == 0:
+            specs["position_embd.weight"] = TensorSpec((config.learned_positions, d))
         if config.sinks:
             specs["attn_sinks.weight"] = TensorSpec((config.n_heads,))
         for name, shape in matrices.items():
@@ -179,7 +191,9 @@ class Decoder:
         """Whether a layer sees the whole context, and whether it turns its queries and keys."""
         local = config.sliding_window and (not config.global_every or (layer + 1) % config.global_every)
         unrotated = config.unrotated_every and (layer + 1) % config.unrotated_every == 0
-        return ("local" if local else "global") + (_UNROTATED if unrotated else "")
+        begins = layer == 0 and (config.learned_positions or config.embedding_norm)
+        kind = ("local" if local else "global") + (_FIRST if begins else "")
+        return kind + (_UNROTATED if unrotated else "")
 
     def window(self, config: DecoderConfig, kind: str) -> int:
         """The attention window of a kind of layer, 0 for the whole context."""
@@ -198,6 +212,7 @@ class Decoder:
             softcap=config.attention_softcap,
             dtype=np.dtype(config.compute_dtype),
             chunked=config.chunked,
+            alibi=config.alibi,
         )
 
     def attention_sinks(self, weights: Weights, config: DecoderConfig) -> Array | None:
@@ -209,12 +224,14 @@ class Decoder:
     ) -> tuple[Array, Array, Array]:
         """The first part of `block`: queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, after rope."""
         batch, new, _ = x.shape
-        h = self.attention_input(weights, x, config)
+        h = self.attention_input(weights, self.begun(weights, x, positions, config, kind), config)
         if config.fused_qkv:
             width, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
             q, k, v = jnp.split(project(h, weights, "attn_qkv", config), (width, width + kv), axis=-1)
         else:
             q, k, v = project_many(h, weights, ("attn_q", "attn_k", "attn_v"), config)
+        if config.qkv_bound:
+            q, k, v = (jnp.clip(y, -config.qkv_bound, config.qkv_bound) for y in (q, k, v))
         if config.qk_norm == "whole":
             q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
         q, k, v = (y.reshape(batch, new, -1, config.head_dim) for y in (q, k, v))
@@ -233,6 +250,16 @@ class Decoder:
         if config.attention_growth and not (rotated and config.attention_growth_unrotated):
             q = q * _growth(positions, config)[..., None, None]
         return q, k, v
+
+    def begun(self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str) -> Array:
+        """What is added to `x`: in the first layer the embedding as it is normed, and with that of its position."""
+        if _FIRST not in kind:
+            return x
+        if config.embedding_norm:
+            x = _norm(x, weights, "token_embd_norm", config)
+        if config.learned_positions:
+            x = x + quants.take_rows(weights["position_embd.weight"], jnp.maximum(positions, 0))
+        return x
 
     def attention_input(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """What attention takes of hidden states."""
@@ -289,7 +316,9 @@ class Decoder:
         form = self.attention_form(config, kind)
         sinks = self.attention_sinks(weights, config)
         attended = layers.attention(q, kv, positions, **form._asdict(), length=length, sinks=sinks)
-        return self.attend_output(weights, x, attended, config), kv
+        return self.attend_output(
+            weights, self.begun(weights, x, positions, config, kind), attended, config
+        ), kv
 
     def unembed(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """Hidden states `[..., D]` to logits `[..., V]` float32."""
@@ -452,6 +481,8 @@ def _growth(positions: Array, config: DecoderConfig) -> Array:
 
 
 def _norm_specs(norms: dict[str, tuple[int, ...]], config: DecoderConfig) -> dict[str, TensorSpec]:
+    if config.norm == "plain layer":
+        return {}
     specs = {f"{name}.weight": TensorSpec(shape) for name, shape in norms.items()}
     if config.norm == "layer":
         specs |= {f"{name}.bias": TensorSpec(shape, optional=True) for name, shape in norms.items()}
@@ -459,6 +490,8 @@ def _norm_specs(norms: dict[str, tuple[int, ...]], config: DecoderConfig) -> dic
 
 
 def _norm(x: Array, weights: Weights, name: str, config: DecoderConfig) -> Array:
+    if config.norm == "plain layer":
+        return layers.layer_norm(x, jnp.ones(()), None, config.norm_eps)
     weight = vector(weights, f"{name}.weight")
     if config.norm == "rms":
         return layers.rms_norm(x, weight, config.norm_eps)

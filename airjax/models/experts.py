@@ -54,7 +54,7 @@ class Experts:
       on_input: a token's weight for an expert multiplies what the expert takes, not what it gives (Llama 4).
       capability: of the CUDA device whose kernels multiply the experts; "" for XLA alone.
       fused_gate: gate and up of the experts are one stack (Gemma 4).
-      pooled: experts can come through a pool, which hands on their inputs, and adds their sum as it is.
+      pooled: experts can come through a pool, which hands on their inputs and adds their sum as they are.
     """
 
     count: int
@@ -300,14 +300,12 @@ def expert_products(
     out = jnp.zeros((len(pairs), rows.shape[1])) if before is None else before.reshape(len(pairs), -1)
     factors = None if scales is None else scales.reshape(-1, 1)
     experts = config.experts
-    # The kernels take what every expert takes, and gate and up as two stacks.
-    suited = experts.capability and scales is None and not experts.fused_gate
-    if suited and len(rows) <= _KERNEL_ROWS and quants.takes(*parts.values()):
-        made = _by_kernels(rows, pairs, parts, own_biases, slots, out, config)
-    else:
-        product = _by_pair if len(rows) <= _FEW_ROWS else _by_expert
-        made = product(rows, pairs, factors, parts, own_biases, slots, out, config)
-    return made.reshape(*lead, used, -1)
+    product = _by_pair if len(rows) <= _FEW_ROWS else _by_expert
+    # The kernels take gate and up as two stacks.
+    suited = experts.capability and not experts.fused_gate and len(rows) <= _KERNEL_ROWS
+    if suited and quants.takes(*parts.values()):
+        product = _by_kernels
+    return product(rows, pairs, factors, parts, own_biases, slots, out, config).reshape(*lead, used, -1)
 
 
 def combined(products: Array, gates: Array, beside: Array | None) -> Array:
@@ -328,6 +326,7 @@ def block_rows(rows: int) -> int:
 def _by_kernels(
     rows: Array,
     pairs: Array,
+    factors: Array | None,
     parts: Mapping[str, quants.Stacked],
     own_biases: Mapping[str, Array],
     slots: Array | None,
@@ -337,6 +336,8 @@ def _by_kernels(
     """Each expert's blocks read once for the tokens that chose it, in three launches."""
     gate, up, down = (parts[name] for name in EXPERT_MATRICES)
     experts = config.experts
+    if factors is not None:
+        rows = jnp.repeat(rows, len(pairs) // len(rows), axis=0) * factors
     products = quants.mixture_products(
         rows.astype(jnp.float32),
         pairs,

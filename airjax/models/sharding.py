@@ -128,6 +128,8 @@ def check_cuts(path: str, config: Config, types: Iterable[tuple[str, GGMLType]],
         what = "a mixture of experts"
     elif config.qk_norm == "whole":
         what = "a norm over all heads at once"
+    elif config.alibi:
+        what = "a bias of each head"
     elif config.local_head_dim:
         what = "a model with heads of several widths"
     if what or not isinstance(config, DecoderConfig):

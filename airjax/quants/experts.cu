@@ -7,9 +7,10 @@
 //   X_ROWS    rows of x; pair p multiplies row p / SHARE
 //   SHARE     pairs of each row
 //   WIDTH     n_in, a multiple of 32
-//   OUT       n_out, a multiple of 16 * ROW_TILES
+//   OUT       n_out, a multiple of 16 * ROW_TILES * TURNS
 //   MATRICES  2: gate and up of one input, and the activation; 1: one matrix
-//   ROW_TILES tiles of 16 rows of one matrix that a block owns
+//   ROW_TILES tiles of 16 rows of one matrix that are multiplied at once by a block
+//   TURNS     how often in turn, which share activations
 //   SLICES    warps that share a tile, each with every so manyth unit of its rows
 //   STAGES    units of a warp that are on their way at once
 //
@@ -222,84 +223,95 @@ DEVICE void multiply(const Rows<F>& rows, int unit, int t, const uint4* const (&
     }
 }
 
-// A warp's slice of the products of 16 rows.
+// A warp's slice of the products of TURNS tiles of 16 rows, a unit of each after another.
 template <Format F>
-DEVICE void slice(char* shared, int start, const char* rows, int first, const uint4* const (&x)[TILES], int tiles, float (&sums)[TILES][4]) {
+DEVICE void slice(char* shared, int start, const char* rows, int first, const uint4* const (&x)[TILES], int tiles, float (&sums)[TURNS][TILES][4]) {
   typedef Unit<F> U;
+  constexpr long long tile_bytes = 16ll * U::row_bytes;
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int steps = (U::count - first + SLICES - 1) / SLICES * TURNS;
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) {
-    if (first + i * SLICES < U::count) fetch<F>(shared + start + i * 16 * U::pitch, rows, first + i * SLICES, lane);
+    if (i < steps) fetch<F>(shared + start + i * 16 * U::pitch, rows + i % TURNS * tile_bytes, first + i / TURNS * SLICES, lane);
     copies_end();
   }
-  int stage = 0;
+  int stage = 0, next = STAGES;
 #pragma unroll 1
   for (int unit = first; unit < U::count; unit += SLICES) {
-    copies_wait<STAGES - 1>();
-    __syncwarp();
-    Rows<F> mine;
-    mine.stage = (const u32*)shared;
-    const int base = start + stage * 16 * U::pitch;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = g + 8 * h;
-      const int shift = U::align == 16 ? 0 : (int)((size_t)(rows + row * U::row_bytes + unit * U::bytes) & 15);
-      mine.at[h] = base + row * U::pitch + shift;
+    for (int n = 0; n < TILES; ++n)
+      // While the weights are on their way: lines of 128 bytes.
+      if (t * 2 < U::groups && (n == 0 || n < tiles)) prefetch(x[n] - t + unit * U::groups * 4 + t * 8);
+#pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn) {
+      copies_wait<STAGES - 1>();
+      __syncwarp();
+      Rows<F> mine;
+      mine.stage = (const u32*)shared;
+      const int base = start + stage * 16 * U::pitch;
+      const char* own = rows + turn * tile_bytes + g * U::row_bytes + unit * U::bytes;
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        mine.at[h] = base + (g + 8 * h) * U::pitch + (U::align == 16 ? 0 : (int)((size_t)(own + 8 * h * U::row_bytes) & 15));
+      multiply<F>(mine, unit, t, x, tiles, sums[turn]);
+      __syncwarp();
+      if (next < steps) fetch<F>(shared + base, rows + next % TURNS * tile_bytes, first + next / TURNS * SLICES, lane);
+      copies_end();
+      ++next;
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
-    multiply<F>(mine, unit, t, x, tiles, sums);
-    __syncwarp();
-    if (unit + STAGES * SLICES < U::count) fetch<F>(shared + base, rows, unit + STAGES * SLICES, lane);
-    copies_end();
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
   }
 }
 
-// A block's share: ROW_TILES tiles of 16 rows of a matrix, or of two of them, for the pairs of one group.
+// A block's share: ROW_TILES * TURNS tiles of 16 rows of a matrix, or of two of them, for the pairs of one group.
 template <Format F, Format UP, typename Write>
 DEVICE void share(const uint4* x, const int* table, const Stack& first, const Stack& second, Write write) {
   constexpr int staged = WARPS * STAGES * 16 * (Unit<F>::pitch > Unit<UP>::pitch ? Unit<F>::pitch : Unit<UP>::pitch);
   constexpr int summed = WARPS * TILES * 128 * 4;
   // Reads of a word may go 4 bytes past the last unit.
   __shared__ __align__(16) char shared[(staged > summed ? staged : summed) + 16];
-  constexpr int spans = OUT / (16 * ROW_TILES);
+  constexpr int block_rows = 16 * ROW_TILES * TURNS, spans = OUT / block_rows;
   table += blockIdx.x / spans * TABLE;
   const int slot = table[0], expert = table[1], count = table[2];
   if (slot < 0) return;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int row = blockIdx.x % spans * (16 * ROW_TILES), part = warp / SLICES, begin = warp % SLICES;
+  const int part = warp / SLICES, begin = warp % SLICES, matrix = part / ROW_TILES;
+  const int row = blockIdx.x % spans * block_rows, line = row + part % ROW_TILES * (16 * TURNS);
   const int tiles = (count + 7) / 8;
   const uint4* columns[TILES];
 #pragma unroll
   for (int n = 0; n < TILES; ++n)
     // Columns past the last repeat it; nobody reads their sums.
     columns[n] = x + (long long)(table[3 + min(n * 8 + g, count - 1)] / SHARE) * (WIDTH / 8) + t;
-  float sums[TILES][4] = {};
+  float sums[TURNS][TILES][4] = {};
   const int start = warp * (staged / WARPS);
-  const Stack& own = MATRICES == 2 && part == 1 ? second : first;
+  const Stack& own = MATRICES == 2 && matrix == 1 ? second : first;
   const char* rows = own.data + slot * own.stride;
-  const int line = row + (MATRICES == 1 ? part * 16 : 0);
-  if (F == UP || part == 0)
+  if (F == UP || matrix == 0)
     slice<F>(shared, start, rows + (long long)line * Unit<F>::row_bytes, begin, columns, tiles, sums);
   else
     slice<UP>(shared, start, rows + (long long)line * Unit<UP>::row_bytes, begin, columns, tiles, sums);
   // The slices are added up in their order.
   float* partial = (float*)shared;
-  __syncthreads();
 #pragma unroll
-  for (int n = 0; n < TILES; ++n)
+  for (int turn = 0; turn < TURNS; ++turn) {
+    __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) partial[((warp * TILES + n) * 4 + i) * 32 + lane] = sums[n][i];
-  __syncthreads();
-  for (int at = threadIdx.x; at < count * 16 * ROW_TILES; at += WARPS * 32) {
-    const int r = at % (16 * ROW_TILES), column = at / (16 * ROW_TILES);
-    const int from = (column / 8 * 4 + (r >> 3 & 1) * 2 + (column & 1)) * 32 + (r & 7) * 4 + (column >> 1 & 3);
-    float sum[2] = {};
+    for (int n = 0; n < TILES; ++n)
 #pragma unroll
-    for (int m = 0; m < MATRICES; ++m)
+      for (int i = 0; i < 4; ++i) partial[((warp * TILES + n) * 4 + i) * 32 + lane] = sums[turn][n][i];
+    __syncthreads();
+    for (int at = threadIdx.x; at < count * 16 * ROW_TILES; at += WARPS * 32) {
+      const int r = at % 16, tile = at / 16 % ROW_TILES, column = at / (16 * ROW_TILES);
+      const int from = (column / 8 * 4 + (r >> 3) * 2 + (column & 1)) * 32 + (r & 7) * 4 + (column >> 1 & 3);
+      float sum[2] = {};
 #pragma unroll
-      for (int k = 0; k < SLICES; ++k)
-        sum[m] += partial[((MATRICES == 1 ? r / 16 : m) * SLICES + k) * TILES * 128 + from];
-    write(table[3 + column], expert, row + r, sum[0], sum[1]);
+      for (int m = 0; m < MATRICES; ++m)
+#pragma unroll
+        for (int k = 0; k < SLICES; ++k)
+          sum[m] += partial[((m * ROW_TILES + tile) * SLICES + k) * TILES * 128 + from];
+      write(table[3 + column], expert, row + (tile * TURNS + turn) * 16 + r, sum[0], sum[1]);
+    }
   }
 }
 

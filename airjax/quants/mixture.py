@@ -55,7 +55,8 @@ class Tuning(NamedTuple):
     Attributes:
       columns: pairs of a group at most, a multiple of 8.
       slices: warps that share a tile of 16 rows.
-      row_tiles: tiles of a block.
+      row_tiles: tiles of a block that are multiplied at once.
+      turns: how often in turn, so that activations are read less often.
       stages: units of a warp that are on their way at once.
       blocks: blocks that a multiprocessor should hold at once.
     """
@@ -63,6 +64,7 @@ class Tuning(NamedTuple):
     columns: int
     slices: int
     row_tiles: int
+    turns: int
     stages: int
     blocks: int
 
@@ -98,7 +100,8 @@ def tuning(ws: Sequence[Stacked], columns: int, terms: int) -> Tuning:
     stage = warps * _TILE_ROWS * max(_pitch(w.type) for w in ws)
     stages = 2 if 2 * stage + 16 <= _SHARED_BYTES and units > slices else 1
     threads = {8: 1024, 16: 768}.get(columns, 512) if terms == 1 else 512
-    return Tuning(columns, slices, row_tiles, stages, max(threads // (32 * warps), 1))
+    turns = 2 if columns > 16 and n_out % (2 * row_tiles * _TILE_ROWS) == 0 else 1
+    return Tuning(columns, slices, row_tiles, turns, stages, max(threads // (32 * warps), 1))
 
 
 def mixture_products(
@@ -252,10 +255,13 @@ def _launch(
 ) -> Array:
     threads = 32 * len(ws) * tuned.row_tiles * tuned.slices
     given = biases or ()
-    pointers = ["const uint4* x", "const int* table", *(f"const char* w{i}" for i in range(len(ws)))]
+    # Experts of a pool lie in one buffer, which XLA would pass once, however often it is given.
+    buffers = list({id(w.buffer): w.buffer for w in ws}.values())
+    at = [next(i for i, buffer in enumerate(buffers) if buffer is w.buffer) for w in ws]
+    pointers = ["const uint4* x", "const int* table", *(f"const char* w{i}" for i in range(len(buffers)))]
     pointers += [f"const float* b{i}" for i in range(len(given))]
     pointers.append(f"{'float' if result.dtype == np.float32 else 'unsigned short'}* y")
-    stacks = [f"const Stack s{i} = {{w{i} + {w.offset}ll, {_stride(w)}ll}};" for i, w in enumerate(ws)]
+    stacks = [f"const Stack s{i} = {{w{at[i]} + {w.offset}ll, {_stride(w)}ll}};" for i, w in enumerate(ws)]
     entry = f"""extern "C" __global__ void __launch_bounds__({threads}, {tuned.blocks}) {name}(
     {", ".join(pointers)}) {{
   {" ".join(stacks)}
@@ -270,9 +276,9 @@ def _launch(
         [result],
         groups.x,
         groups.table,
-        *(w.buffer for w in ws),
+        *buffers,
         *given,
-        blocks=groups.table.shape[0] * (ws[0].shape[0] // (_TILE_ROWS * tuned.row_tiles)),
+        blocks=groups.table.shape[0] * (ws[0].shape[0] // (_TILE_ROWS * tuned.row_tiles * tuned.turns)),
         threads=threads,
     )
     return y
@@ -289,6 +295,7 @@ def _defines(ws: Sequence[Stacked], tuned: Tuning, terms: int, rows: int, share:
         "MATRICES": len(ws),
         "ROW_TILES": tuned.row_tiles,
         "SLICES": tuned.slices,
+        "TURNS": tuned.turns,
         "STAGES": tuned.stages,
     }
 

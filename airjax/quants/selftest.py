@@ -149,7 +149,12 @@ def mixture_error(
         _random_matrix(type, experts * n_out, n_in, seed + i + int(type))
         for i, (n_out, n_in) in enumerate(shapes)
     ]
-    stacks = [Stacked(w.data.reshape(experts, -1), type, shape) for w, shape in zip(ws, shapes, strict=True)]
+    # In one buffer, as in a pool.
+    parts = [np.asarray(w.data).reshape(experts, -1) for w in ws]
+    ends = np.cumsum([0] + [part.shape[1] + -part.shape[1] % 128 for part in parts]).tolist()
+    pool = np.zeros((experts, ends[-1]), np.uint8)
+    for part, start in zip(parts, ends[:-1], strict=True):
+        pool[:, start : start + part.shape[1]] = part
     x = generator.normal(size=(rows, d_model)).astype(np.float32)
     ids = np.argsort(generator.random((rows, experts)) * np.arange(1, experts + 1), axis=1)[:, :used]
     pairs = ids.astype(np.int32).reshape(-1)
@@ -161,8 +166,9 @@ def mixture_error(
 
     @jax.jit
     def run(
-        x: jax.Array, pairs: jax.Array, slots: jax.Array, stacks: list[Stacked], biases: list[jax.Array]
+        x: jax.Array, pairs: jax.Array, slots: jax.Array, pool: jax.Array, biases: list[jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
+        stacks = [Stacked(pool, type, *where) for where in zip(shapes, ends[:-1], strict=True)]
         made = mixture.prepare(
             x, pairs, slots, experts=experts, columns=columns, terms=terms, capability=capability
         )
@@ -172,8 +178,10 @@ def mixture_error(
         y = mixture.down_product(mixture.Groups(h, made.table), stacks[2], biases[2:], capability=capability)
         return mixture.in_order(h), y
 
-    given = [jnp.asarray(a) for a in (x, pairs, slots)]
-    h, y = (np.asarray(a, np.float64) for a in run(*given, stacks, [jnp.asarray(b) for b in biases]))
+    given = [jnp.asarray(a) for a in (x, pairs, slots, pool)]
+    # Of experts that are not there, any bits.
+    with np.errstate(invalid="ignore"):
+        h, y = (np.asarray(a, np.float64) for a in run(*given, [jnp.asarray(b) for b in biases]))
     wide = np.repeat(np.asarray(jnp.asarray(x).astype(dtype), np.float64), used, axis=0)
     worst, there = 0.0, slots[pairs] >= 0
     for expert in np.unique(pairs[there]):

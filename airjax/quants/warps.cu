@@ -60,6 +60,9 @@ DEVICE void copy16(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
 }
 
+// Asks for a line of memory that will be read.
+DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
+
 // Ends a batch of copies of this thread.
 DEVICE void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from airjax.engine import Scheduler
@@ -24,13 +24,23 @@ class Batch(NamedTuple):
     settings: Settings = Settings()
 
 
-def warm_up(opened: Engine, full: bool, tell: Callable[[str], None] = lambda stage: None) -> None:
+# More than a temperature, which takes other programs.
+_SEVERAL = Settings(temperature=0.7, top_p=0.9)
+
+
+def warm_up(
+    opened: Engine,
+    full: bool,
+    tell: Callable[[str], None] = lambda stage: None,
+    batches: Sequence[Batch] | None = None,
+) -> None:
     """Compiles what requests need, so that they don't wait for it.
 
     Args:
       opened: the engine.
       full: for any number of sequences in a sweep, and prompts of up to a chunk; else for one short request alone.
       tell: is told how far it is.
+      batches: what is run for that; None for what follows from `full`.
     """
     several = opened.lanes if opened.plan.parallel == "replica" else opened.lanes[:1]
     for number, lane in enumerate(several):
@@ -38,12 +48,19 @@ def warm_up(opened: Engine, full: bool, tell: Callable[[str], None] = lambda sta
             lane, make_sampler(Settings()), first_pages=first_pages(opened, full)
         )
         where = f" on device {number}" if len(several) > 1 else ""
-        _warm_up(scheduler, full, where, tell)
+        _warm_up(scheduler, full, where, tell, batches)
 
 
-def _warm_up(scheduler: Scheduler, full: bool, where: str, tell: Callable[[str], None]) -> None:
+def _warm_up(
+    scheduler: Scheduler,
+    full: bool,
+    where: str,
+    tell: Callable[[str], None],
+    batches: Sequence[Batch] | None,
+) -> None:
     try:
-        batches = _batches(scheduler) if full else [Batch(1, 1)]
+        if batches is None:
+            batches = _batches(scheduler) if full else [Batch(1, 1), Batch(1, 1, settings=_SEVERAL)]
         firsts = itertools.cycle(range(scheduler.model.config.vocab_size))
         for number, batch in enumerate(batches, 1):
             tell(f"compiling, {number} of {len(batches)}{where}")
@@ -69,9 +86,8 @@ def _batches(scheduler: Scheduler) -> list[Batch]:
         most = min(plan.prefill_chunk // width, plan.max_batch)
         rows = {scheduler.rows_of(count, width): count for count in range(1, most + 1)}
         prompts += [Batch(count, tokens, draws=1) for count in rows.values()]
-    several = Settings(temperature=0.7, top_p=0.9)
     return [
         *(Batch(count, 1) for count in counts.values()),
         *prompts,
-        *(Batch(count, 1, settings=several) for count in counts.values()),
+        *(Batch(count, 1, settings=_SEVERAL) for count in counts.values()),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import queue
 import threading
@@ -61,7 +62,7 @@ class Order:
         """For the scheduler."""
         settings = self.settings
         # On the CPU: the few numbers of a key are not worth a wait for what the device has to do.
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        with jax.default_device(_cpu()):
             key, own = _keys((self.seed ^ self.seed >> 32) & 0x7FFFFFFF, self.choice)
             draws = settings.xtc_probability or settings.mirostat
             sampler = make_sampler(settings, own) if draws else keyless_sampler(settings)
@@ -75,6 +76,15 @@ class Order:
             constraint=None if self.grammar is None else self.grammar.constraint(),
             pooled=self.pooled,
         )
+
+
+@functools.cache
+def _cpu() -> jax.Device | None:
+    """The CPU as a device of JAX; None where JAX was told to leave it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 @jax.jit
@@ -338,7 +348,8 @@ class Worker:
         until, self._until = self._until, 0.0
         while True:
             # Clients whose answers ended may come back at once; a long sweep should not leave without them.
-            left = until - time.monotonic() if self._places < self._expected else 0.0
+            short = self._places < self._expected and not self._scheduler.waiting
+            left = until - time.monotonic() if short else 0.0
             try:
                 if not self._scheduler.busy:
                     command = self._commands.get()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import collections
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from airjax.streaming.held import Form, Sources, begin_step, counts_of, empty
 from airjax.streaming.policy import Policy
 from airjax.streaming.pool import PoolStats, Shape
 from airjax.streaming.timeline import Timeline
-from airjax.types import Array
 
 
 class DevicePool:
@@ -72,8 +70,7 @@ class DevicePool:
             self.state = jax.jit(empty, static_argnums=(0, 1, 2))(sizes, experts, layers)
         jax.block_until_ready(self.state)
         self.chosen = np.zeros((layers, experts), np.int64)
-        self._counted: collections.deque[tuple[Any, Array]] = collections.deque()
-        self._lock = threading.Lock()
+        self._counted: collections.deque[tuple[Any, Any]] = collections.deque()
 
     def holds(self, layer: int) -> bool:
         """Whether the layer's experts come through the pool."""
@@ -95,21 +92,20 @@ class DevicePool:
         """Takes what this sweep counted, which the device may not have done yet, for `owner`."""
         counts = counts_of(self.state)
         counts.copy_to_host_async()
-        with self._lock:
-            self._counted.append((owner, counts))
+        self._counted.append((owner, counts))
 
-    def take(self, keep: int) -> list[tuple[Any, PoolStats, float]]:
-        """What was counted and not taken yet, but for the newest `keep` sweeps; waits for the device.
+    def take(self, keep: int, *, wait: bool = True) -> Iterator[tuple[Any, PoolStats, float]]:
+        """What was counted and not taken yet, but for the newest `keep` sweeps.
 
-        Returns:
+        Args:
+          keep: how many stay.
+          wait: for the device; otherwise only what it has done. One thread at a time.
+
+        Yields:
           For each sweep its owner, its counters, and seconds in which the device waited for experts.
         """
-        taken: list[tuple[Any, PoolStats, float]] = []
-        while True:
-            with self._lock:
-                if len(self._counted) <= keep:
-                    return taken
-                owner, counts = self._counted.popleft()
+        while len(self._counted) > keep and (wait or self._counted[0][1].is_ready()):
+            owner, counts = self._counted.popleft()
             host = np.asarray(counts)
             uses, fetched = host[:, : self._experts], host[:, self._experts :].astype(np.int64)
             self.chosen += uses
@@ -123,7 +119,7 @@ class DevicePool:
             if self.timeline is not None and misses:
                 now = time.perf_counter()
                 self.timeline.add("host to device", "experts", now - seconds, now, stats.demand_bytes)
-            taken.append((owner, stats, seconds))
+            yield owner, stats, seconds
 
     def close(self) -> None:
         """Waits for the device, frees the slots and closes the tier."""

@@ -101,6 +101,11 @@ class RingReader:
         self._free_slots = collections.deque(range(slots))
         self._schedule()
 
+    def ready(self, item: int) -> bool:
+        """Whether `wait` would return, or raise, at once."""
+        filled = self._filled[0] if self._filled else None
+        return filled is None or filled.item != item or all(read.done() for read in filled.reads)
+
     def wait(self, item: int) -> list[np.ndarray]:
         """The host views of `item`, read completely. `recycle` must follow before the next `wait`.
 

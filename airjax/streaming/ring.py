@@ -19,8 +19,12 @@ Buffers = tuple[Array, ...]
 class Source(Protocol):
     """One tier: starts the transfer of an item to the device."""
 
+    def ready(self, item: int) -> bool:
+        """Whether `put`, whose next item this is, would return at once."""
+        ...
+
     def put(self, item: int) -> Buffers:
-        """Returns at once where the tier allows it, with arrays that may still be on the link."""
+        """Returns at once if the item is ready, with arrays that may still be on the link."""
         ...
 
     def rewind(self, item: int) -> None:
@@ -88,53 +92,48 @@ class Ring:
         The slot of the last sweep's last item is filled now and not before: what was put in between, the embedding of
         the drawn token, then did not wait behind it.
         """
-        for busy in self._busy:
-            # A computation that failed has reported it already; here only its end matters.
-            with contextlib.suppress(RuntimeError):
-                jax.block_until_ready(busy.done)
-        self._free(keep=0)
+        self._free()
         first = self._ahead[0][0] if self._ahead else self._items[self._next]
         if first != self._items[0] or self._taken:
             self.drop()
         self._fill()
 
-    def take(self, item: int) -> Buffers:
-        """The weights of `item`, the next in order; they may still be on the link."""
-        self._free_ready()
+    def take(self, item: int, before: Array | None = None) -> Buffers:
+        """The weights of `item`, the next in order, ready for use.
+
+        That they are waited for here, and not on the device, keeps the link busy: JAX lets no transfer begin before
+        the work that the device was given earlier is done, and work that waits for weights would hold up those
+        behind them.
+
+        Args:
+          item: which.
+          before: ready when the device has done all that it was given; what is waited for from then on is counted.
+        """
+        self._free()
         self._fill()
+        jax.block_until_ready(before)
+        start = time.perf_counter()
         if not self._ahead:
-            # Nothing was given back since: the newest work is the last that uses a slot.
-            for busy in self._busy:
-                jax.block_until_ready(busy.done)
-            self._free(keep=0)
-        if not self._ahead:
-            self._put()  # all slots are taken, and this is wanted beside them
+            # Perhaps the disk is waited for; or all slots are taken, and this is wanted beside them.
+            self._put()
         ahead, weights = self._ahead.popleft()
+        self._taken.append(weights)
         if ahead != item:
             self.drop()
             raise RuntimeError(f"the ring holds item {ahead} next, but item {item} was asked for")
-        self._taken.append(weights)
+        jax.block_until_ready(weights)
+        self.wait_s += time.perf_counter() - start
         return weights
 
-    def release(self, weights: Sequence[Buffers], before: Array, done: Array) -> None:
+    def release(self, weights: Sequence[Buffers], done: Array) -> None:
         """Gives slots back, to be refilled once `done` is computed.
 
         Args:
           weights: what `take` returned, of one or more items that the same work used last.
-          before: the input of that work: ready when all earlier work is done.
           done: an output of that work, not donated to anything.
         """
         self._taken = [taken for taken in self._taken if not any(taken is given for given in weights)]
         self._busy.append(_Busy(tuple(weights), done))
-        # The work is dispatched already, so waiting here leaves no gap on the device.
-        jax.block_until_ready(before)
-        self._free(keep=1)
-        start = time.perf_counter()
-        jax.block_until_ready(weights)
-        self.wait_s += time.perf_counter() - start
-        if self._depth == 1:
-            jax.block_until_ready(done)
-            self._free(keep=0)
 
     def drop(self) -> None:
         """Forgets everything fetched ahead; the next sweep starts over."""
@@ -162,19 +161,22 @@ class Ring:
         finally:
             self._source.close()
 
-    def _free(self, keep: int) -> None:
-        while len(self._busy) > keep:
+    def _free(self) -> None:
+        """Waits for the work that uses slots which were given back, and empties them."""
+        while self._busy:
+            # A computation that failed has reported it already; here only its end matters.
+            with contextlib.suppress(RuntimeError):
+                jax.block_until_ready(self._busy[0].done)
             for weights in self._busy.popleft().weights:
                 _delete(weights)
             self._fill()
 
-    def _free_ready(self) -> None:
-        """Where somebody waited for the newest work too, its slots are free at once."""
-        if all(busy.done.is_ready() for busy in self._busy if not busy.done.is_deleted()):
-            self._free(keep=0)
+    def _used(self) -> int:
+        """Slots that hold something."""
+        return len(self._ahead) + len(self._taken) + sum(len(busy.weights) for busy in self._busy)
 
     def _fill(self) -> None:
-        while len(self._ahead) + len(self._taken) + sum(len(b.weights) for b in self._busy) < self._depth:
+        while self._used() < self._depth and self._source.ready(self._items[self._next]):
             self._put()
 
     def _put(self) -> None:

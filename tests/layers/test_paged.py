@@ -10,9 +10,11 @@ from airjax.types import LayerKV, PagedKV
 _B, _N, _K, _H, _PAGE, _COLUMNS = 2, 4, 2, 8, 4, 8
 
 
-@pytest.mark.parametrize(("window", "chunked"), [(0, False), (6, False), (6, True)])
+@pytest.mark.parametrize(
+    ("window", "chunked", "alibi"), [(0, False, 0), (6, False, 0), (6, True, 0), (6, False, 8.0)]
+)
 @pytest.mark.parametrize("new", [1, 5])
-def test_pages_give_what_a_row_of_slots_gives(window, chunked, new):
+def test_pages_give_what_a_row_of_slots_gives(window, chunked, alibi, new):
     generator = np.random.default_rng(0)
     slots = _PAGE * _COLUMNS
     k, v = (generator.normal(size=(_B, _K, slots, _H)).astype(np.float32) for _ in range(2))
@@ -26,7 +28,7 @@ def test_pages_give_what_a_row_of_slots_gives(window, chunked, new):
 
     q = jnp.asarray(generator.normal(size=(_B, new, _N, _H)), jnp.float32)
     positions = jnp.asarray([np.arange(22, 22 + new), np.arange(9, 9 + new)], jnp.int32)
-    form = {"scale": 0.3, "window": window, "chunked": chunked}
+    form = {"scale": 0.3, "window": window, "chunked": chunked, "alibi": alibi}
     pages = PagedKV(LayerKV(paged(k), paged(v)), jnp.asarray(table))
     row = LayerKV(jnp.asarray(k), jnp.asarray(v))
     np.testing.assert_allclose(

@@ -9,7 +9,7 @@ from torch_mixtures import torch_mixture_logits
 from toy_experts import MIXTURES, random_ids, toy_mixture
 
 import airjax
-from airjax.gguf import GGUFError
+from airjax.gguf import GGUFError, build_manifest, describe, format_description, open_gguf
 
 _EVERY = pytest.mark.parametrize("model", sorted(MIXTURES))
 # The others differ from one of these in their configuration alone.
@@ -173,15 +173,27 @@ def test_a_file_that_makes_no_mixture_is_refused_by_name(tmp_path, options, mess
         _load(toy_mixture(tmp_path / "toy.gguf", "qwen3moe", layers=1, **options))
 
 
-@pytest.mark.parametrize("architecture", ["jamba", "mamba2", "qwen3next"])
-def test_a_hybrid_is_refused_by_name(tmp_path, architecture):
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("jamba", "state-space, linear-attention or convolution layers and"),
+        ("qwen3next", "state-space, linear-attention or convolution layers and"),
+        ("lfm2", "state-space, linear-attention or convolution layers and"),
+        ("qwen3vl", "a rope in sections, of images and"),
+        ("gemma3n", "layers that share embeddings"),
+        ("t5", "no decoder-only language model and"),
+        ("dream", "by diffusion and"),
+        ("plamo3", ""),
+    ],
+)
+def test_others_are_refused_by_name_and_still_described(tmp_path, architecture, reason):
     writer = gguf.GGUFWriter(tmp_path / "toy.gguf", architecture)
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(
-        GGUFError, match=f"'{architecture}' has state-space or linear-attention layers.*qwen3moe"
-    ):
+    with pytest.raises(GGUFError, match=f"'{architecture}'.*{reason}.*can't be run: airjax runs.*qwen3moe"):
         _load(tmp_path / "toy.gguf")
+    with open_gguf(tmp_path / "toy.gguf") as file:
+        assert architecture in format_description(describe(file, build_manifest(file)))

@@ -163,14 +163,14 @@ def test_batches_are_in_different_stages_at_once(toy, monkeypatch):
         entered = {0: threading.Event(), 1: threading.Event()}
         take = type(loaded.model.weights).take
 
-        def meeting(weights, layer):
+        def meeting(weights, layer, before=None):
             # One lane's first layer of the second stage waits for the other lane's first of the first stage.
             lane = int(threading.current_thread().name.rpartition("-")[2])
             if layer == first.layers.start:
                 entered[lane].set()
             if layer == second.layers.start and lane == 0:
                 assert entered[1].wait(30), "the other batch did not enter while this one was under way"
-            return take(weights, layer)
+            return take(weights, layer, before)
 
         monkeypatch.setattr(type(loaded.model.weights), "take", meeting)
         assert len(list(loaded.generate_batch(_PROMPTS[:2], max_tokens=2, ignore_eos=True))) == 4

@@ -20,7 +20,7 @@ def test_a_temperature_alone_scales_to_the_same_bits_as_the_chain(temperature):
     found = seen(sampler)
     np.testing.assert_array_equal(found, np.float32([temperature]))
     logits = jax.random.normal(jax.random.key(0), (1, VOCAB)) * 5
-    chained, _ = sampler.apply(logits, sampler.init(CONTEXT, VOCAB), np.array([9], np.int32))
+    chained, _ = jax.jit(sampler.apply)(logits, sampler.init(CONTEXT, VOCAB), np.array([9], np.int32))
     np.testing.assert_array_equal(chained, sampling.scale(logits, found))
 
 

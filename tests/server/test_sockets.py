@@ -10,7 +10,7 @@ from toy_server import serve_toy
 
 from airjax.server import body, listener
 
-SLOW_S = 0.4
+SLOW_S = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ async def ask(port, prompt, pieces=1, **fields):
         await writer.drain()
         await asyncio.sleep(0.01 if pieces > 1 else 0)
     answer = await reader.read()
-    writer.close()
+    await closed(writer)
     status = int(answer.split(b" ")[1])
     return status, json.loads(answer.split(b"\r\n\r\n")[1])["choices"][0]["text"] if status == 200 else answer
 
@@ -65,14 +65,22 @@ async def until_closed(port, begin, more=b"", every_s=0.0):
         while more and not answer.done():
             writer.write(more)
             await asyncio.sleep(every_s)
+    said = b""
     with contextlib.suppress(ConnectionError):
-        return await asyncio.wait_for(answer, 10)
-    return b""
+        said = await asyncio.wait_for(answer, 30)
+    await closed(writer)
+    return said
+
+
+async def closed(writer):
+    """Closes a connection and waits until it is."""
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 def test_who_never_ends_a_request_is_hung_up_on_while_others_are_answered(app, monkeypatch):
     monkeypatch.setattr(listener, "_HEADER_TIMEOUT_S", SLOW_S)
-    monkeypatch.setattr(body, "_BODY_TIMEOUT_S", SLOW_S)
 
     async def run():
         async with listening(app) as port:
@@ -82,15 +90,14 @@ def test_who_never_ends_a_request_is_hung_up_on_while_others_are_answered(app, m
                 until_closed(port, b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX: ") for _ in range(40)
             ]
             dribbled = [until_closed(port, b"GET / HTTP/1.1\r\nX: ", b"a", 0.05) for _ in range(40)]
-            bodies = [until_closed(port, request("ab")[:-5], b" ", 0.3) for _ in range(1)]
-            work = asyncio.gather(*silent, *halves, *dribbled, *bodies)
+            work = asyncio.gather(*silent, *halves, *dribbled)
             answers = await asyncio.gather(*(ask(port, "abcabc") for _ in range(12)), ask(port, "abcabc", 9))
             return alone, answers, await work, await ask(port, "abcabc")
 
     alone, answers, hung, after = asyncio.run(run())
     assert alone[0] == 200 and set(answers) == {alone} and after == alone
     assert set(hung[:80]) == {b""}
-    assert all(not said or b" 400 " in said or b" 408 " in said for said in hung[80:])
+    assert all(not said or b" 400 " in said for said in hung[80:])
 
 
 def test_a_body_that_does_not_come_is_answered_408(app, monkeypatch):
@@ -112,6 +119,7 @@ def test_clients_that_vanish_in_mid_stream_take_nothing_from_the_others(app):
         while b"data: " not in await reader.readline():
             pass
         writer.transport.abort()
+        await closed(writer)
 
     async def run():
         async with listening(app) as port:
@@ -143,7 +151,7 @@ def test_pieces_of_a_stream_are_framed_as_http_has_it(app):
             # The connection goes on with a next request.
             writer.write(request("abcabc"))
             second = await reader.read()
-            writer.close()
+            await closed(writer)
             return head, whole, second
 
     head, whole, second = asyncio.run(run())

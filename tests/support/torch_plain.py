@@ -22,16 +22,21 @@ class _Form(NamedTuple):
 
     Attributes:
       neighbours: rope turns pairs of neighbours, else of halves.
-      activation: of the feed-forward part.
+      ffn_norm: name of the norm before the feed-forward part.
+      normalized: the weights of the chosen experts sum to one, though the file does not say it.
       scores: of the router, before the choice.
     """
 
     neighbours: bool = False
-    activation: str = "silu"
+    ffn_norm: str = "ffn_norm"
+    normalized: bool = False
     scores: str = "softmax"
 
 
 ARCHITECTURES = {
+    "qwen": _Form(),
+    "codeshell": _Form(),
+    "dbrx": _Form(ffn_norm="attn_output_norm", normalized=True),
     "bailingmoe": _Form(neighbours=True),
     "bailingmoe2": _Form(scores="sigmoid"),
     "deepseek": _Form(neighbours=True),
@@ -72,7 +77,7 @@ class _Plain:
         for layer in range(self.key("block_count")):
             block = f"blk.{layer}"
             x = x + self.attention(self.norm(x, f"{block}.attn_norm"), block)
-            x = x + self.feed_forward(self.norm(x, f"{block}.ffn_norm"), block)
+            x = x + self.feed_forward(self.norm(x, f"{block}.{self.form.ffn_norm}"), block)
         x = self.norm(x, "output_norm")
         return self.linear(x, "output" if self.has("output.weight") else "token_embd")
 
@@ -84,6 +89,8 @@ class _Plain:
             q, k, v = both.split((heads * width, groups * width, groups * width), dim=-1)
         else:
             q, k, v = (self.linear(h, f"{block}.attn_{name}") for name in "qkv")
+        if (bound := self.key("attention.clamp_kqv")) is not None:
+            q, k, v = (part.clamp(-bound, bound) for part in (q, k, v))
         q, k, v = (part.reshape(len(h), -1, width).swapaxes(0, 1) for part in (q, k, v))  # [N, T, H]
         if self.has(f"{block}.attn_q_norm.weight"):
             q, k = self.norm(q, f"{block}.attn_q_norm"), self.norm(k, f"{block}.attn_k_norm")
@@ -121,7 +128,7 @@ class _Plain:
             )
         chosen = compared.topk(self.key("expert_used_count")).indices
         gates = torch.zeros_like(scores).scatter(-1, chosen, scores.gather(-1, chosen))
-        if self.key("expert_weights_norm", False):
+        if self.key("expert_weights_norm", self.form.normalized):
             gates = gates / gates.sum(-1, keepdim=True)
         gates = gates * self.key("expert_weights_scale", 1.0)
         gate, up, down = (
@@ -129,8 +136,13 @@ class _Plain:
         )
         inner = functional.silu(torch.einsum("td,efd->tef", h, gate)) * torch.einsum("td,efd->tef", h, up)
         routed = torch.einsum("tef,edf,te->td", inner, down, gates)
+        if not self.has(f"{block}.ffn_up_shexp.weight"):
+            return routed
         return routed + self.gated(h, block, "_shexp")
 
     def gated(self, h: torch.Tensor, block: str, suffix: str) -> torch.Tensor:
-        gate, up = (self.linear(h, f"{block}.ffn_{part}{suffix}") for part in ("gate", "up"))
+        up = self.linear(h, f"{block}.ffn_up{suffix}")
+        if not self.has(f"{block}.ffn_gate{suffix}.weight"):
+            return self.linear(functional.gelu(up, approximate="tanh"), f"{block}.ffn_down{suffix}")
+        gate = self.linear(h, f"{block}.ffn_gate{suffix}")
         return self.linear(functional.silu(gate) * up, f"{block}.ffn_down{suffix}")

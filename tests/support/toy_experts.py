@@ -169,6 +169,13 @@ MIXTURES |= {
         "choice_bias": True,
         "values": {"rope.dimension_count": 8, "expert_gating_func": 2},
     },
+    "dbrx": {
+        "count": 8,
+        "used": 3,
+        "fused_qkv": True,
+        "norms": ("attn_norm", "attn_output_norm"),
+        "values": {"attention.layer_norm_epsilon": 1e-3, "attention.clamp_kqv": 0.8},
+    },
     "bailingmoe": {
         "count": 8,
         "used": 3,
@@ -304,7 +311,7 @@ def toy_mixture(
     }
     if latent:
         metadata |= own
-    if architecture not in ("llama", "granitemoe", "olmoe", "hunyuan-moe", "minimax-m2"):
+    if architecture not in ("llama", "granitemoe", "olmoe", "hunyuan-moe", "minimax-m2", "dbrx"):
         metadata["expert_feed_forward_length"] = f
     if shared and options.get("shared_gate", True):
         metadata["expert_shared_feed_forward_length"] = shared

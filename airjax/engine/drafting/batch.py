@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from airjax.engine.drafting.choice import Choice, choose
 from airjax.engine.drafting.drafter import Sequel
-from airjax.engine.drafting.law import MARGIN, Acceptance, Costs
+from airjax.engine.drafting.law import MARGIN, Acceptance, Costs, chances_of
 from airjax.engine.drafting.ngrams import Lookup
 from airjax.engine.drafting.rows import exact
 from airjax.engine.model import Model
@@ -57,10 +57,8 @@ class BatchDrafts:
         choices = [self._guess(sequence) for sequence in sequences] if could_pay else []
         worth = []
         for at, (sequence, choice) in enumerate(zip(sequences, choices, strict=False)):
-            chance = 1.0
-            for count, mark in enumerate(choice.draft.marks, 1):
-                chance *= sequence.acceptance.of(mark)
-                worth.append((chance, at, count))
+            chances = chances_of(choice.draft, sequence.acceptance)
+            worth += [(chance, at, count) for count, chance in enumerate(chances, 1)]
         worth.sort(key=lambda each: (-each[0], each[2]))
         best, best_rate, expected = 0, plain * MARGIN, float(len(sequences))
         for count, (chance, _, _) in enumerate(worth, 1):
@@ -73,7 +71,7 @@ class BatchDrafts:
             kept[at] = max(kept[at], count)
         for sequence, choice, count in zip(sequences, choices, kept, strict=False):
             if count:
-                chosen = choice.first(count)
+                chosen = choice.kept(choice.draft.first(count))
                 sequence.draft, sequence.marks = chosen.draft.tokens, chosen.draft.marks
                 sequence.masks = chosen.masks
         self._idle = 0 if best else self._idle + 1
@@ -90,9 +88,8 @@ class BatchDrafts:
             sequence.rejected += len(sequence.draft)
             right = False
         if not right or not sequence.draft:
-            sequence.acceptance.learn(
-                sequence.marks, len(sequence.marks) - (0 if right else len(sequence.draft))
-            )
+            done = len(sequence.marks) - (0 if right else len(sequence.draft))
+            sequence.acceptance.learn((mark, at < done) for at, mark in enumerate(sequence.marks[: done + 1]))
             sequence.draft = ()
         return right
 
@@ -111,7 +108,8 @@ class BatchDrafts:
             self._model.plan.context - len(sequence.ids),
         )
         sequel = Sequel(sequence.ids, None, request.key, sequence.drawn)
-        return choose(sequence.drafter, sequel, request.constraint, request.stop_ids, max(most, 0), None)
+        choice = choose(sequence.drafter, sequel, request.constraint, request.stop_ids, max(most, 0), None)
+        return choice.kept(choice.draft.trunk())
 
 
 @jax.jit

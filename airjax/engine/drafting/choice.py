@@ -27,15 +27,16 @@ class Choice(NamedTuple):
 
     Attributes:
       draft: the tokens.
-      masks: uint32 `[1 + len(draft), W]`, the constraint's for the draw after each prefix; None without one.
+      masks: uint32 `[1 + len(draft), W]`, the constraint's for the draws after the text and after each token; None
+        without one. With one the draft is a chain.
     """
 
     draft: Draft
     masks: np.ndarray | None
 
-    def first(self, count: int) -> Choice:
-        """With the first `count` tokens of the draft."""
-        return Choice(self.draft.first(count), None if self.masks is None else self.masks[: count + 1])
+    def kept(self, draft: Draft) -> Choice:
+        """With a part of the draft."""
+        return Choice(draft, None if self.masks is None else self.masks[: len(draft.tokens) + 1])
 
 
 def choose(
@@ -56,7 +57,7 @@ def choose(
       constraint: is led along the draft and back; one that cannot go back takes no draft.
       stop_ids: tokens that end the generation.
       most: tokens at most, 0 for none.
-      law: tells a slow drafter when to stop; None never does.
+      law: tells a slow drafter when to stop, and will choose from a tree that has more tokens; None does neither.
     """
 
     def guess(after: Sequence[int]) -> Draft:
@@ -65,8 +66,7 @@ def choose(
 
     if constraint is None:
         draft = guess(()) if most else NOTHING
-        ends = (at for at, token in enumerate(draft.tokens[:most]) if token in stop_ids)
-        return Choice(draft.first(next(ends, most)), None)
+        return Choice((draft if law else draft.first(most)).without(stop_ids), None)
     masks = [constraint.mask()]
     if not isinstance(constraint, Reversible):
         return Choice(NOTHING, np.stack(masks))
@@ -83,7 +83,8 @@ def choose(
                 guesses = None  # it did not know
             else:
                 if guesses is None:
-                    guesses = zip(*guess(tokens), strict=True)
+                    chain = guess(tokens).trunk()
+                    guesses = zip(chain.tokens, chain.marks, strict=True)
                 token, mark = next(guesses, (-1, None))
             if token < 0 or token in stop_ids or not allows(masks[-1], token):
                 break

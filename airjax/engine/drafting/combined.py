@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from airjax.engine.drafting.drafter import Draft, Drafter, Sequel
+from airjax.engine.drafting.drafter import NOTHING, Draft, Drafter, Sequel
+from airjax.engine.drafting.forest import Forest
 from airjax.engine.drafting.law import Law
 
 
@@ -22,7 +23,7 @@ class Combined:
         self._free = free
         self._slow = slow
         self._law = law
-        self._marks: tuple[Any, ...] = ()  # of the slow one's newest draft
+        self._newest = NOTHING  # of the slow one
 
     @property
     def token_s(self) -> float:
@@ -35,17 +36,20 @@ class Combined:
         self._slow.push(tokens)
 
     def propose(self, sequel: Sequel, after: Sequence[int], most: int, go_on: Callable[[Any], bool]) -> Draft:
-        """The free draft if it promises at least what the slow one's newest did, else a slow one."""
+        """The free draft if it promises at least what the slow one's newest did, else a slow one and it together."""
         copied = self._free.propose(sequel, after, most, go_on)
         law = self._law
         if copied.tokens and law.costs.known:
-            spent = self._slow.token_s * len(self._marks)
-            promise = law.rate(copied.marks)
-            if promise > law.rate(()) and promise >= law.rate(self._marks, spent):
+            spent = self._slow.token_s * len(self._newest.trunk().tokens)
+            promise = law.rate(copied)
+            if promise > law.rate(NOTHING) and promise >= law.rate(self._newest, spent):
                 return copied
         drawn = self._slow.propose(sequel, after, most, go_on)
-        self._marks = drawn.marks
-        return drawn if drawn.tokens else copied
+        self._newest = drawn
+        forest = Forest()
+        for draft in (drawn, copied):
+            forest.add(draft.tokens, [mark[:2] for mark in draft.marks], draft.above)
+        return forest.draft()
 
     def close(self) -> None:
         """Both free what they hold."""

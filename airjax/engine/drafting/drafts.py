@@ -72,11 +72,21 @@ class Drafts:
 
     def drafter(self, state: State, sampler: Transform, law: Law) -> Drafter:
         """A drafter for one new sequence with an empty cache."""
+        if self._kind == "lookup":
+            return Lookup()
+        return Combined(Lookup(), self.slow_drafter(state, sampler), law)
+
+    def slow_drafter(self, state: State, sampler: Transform) -> Drafter:
+        """What is asked where lookup promises less, for one new sequence with an empty cache.
+
+        Raises:
+          ValueError: there is none.
+        """
         if self._kind == "self":
-            return Combined(Lookup(), ResidentLayers(self._model, state, sampler), law)
-        if self._smaller is not None:
-            return Combined(Lookup(), SmallerModel(self._smaller, sampler, self._vocabulary), law)
-        return Lookup()
+            return ResidentLayers(self._model, state, sampler)
+        if self._smaller is None:
+            raise ValueError(f"drafts of the kind {self._kind!r} come from lookup alone")
+        return SmallerModel(self._smaller, sampler, self._vocabulary)
 
     def close(self) -> None:
         """Closes the draft model."""

@@ -9,9 +9,18 @@ from collections.abc import Set as AbstractSet
 import numpy as np
 
 from airjax.engine.drafting.choice import choose
-from airjax.engine.drafting.drafter import NOTHING, Drafter, Sequel
+from airjax.engine.drafting.drafter import NOTHING, Draft, Drafter, Sequel
 from airjax.engine.drafting.law import Law
-from airjax.engine.drafting.rows import Swept, may_run_ahead, most_rows, rows_apart, sweep_rows
+from airjax.engine.drafting.rows import (
+    Rows,
+    Swept,
+    keep_path,
+    may_run_ahead,
+    most_rows,
+    rows_apart,
+    sweep_rows,
+    takes_trees,
+)
 from airjax.engine.drafting.verify import Answer, answer, answer_ahead, ask
 from airjax.engine.generation import Draw, prefill, why_undrawn
 from airjax.engine.model import Model
@@ -67,20 +76,26 @@ def generate_drafted(
         waited = stats.wait_s
         while True:
             last = run.sequel.draws + 1 == max_tokens or len(run.sequel.ids) == plan.context
-            ahead = law is not None and law.asleep and not last and len(run.ids) == 1 and may_run_ahead(model)
+            ahead = (
+                law is not None
+                and law.asleep
+                and not last
+                and len(run.rows.ids) == 1
+                and may_run_ahead(model)
+            )
             drawn = run.draw(ahead)
             seconds = time.perf_counter() - start
             if stats.generated_tokens:
                 stats.decode_s += seconds
-                stats.drafted_tokens += len(run.ids) - 1
+                stats.drafted_tokens += len(run.rows.ids) - 1
                 stats.accepted_tokens += len(drawn.draws) - 1
                 stats.decode_sweeps += 1
-                run.learn(len(drawn.draws) - 1, seconds, stats.wait_s - waited)
+                run.learn(drawn.path, seconds, stats.wait_s - waited)
             else:
                 stats.prefill_s = stats.first_token_s = seconds
             start, waited = time.perf_counter(), stats.wait_s
             stats.peak_device_bytes = peak_device_bytes(*model.devices)
-            for row, draw in enumerate(drawn.draws):
+            for row, draw in zip(drawn.path, drawn.draws, strict=True):
                 if draw.id < 0:
                     if run.masks is not None and not run.masks[row].any():
                         stats.finish_reason = "grammar"
@@ -116,7 +131,7 @@ class _Run:
 
     Attributes:
       sequel: the sequence.
-      ids: tokens of the sweep: the newest certain one, and the draft after it.
+      rows: tokens of the sweep: the newest certain one, and the draft after it.
       masks: of the constraint, for the draw after each; None without.
     """
 
@@ -150,15 +165,15 @@ class _Run:
         sequel.sampler_state = self._sampler.init(
             np.asarray(prompt, np.int32)[None, :-1], model.config.vocab_size
         )
-        self.ids, self._draft = [prompt[-1]], NOTHING
-        self._question = ask(model, self.ids, len(prompt) - 1, 0, self.masks, apart=True)
+        self.rows, self._draft = Rows([prompt[-1]]), NOTHING
+        self._question = ask(model, self.rows, len(prompt) - 1, 0, self.masks, apart=True)
 
     def draw(self, ahead: bool) -> Answer:
         """The draws after the sweep's rows; with `ahead` the next sweep is dispatched before the host sees them."""
         model, apply, sequel = self._model, self._sampler.apply, self.sequel
         if not ahead:
             return answer(
-                model, apply, self._swept, self.ids, self._question, sequel.sampler_state, self._keys
+                model, apply, self._swept, self.rows, self._question, sequel.sampler_state, self._keys
             )
         drawn, self._swept, self._question = answer_ahead(
             model,
@@ -172,16 +187,16 @@ class _Run:
         )
         return drawn
 
-    def learn(self, right: int, seconds: float, wait_s: float) -> None:
-        """Takes note of what the sweep took, and how many tokens of its draft were right."""
+    def learn(self, path: Sequence[int], seconds: float, wait_s: float) -> None:
+        """Takes note of what the sweep took, and which of its rows were right."""
         law, stats = self._law, self._model.stats
         if law is None:
             return
         program = tuple(lengths_at(self._model, np.full((1, 1), len(self.sequel.ids) - 1, np.int32)))
-        law.learn(self._draft.marks, right)
-        if law.costs.observe(len(self.ids), seconds - self._draft_s, wait_s, program):
+        law.learn(self._draft, [row - 1 for row in path[1:]])
+        if law.costs.observe(len(self.rows.ids), seconds - self._draft_s, wait_s, program):
             stats.timed_s += seconds
-            stats.timed_tokens += right + 1
+            stats.timed_tokens += len(path)
         if law.costs.known:
             stats.plain_token_s = law.costs.seconds(1)
 
@@ -189,9 +204,12 @@ class _Run:
         """Drafts the next tokens and sweeps; where the next sweep is under way only its mask is missing."""
         model, sequel, law = self._model, self.sequel, self._law
         sequel.sampler_state = drawn.sampler_state
+        if len(self.rows.ids) > 1:
+            first = len(sequel.ids) - 1 - len(drawn.path)
+            keep_path(model, self._state, self._swept, drawn.path, first)
         self._drafter.push([draw.id for draw in drawn.draws])
         if swept:
-            self.ids, self._draft_s = sequel.ids[-1:], 0.0
+            self.rows, self._draft_s = Rows(sequel.ids[-1:]), 0.0
             if law is not None:
                 law.ask(0)
             if self._constraint is not None:
@@ -203,11 +221,21 @@ class _Run:
         choice = choose(self._drafter, sequel, self._constraint, stop_ids, most, law)
         self._draft_s = time.perf_counter() - start
         if law is not None and most:
-            choice = choice.first(law.keep(choice.draft.marks))
-        self.ids, self.masks = [sequel.ids[-1], *choice.draft.tokens], choice.masks
-        self._draft = choice.draft
+            choice = choice.kept(law.keep(choice.draft, most))
         first = len(sequel.ids) - 1
-        apart = len(self.ids) == 1 or rows_apart(model, self._state, first + len(self.ids) - 1)
+        draft = choice.draft
+        if not takes_trees(model, self._state, first + len(draft.tokens)):
+            choice = choice.kept(draft.trunk())
+        self._draft, self.masks = choice.draft, choice.masks
+        self.rows = rows_of(sequel.ids[-1], choice.draft)
+        last = first + len(choice.draft.tokens)
+        apart = last == first or rows_apart(model, self._state, last)
         # In front of the sweep: later it would wait behind the layers that are fetched ahead.
-        self._question = ask(model, self.ids, first, sequel.draws, self.masks, apart)
-        self._swept = sweep_rows(model, self._state, self.ids, first)
+        self._question = ask(model, self.rows, first, sequel.draws, self.masks, apart)
+        self._swept = sweep_rows(model, self._state, self.rows, first)
+
+
+def rows_of(token: int, draft: Draft) -> Rows:
+    """The rows of a sweep that checks a draft after a token."""
+    parents = None if draft.parents is None else (-1, *(parent + 1 for parent in draft.parents))
+    return Rows([token, *draft.tokens], parents)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import collections
 import math
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
+
+from airjax.engine.drafting.drafter import Draft
 
 # The mark of a token that a grammar forces.
 FORCED = "forced"
@@ -108,21 +110,39 @@ class Acceptance:
         right, checked = self._counts.get(mark, (0.0, 0.0))
         return (right + _PRIOR_WEIGHT * expected) / (checked + _PRIOR_WEIGHT)
 
-    def learn(self, marks: Sequence[Any], right: int) -> None:
-        """Takes note that the first `right` tokens of a draft were right, and the next, if any, was not."""
-        for at, mark in enumerate(marks[: right + 1]):
-            before, checked = self._counts.get(mark, (0.0, 0.0))
-            self._counts[mark] = _DECAY * before + (at < right), _DECAY * checked + 1
+    def learn(self, checked: Iterable[tuple[Any, bool]]) -> None:
+        """Takes note of tokens that were checked after others that were right: their marks, and whether they were."""
+        checked = tuple(checked)
+        for mark, right in checked:
+            before, count = self._counts.get(mark, (0.0, 0.0))
+            self._counts[mark] = _DECAY * before + right, _DECAY * count + 1
         if self._earlier is not None:
-            self._earlier.learn(marks, right)
+            self._earlier.learn(checked)
+
+
+def checked(draft: Draft, right: Sequence[int]) -> list[tuple[Any, bool]]:
+    """For `Acceptance.learn`: all tokens that follow the text, or one of those `right` of the draft."""
+    known = {-1, *right}
+    return [
+        (mark, at in known)
+        for at, (mark, parent) in enumerate(zip(draft.marks, draft.above, strict=True))
+        if parent in known
+    ]
 
 
 def prior(mark: Any) -> float:
-    """How often a token of a mark is right, before any was seen: a drafter's name and its own measure."""
-    name, measure = mark
+    """How often a token of a mark is right, before any was seen.
+
+    A mark is a drafter's name, its own measure, and, where there are several ways to go on, how many are better.
+    """
+    name, measure, *better = mark
     if name == "lookup":  # the length of the match
-        return 0.9 - 1.3 / measure
-    return (measure + 0.5) / 10  # a tenth of probability
+        best = 0.9 - 1.3 / (measure + 0.6)
+    elif name == "edited":  # tokens since the copy was another
+        best = 0.35
+    else:
+        best = (measure + 0.5) / 10  # a tenth of probability
+    return best * (1.0, 0.3, 0.2)[better[0] if better else 0]
 
 
 class Law:
@@ -167,31 +187,37 @@ class Law:
             return 0
         return worth[-1]
 
-    def keep(self, marks: Sequence[Any]) -> int:
-        """How many tokens of a draft to check: those with which a sweep gives the most tokens per second."""
-        best, best_rate = 0, MARGIN / self.costs.seconds(1)
-        chance = expected = 1.0
-        for count, mark in enumerate(marks, 1):
-            chance *= self.acceptance.of(mark)
-            expected += chance
-            rate = expected / self.costs.seconds(count + 1)
-            if rate > best_rate:
-                best, best_rate = count, rate
-        if best:
+    def keep(self, draft: Draft, most: int) -> Draft:
+        """The part of a draft to check: those tokens, at most so many, with which a sweep gives the most per second."""
+        kept, rate = self._best(draft, 0.0, most)
+        if rate <= MARGIN / self.costs.seconds(1):
+            kept = []
+        if kept:
             self._idle = 0
         else:
             self._rest()
-        return best
+        return draft.only(kept)
 
-    def rate(self, marks: Sequence[Any], seconds: float = 0.0) -> float:
+    def rate(self, draft: Draft, seconds: float = 0.0) -> float:
         """Tokens per second of a sweep that checks the best part of a draft which takes `seconds` to make."""
-        chance = expected = 1.0
-        best = 1 / (self.costs.seconds(1) + seconds)
-        for count, mark in enumerate(marks, 1):
-            chance *= self.acceptance.of(mark)
-            expected += chance
-            best = max(best, expected / (self.costs.seconds(count + 1) + seconds))
-        return best
+        return max(self._best(draft, seconds)[1], 1 / (self.costs.seconds(1) + seconds))
+
+    def _best(self, draft: Draft, seconds: float, most: int | None = None) -> tuple[list[int], float]:
+        """Which tokens of a draft give the most tokens per second, and how many; at least one where there is any.
+
+        A token is worth the probability that it and those before it are right, which falls along each branch: so
+        taken in that order no token comes before its parent.
+        """
+        chances = chances_of(draft, self.acceptance)
+        # Stable: a parent stays before its child.
+        order = sorted(range(len(chances)), key=lambda at: -chances[at])[:most]
+        expected, best, best_rate = 1.0, 0, 0.0
+        for count, at in enumerate(order, 1):
+            expected += chances[at]
+            rate = expected / (self.costs.seconds(count + 1) + seconds)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return sorted(order[:best]), best_rate
 
     def going_on(self, token_s: float) -> Callable[[Any], bool]:
         """Tells a drafter, token by token, whether one more is worth its time.
@@ -215,9 +241,9 @@ class Law:
 
         return go_on
 
-    def learn(self, marks: Sequence[Any], right: int) -> None:
-        """Takes note of a checked draft."""
-        self.acceptance.learn(marks, right)
+    def learn(self, draft: Draft, right: Sequence[int]) -> None:
+        """Takes note of a checked draft, of which the tokens `right` were."""
+        self.acceptance.learn(checked(draft, right))
 
     def _rest(self) -> None:
         self._idle += 1
@@ -225,6 +251,14 @@ class Law:
         slow = self.costs.known and self._token_s > _DEAR * self.costs.seconds(1)
         if (self._may_sleep or slow) and self._idle >= _PATIENCE:
             self._asleep = min(self._idle, _LONGEST_SLEEP)
+
+
+def chances_of(draft: Draft, acceptance: Acceptance) -> list[float]:
+    """For each token of a draft the probability that it and those before it are right."""
+    chances: list[float] = []
+    for mark, parent in zip(draft.marks, draft.above, strict=True):
+        chances.append((1.0 if parent < 0 else chances[parent]) * acceptance.of(mark))
+    return chances
 
 
 def tenth(probability: float) -> int:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from airjax.engine.drafting.drafter import NOTHING, Draft, Sequel
+from airjax.engine.drafting.forest import Forest
 from airjax.engine.drafting.law import tenth
 from airjax.engine.generation import prefill
 from airjax.engine.lookup import embed
@@ -83,12 +84,13 @@ class _Chain(NamedTuple):
     ) -> Draft:
         """A draft that begins with the draw after `token` at `position`, the `draws`-th of the key.
 
-        It is made from row `[1]` of x `[1, T, D]`.
+        It is made from row `[1]` of x `[1, T, D]`. Each token has the one beside it that would have been drawn next.
         """
         model = self.model
-        draw = draw_step(model.layouts, model.config, self.sampler.apply)
+        draw = draw_step(model.layouts, model.config, self.sampler.apply, second=True)
         tokens: list[int] = []
         marks: list[Any] = []
+        others: list[tuple[int, Sequence[int], Any]] = []
         last, first_row, keys, numbers = model.put(
             (
                 np.array([token], np.int32),
@@ -98,17 +100,25 @@ class _Chain(NamedTuple):
             ),
         )
         while True:
-            last, logprob, state, embedded, numbers = draw(
+            last, logprob, state, embedded, numbers, second = draw(
                 model.globals, x, row, state, last, keys, numbers, None
             )
-            drawn, logprobs = jax.device_get((last, logprob))
+            drawn, logprobs, seconds = jax.device_get((last, logprob, second))
             meant = self.meant(int(drawn[0])) if drawn[0] >= 0 else ()
             mark = self.name, tenth(math.exp(min(float(logprobs[0]), 0.0)))
+            if meant:
+                others.append((len(tokens), self.meant(int(seconds[0])), mark))
             tokens += meant
             marks += [mark] * len(meant)
-            if not meant or len(tokens) >= most or not go_on(mark):
-                return Draft(tuple(tokens), tuple(marks)).first(most)
+            if not meant or len(tokens) >= most or not go_on((*mark, 0)):
+                break
             x, row = self.step(int(drawn[0]), embedded, numbers[1]), first_row
+        forest = Forest()
+        forest.add(tokens[:most], marks[:most])
+        for at, other, mark in others:
+            if at < most:
+                forest.add([*tokens[:at], *other], [*marks[:at], *[mark] * len(other)])
+        return forest.draft()
 
 
 class SmallerModel:
@@ -164,7 +174,7 @@ class SmallerModel:
         chain = _Chain(model, self._sampler, step, self._meant, self.name)
         first = sequel.draws + len(after)
         draft = chain.drawn(x, row, state, ids[-1], len(ids) - 1, sequel.key, first, most, go_on)
-        self._pace.note(time.perf_counter() - start, len(draft.tokens))
+        self._pace.note(time.perf_counter() - start, len(draft.trunk().tokens))
         return draft
 
     def close(self) -> None:
@@ -250,7 +260,7 @@ class ResidentLayers:
         chain = _Chain(model, self._sampler, step, lambda token: (token,), self.name)
         row, first = np.zeros(1, np.int32), sequel.draws + len(after)
         draft = chain.drawn(x, row, sequel.sampler_state, token, position, sequel.key, first, most, go_on)
-        self._pace.note(time.perf_counter() - start, len(draft.tokens))
+        self._pace.note(time.perf_counter() - start, len(draft.trunk().tokens))
         return draft
 
     def close(self) -> None:

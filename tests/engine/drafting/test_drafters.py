@@ -116,7 +116,7 @@ def test_the_free_draft_is_taken_unless_the_slow_one_promises_more():
     def asked(free_mark, token_s):
         law = Law(costs, Acceptance())
         both = Combined(Stub(1, free_mark, 0.0), Stub(2, ("model", 9), token_s), law)
-        both._marks = (("model", 9),) * 4
+        both._newest = drafting.Draft((2,) * 4, (("model", 9),) * 4)
         return both.propose(sequel, (), 4, lambda mark: True).tokens[0]
 
     assert asked(("lookup", 2), 0.01) == 2

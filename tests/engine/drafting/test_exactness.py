@@ -9,6 +9,7 @@ import airjax
 from airjax import engine, sampling
 from airjax.engine import drafting
 from airjax.engine.drafting import rows, verify
+from airjax.engine.drafting.forest import Forest
 from airjax.engine.step import unembed_step
 
 WAYS = {
@@ -18,6 +19,7 @@ WAYS = {
     "streamed and shuttled": {"resident": "none", "kv_shuttle": "on"},
     "8-bit cache": {"kv_dtype": "q8_0"},
 }
+TREES = [("llama", way) for way in WAYS] + [("gemma", "on the device"), ("gemma", "streamed and shuttled")]
 SAMPLERS = {
     "greedy": sampling.greedy(),
     "penalised": sampling.chain(
@@ -50,6 +52,26 @@ class Oracle:
 
     def close(self):
         pass
+
+
+class Bushy(Oracle):
+    """Knows the text, and hides it among branches that begin like it."""
+
+    def propose(self, sequel, after, most, go_on):
+        self.asked += 1
+        at = len(sequel.ids) + len(after)
+        right = list(self.text[at : at + min(most, 2 + self.asked % 5)])
+        ways = [
+            right,
+            [token ^ 1 for token in right[:3]],
+            [*right[:1], *(token ^ 2 for token in right[1:4])],
+            [*right[:2], *(token ^ 3 for token in right[2:])],
+        ]
+        turn = self.asked % len(ways)
+        forest = Forest()
+        for way in (*ways[turn:], *ways[:turn]):
+            forest.add(way, [("oracle", 0)] * len(way))
+        return forest.draft()
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +140,29 @@ def test_right_and_wrong_drafts_give_the_draws_of_plain_decoding(request, toy, w
         assert drafted(model, ids, drafting.Lookup(), **options) == expected
 
 
+@pytest.mark.parametrize(("toy", "way"), TREES)
+def test_trees_give_the_draws_of_plain_decoding(request, toy, way):
+    with load(request.getfixturevalue(toy), **WAYS[way]) as loaded:
+        model, options = loaded.model, options_of("penalised")
+        ids = prompt(model)
+        expected = plain(model, ids, **options)
+        assert drafted(model, ids, Bushy(text_of(ids, expected)), draft_max=20, **options) == expected
+        assert model.stats.accepted_tokens > model.stats.decode_sweeps
+
+
+@pytest.mark.parametrize(("toy", "way"), TREES)
+def test_trees_whose_rows_share_their_calls_give_the_same_tokens(request, monkeypatch, toy, way):
+    monkeypatch.setattr(rows, "exact", lambda model: False)
+    with load(request.getfixturevalue(toy), **WAYS[way]) as loaded:
+        model, options = loaded.model, options_of("penalised")
+        ids = prompt(model)
+        expected = plain(model, ids, **options)
+        got = drafted(model, ids, Bushy(text_of(ids, expected)), draft_max=20, **options)
+        assert [draw.id for draw in got] == [draw.id for draw in expected]
+        np.testing.assert_allclose([d.logprob for d in got], [d.logprob for d in expected], atol=5e-3)
+        assert model.stats.accepted_tokens > model.stats.decode_sweeps
+
+
 @pytest.mark.parametrize("sampler", ["greedy", "mirostat"])
 def test_every_sampler_draws_what_it_draws_without_drafts(llama, sampler):
     with load(llama) as loaded:
@@ -138,6 +183,21 @@ def test_rows_that_share_their_calls_give_the_same_tokens(request, monkeypatch, 
         got = drafted(model, ids, Oracle(text_of(ids, expected)), draft_max=3, **options)
         assert [draw.id for draw in got] == [draw.id for draw in expected]
         np.testing.assert_allclose([d.logprob for d in got], [d.logprob for d in expected], atol=3e-3)
+        assert model.stats.accepted_tokens > model.stats.decode_sweeps
+
+
+@pytest.mark.parametrize(("shuttle", "together"), [("off", True), ("on", False)])
+def test_trees_stay_within_what_a_sliding_window_spares(gemma, monkeypatch, shuttle, together):
+    if together:
+        monkeypatch.setattr(rows, "exact", lambda model: False)
+    with load(gemma, kv_shuttle=shuttle, prefill_chunk=8) as loaded:
+        model = loaded.model
+        options = options_of("greedy", max_tokens=80)
+        ids = prompt(model)
+        expected = plain(model, ids, **options)
+        got = drafted(model, ids, Bushy(text_of(ids, expected)), draft_max=20, **options)
+        assert [draw.id for draw in got] == [draw.id for draw in expected]
+        assert min(model.plan.kv_slots) < 80
         assert model.stats.accepted_tokens > model.stats.decode_sweeps
 
 
@@ -209,32 +269,38 @@ def test_a_token_that_cannot_be_drawn_is_explained_the_same_way(llama):
 
 
 def test_the_distribution_is_the_samplers_own(llama):
-    """Chi-square over 100,000 checked drafts: the first draw, and the second where the draft was right."""
+    """Chi-square over 100,000 checked trees: the first draw, and the second after each of two ways to go on."""
     draws, allowed = 100_000, [3, 40, 41, 77, 100, 101, 150, 200]
     sampler = sampling.temperature(1.5)
-    mask = np.zeros((2, 64), np.uint32)
-    for token in allowed:
-        mask[:, token // 32] |= np.uint32(1 << token % 32)
     with load(llama) as loaded:
         model = loaded.model
-        mask = mask[:, : -(-model.config.vocab_size // 32)]
+        mask = np.zeros((4, -(-model.config.vocab_size // 32)), np.uint32)
+        for token in allowed:
+            mask[:, token // 32] |= np.uint32(1 << token % 32)
         step = verify.verify_step(model.layouts, model.config, sampler.apply)
-        x = jax.random.normal(jax.random.key(2), (1, 2, model.config.d_model))
+        x = jax.random.normal(jax.random.key(2), (1, 4, model.config.d_model))
         logits = unembed_step(model.layouts, model.config)(model.globals, x[0])
         wanted = np.asarray(jax.nn.softmax(logits[:, np.array(allowed)] / 1.5))
-        draft = allowed[int(wanted[0].argmax())]
+        best, second = (allowed[at] for at in wanted[0].argsort()[[-1, -2]])
         state = sampler.init(np.zeros((1, 1), np.int32), model.config.vocab_size)
 
         def check(key):
-            tokens = jax.numpy.array([0, draft], jax.numpy.int32)
-            (drawn, _, count), _ = step(model.globals, x, state, tokens, key[None], 0, 2, mask)
-            return drawn, count
+            tokens = jax.numpy.array([0, best, 3, second], jax.numpy.int32)
+            above = jax.numpy.array([-1, 0, 1, 0], jax.numpy.int32)
+            (drawn, _, path, count), _ = step(model.globals, x, state, tokens, above, key[None], 0, 4, mask)
+            return drawn, path, count
 
         keys = jax.random.split(jax.random.key(1), draws)
-        drawn, counts = jax.device_get(jax.jit(lambda keys: jax.lax.map(check, keys, batch_size=1000))(keys))
-    right = counts == 2
-    assert (right == (drawn[:, 0] == draft)).all()
-    for seen, expected in ((drawn[:, 0], wanted[0]), (drawn[right, 1], wanted[1])):
+        run = jax.jit(lambda keys: jax.lax.map(check, keys, batch_size=1000))
+        drawn, path, counts = jax.device_get(run(keys))
+    right = np.isin(drawn[:, 0], (best, second))
+    assert (right == (counts >= 2)).all()
+    assert (path[right, 1] == np.where(drawn[right, 0] == best, 1, 3)).all()
+    for seen, expected in (
+        (drawn[:, 0], wanted[0]),
+        (drawn[drawn[:, 0] == best, 1], wanted[1]),
+        (drawn[drawn[:, 0] == second, 1], wanted[3]),
+    ):
         assert len(seen) > draws / 10
         counted = np.array([(seen == token).sum() for token in allowed])
         assert counted.sum() == len(seen)

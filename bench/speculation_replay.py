@@ -1,0 +1,404 @@
+"""Speculative decoding end to end at the speed of a large model, over texts that real models wrote.
+
+    python bench/speculation_replay.py record --model=SMALL.gguf [--draft=OTHER.gguf] --out=texts.json
+    python bench/speculation_replay.py run [--shape=70b] [--vram_budget_gib=18.62] [--deadline_s=235]
+
+`record` writes greedy texts of a real model after the prompts of `speculation.py`, and with a draft model what that
+guesses at each position. `run` streams a model of random weights and a real shape, and dictates: a sampler forces each
+draw to be the next token of such a text. All else is as always: the drafter sees the text, the law decides by the
+sweeps that it measures, each sweep takes its rows over the link and checks them. So the speed is measured end to end;
+how often guesses are right is that of the real models. A draft model of random weights takes its time, and says what
+the real one said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import numpy as np
+import speculation
+import synthetic
+
+import airjax
+from airjax import engine, sampling
+from airjax.engine import drafting
+from airjax.engine.drafting.combined import Combined
+from airjax.engine.drafting.law import Acceptance, Law
+
+_TEXTS = [Path(__file__).parent / name for name in ("speculation_texts.json", "speculation_drafts.json")]
+_CAPACITY = 64  # tokens that are dictated
+_CONTEXT = 256  # holds a prompt and them: one length of cache, so few programs
+
+
+class Recorded:
+    """A draft model that takes its time, and says what another one said.
+
+    Args:
+      slow: takes the time.
+      drafts: for each position of the text the tokens and marks that were guessed there.
+      first: length of the prompt.
+    """
+
+    def __init__(self, slow: drafting.SmallerModel, drafts: Sequence[Any], first: int) -> None:
+        self._slow = slow
+        self._drafts = drafts
+        self._first = first
+
+    @property
+    def token_s(self) -> float:
+        """Seconds that a drafted token takes."""
+        return self._slow.token_s
+
+    def push(self, tokens: Sequence[int]) -> None:
+        """The model takes note."""
+        self._slow.push(tokens)
+
+    def propose(
+        self, sequel: drafting.Sequel, after: Sequence[int], most: int, go_on: Callable[[Any], bool]
+    ) -> drafting.Draft:
+        """As many of the recorded tokens as the law thinks worth their time."""
+        tokens, tenths, parents = self._drafts[len(sequel.ids) - self._first]
+        marks = tuple(("model", tenth, int(at and parents[at] != at - 1)) for at, tenth in enumerate(tenths))
+        draft = drafting.Draft(tuple(tokens), marks, tuple(parents))
+        trunk = draft.trunk()
+        count = 0
+        while count < min(most, len(trunk.tokens)):
+            count += 1
+            if not go_on(trunk.marks[count - 1]):
+                break
+        if count:
+            self._slow.propose(sequel, after, count, lambda mark: True)
+        beyond = range(count, len(trunk.tokens))
+        kept: list[int] = []
+        for at, parent in enumerate(draft.above):
+            if at not in beyond and (parent < 0 or parent in kept):
+                kept.append(at)
+        return draft.only(kept)
+
+    def close(self) -> None:
+        """The model's cache is freed."""
+        self._slow.close()
+
+
+def record(options: argparse.Namespace) -> None:
+    """Writes texts, and with a draft model its drafts; of ids in the order in which they first occur."""
+    kinds: dict[str, Any] = {}
+    numbers: dict[int, int] = {}
+
+    def small(ids: Sequence[int]) -> list[int]:
+        return [numbers.setdefault(token, len(numbers)) for token in ids]
+
+    with airjax.load(options.model, context=1024, draft=options.draft) as loaded:
+        for kind, texts in speculation.prompts().items():
+            kinds[kind] = []
+            for text in texts[::4]:  # of every passage and question, or code and edit, a different pair
+                ids = speculation.tokens_of(loaded, text)
+                tokens = [
+                    token.id for token in engine_draws(loaded, ids, options.tokens, loaded.tokenizer.eog_ids)
+                ]
+                if len(ids) + len(tokens) > _CONTEXT:
+                    continue
+                entry: dict[str, Any] = {"prompt": small(ids), "tokens": small(tokens)}
+                if options.draft != "none":
+                    drafts = guesses(loaded, ids, tokens, options.guesses)
+                    entry["drafts"] = [
+                        (small(draft.tokens), [mark[1] for mark in draft.marks], draft.above)
+                        for draft in drafts
+                    ]
+                kinds[kind].append(entry)
+            print(f"{kind}: {len(kinds[kind])} texts", file=sys.stderr)
+    found = {"model": Path(options.model).name, "draft": Path(options.draft).name, "kinds": kinds}
+    Path(options.out).write_text(json.dumps(found, separators=(",", ":")) + "\n")
+
+
+def guesses(
+    loaded: airjax.Engine, ids: Sequence[int], tokens: Sequence[int], count: int
+) -> list[drafting.Draft]:
+    """What the draft model guesses after each beginning of a text."""
+    assert loaded.drafts is not None
+    drafter = loaded.drafts.slow_drafter(engine.State(1), sampling.greedy())
+    sampler = sampling.greedy()
+    text = list(ids)
+    drafter.push(text)
+    found = []
+    for token in tokens:
+        context = np.asarray(text, np.int32)[None, :-1]
+        state = sampler.init(context, loaded.model.config.vocab_size)
+        sequel = drafting.Sequel(text, state, jax.random.key(0), 0)
+        found.append(drafter.propose(sequel, (), count, lambda mark: True))
+        text.append(token)
+        drafter.push([token])
+    drafter.close()
+    return found
+
+
+def engine_draws(
+    loaded: airjax.Engine,
+    ids: Sequence[int],
+    count: int,
+    stop_ids: frozenset[int] = frozenset(),
+    sampler: sampling.Transform | None = None,
+    generate: Callable[..., Any] = engine.generate,
+) -> list[engine.Draw]:
+    """Draws after a prompt; `loaded.stats` counts."""
+    model = loaded.model
+    model.stats = engine.Stats()
+    state = engine.new_state(model)
+    draws = list(
+        generate(
+            model,
+            state,
+            list(ids),
+            sampler=sampling.greedy() if sampler is None else sampler,
+            key=jax.random.key(0),
+            max_tokens=count,
+            stop_ids=stop_ids,
+        )
+    )
+    model.wait()
+    state.close()
+    return draws
+
+
+class Replay:
+    """Dictates texts to one open model, and counts by kind.
+
+    Args:
+      loaded: the engine, with drafts or without.
+      plain_s: seconds of a plain sweep, for the gain.
+    """
+
+    def __init__(self, loaded: airjax.Engine, plain_s: float) -> None:
+        self._loaded = loaded
+        self._plain_s = plain_s
+        self._history: dict[str, Acceptance] = {}
+        self.counts: dict[str, dict[str, float]] = {}
+
+    def text(self, kind: str, entry: dict[str, Any], warm: bool = False) -> None:
+        """One text; `warm` compiles only."""
+        drafts, model = self._loaded.drafts, self._loaded.model
+        assert drafts is not None
+        tokens = entry["tokens"][:_CAPACITY]
+        sampler = dictation(tokens)
+        law = drafts.law()
+        # Each kind begins with nothing learnt: a user has one kind of text.
+        law = Law(law.costs, Acceptance(self._history.setdefault(kind, Acceptance())))
+
+        def generate(model: engine.Model, state: engine.State, ids: list[int], **more: Any) -> Any:
+            drafter: drafting.Drafter = drafting.Lookup()
+            if "drafts" in entry:
+                slow = drafts.slow_drafter(state, sampler)
+                assert isinstance(slow, drafting.SmallerModel)
+                drafter = Combined(drafter, Recorded(slow, entry["drafts"], len(ids)), law)
+            most = drafts.draft_max
+            return drafting.generate_drafted(
+                model, state, ids, drafter=drafter, draft_max=most, law=law, **more
+            )
+
+        draws = engine_draws(self._loaded, entry["prompt"], len(tokens), sampler=sampler, generate=generate)
+        if [draw.id for draw in draws] != tokens:
+            raise RuntimeError(f"the text of {kind} is not the dictated one")
+        if warm:
+            return
+        stats = model.stats
+        counts = self.counts.setdefault(
+            kind, {"tokens": 0, "seconds": 0.0, "sweeps": 0, "drafted": 0, "accepted": 0, "texts": 0}
+        )
+        counts["texts"] += 1
+        counts["tokens"] += len(tokens) - 1
+        counts["seconds"] += stats.decode_s
+        counts["sweeps"] += stats.decode_sweeps
+        counts["drafted"] += stats.drafted_tokens
+        counts["accepted"] += stats.accepted_tokens
+
+    def lines(self, name: str) -> list[str]:
+        """A line for each kind."""
+        return [
+            f"{name:<14}{kind:<12}{each['texts']:>2} texts, {each['accepted'] / max(each['drafted'], 1):6.1%} of "
+            f"{each['drafted']:>4.0f} right, {each['tokens'] / max(each['sweeps'], 1):.2f} tokens per sweep, "
+            f"{each['tokens'] / each['seconds']:.2f} tok/s, "
+            f"{each['tokens'] * self._plain_s / each['seconds']:.2f} x plain"
+            for kind, each in self.counts.items()
+        ]
+
+
+def dictation(tokens: Sequence[int]) -> sampling.Transform:
+    """A sampler of which every draw is the next of `tokens`."""
+    return sampling.forced_tokens(list(tokens), capacity=_CAPACITY)
+
+
+def check(folder: Path) -> str:
+    """Holds drafted draws to plain ones on a small model, streamed, in float32, for rows that share their calls."""
+    path = folder / "airjax-tiny.gguf"
+    synthetic.write(str(path), synthetic.SHAPES["tiny"], gguf.GGMLQuantizationType.Q4_K)
+    sampler = sampling.chain(sampling.penalties(repeat=1.2), sampling.temperature(0.9))
+    try:
+        options: dict[str, Any] = {"vram_budget_gib": 1, "context": 256, "compute_dtype": "float32"}
+        for resident in ("none", "all"):
+            with airjax.load(path, **options, resident=resident, draft="lookup") as loaded:
+                ids = [*range(7, 40)]
+                expected = engine_draws(loaded, ids, 40, sampler=sampler)
+                text = [*ids, *(draw.id for draw in expected)]
+
+                def generate(*arguments: Any, text: list[int] = text, **more: Any) -> Any:
+                    return drafting.generate_drafted(
+                        *arguments, drafter=Spoiled(text), draft_max=15, law=None, **more
+                    )
+
+                got = engine_draws(loaded, ids, 40, sampler=sampler, generate=generate)
+                if [draw.id for draw in got] != [draw.id for draw in expected]:
+                    return f"WRONG: drafted draws differ from plain ones with resident={resident}"
+                sweeps = loaded.stats.decode_sweeps
+    finally:
+        path.unlink(missing_ok=True)
+    return (
+        f"drafted draws equal plain ones on a small model, streamed and resident, in {sweeps} sweeps for 39"
+    )
+
+
+class Spoiled:
+    """Knows the text, and is wrong in places that move."""
+
+    token_s = 0.0
+
+    def __init__(self, text: Sequence[int]) -> None:
+        self._text = text
+
+    def push(self, tokens: Sequence[int]) -> None:
+        """Nothing to learn."""
+
+    def propose(
+        self, sequel: drafting.Sequel, after: Sequence[int], most: int, go_on: Callable[[Any], bool]
+    ) -> drafting.Draft:
+        """The text, with one wrong token."""
+        at = len(sequel.ids)
+        tokens = list(self._text[at : at + most])
+        if at % 3 and tokens:
+            wrong = at % len(tokens)
+            tokens[wrong] ^= 1
+        return drafting.Draft(tuple(tokens), (("lookup", 2),) * len(tokens))
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes the models, checks, measures costs, then dictates until the deadline; prints a table last."""
+    begin = time.monotonic()
+    options.position = _CONTEXT - _CAPACITY // 2 - 33
+    options.context, options.compute_dtype, options.resident = _CONTEXT, None, "auto"
+    texts = [json.loads(Path(each).read_text()) for each in options.texts.split(",")]
+    folder = Path(tempfile.mkdtemp(prefix="airjax-", dir=options.folder))
+
+    def left() -> float:
+        return options.deadline_s - (time.monotonic() - begin)
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - begin:5.0f} s  {line}", flush=True)
+
+    lines: list[str] = []
+    try:
+        say(check(folder))
+        paths = {}
+        for shape in (options.shape, options.draft_shape):
+            paths[shape] = folder / f"{shape}.gguf"
+            nbytes = synthetic.write(
+                str(paths[shape]), synthetic.SHAPES[shape], gguf.GGMLQuantizationType.Q4_K
+            )
+            say(f"{shape}: {nbytes / 2**30:.1f} GiB of random weights written")
+        options.model = str(paths[options.shape])
+        with speculation.load(options, "none") as loaded:
+            tokens = texts[0]["kinds"]["chat"][0]["tokens"][:16]
+            for _ in range(2):  # the first one compiles
+                engine_draws(loaded, range(100), len(tokens), sampler=dictation(tokens))
+            rate = loaded.stats.decode_rate
+            assert rate is not None
+            plain_s = 1 / rate
+            plan = loaded.plan
+            lines.append(
+                f"plain: {rate:.3f} tok/s, {len(plan.streamed)} of {len(plan.kv_slots)} layers streamed"
+            )
+            say(lines[-1])
+        with speculation.load(options, "lookup") as loaded:
+            plan = loaded.plan
+            say(f"lookup: {len(plan.streamed)} of {len(plan.kv_slots)} layers streamed")
+            costs = speculation.costs_of(loaded, options, dictation(range(_CAPACITY)))
+            lines += [
+                f"{rows:>2} rows: {seconds * 1e3:7.1f} ms, {seconds / costs[1]:.3f} of one row, "
+                f"{seconds / plain_s:.3f} of plain"
+                for rows, seconds in costs.items()
+            ]
+            say("costs: " + json.dumps({"seconds": costs, "device": loaded.model.device.device_kind}))
+            replay = Replay(loaded, plain_s)
+            lines += dictated(replay, texts[0], lambda: left() > 0.4 * options.deadline_s, "lookup", say)
+        if len(texts) > 1 and left() > 25:
+            with speculation.load(options, str(paths[options.draft_shape])) as loaded:
+                plan = loaded.plan
+                say(f"draft model: {len(plan.streamed)} of {len(plan.kv_slots)} layers streamed")
+                replay = Replay(loaded, plain_s)
+                lines += dictated(replay, texts[1], lambda: left() > 12, "draft model", say)
+    finally:
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+    print(f"\n{options.shape} shape, budget {options.vram_budget_gib} GiB, {jax.devices()[0].device_kind}")
+    print("\n".join(lines), flush=True)
+
+
+def dictated(
+    replay: Replay,
+    texts: dict[str, Any],
+    go_on: Callable[[], bool],
+    name: str,
+    say: Callable[[str], None],
+) -> list[str]:
+    """Replays texts of each kind by turns while there is time."""
+    kinds = texts["kinds"]
+    replay.text("chat", kinds["chat"][-1], warm=True)
+    say(f"{name}: compiled")
+    for number in range(max(len(each) for each in kinds.values())):
+        for kind in ("chat", "code edit", "extraction", "story"):
+            if number < len(kinds[kind]) and go_on():
+                replay.text(kind, kinds[kind][number])
+                say(replay.lines(name)[list(replay.counts).index(kind)])
+    source = texts["model"] + (f" guessed by {texts['draft']}" if texts["draft"] != "none" else "")
+    return [f"{name}, texts of {source}:", *replay.lines(name)]
+
+
+def main() -> None:
+    """Reads the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("record", "run"))
+    parser.add_argument("--model", help="of record: the GGUF file that writes")
+    parser.add_argument("--draft", default="none", help="of record: the GGUF file that guesses")
+    parser.add_argument("--out", help="of record: where to")
+    parser.add_argument("--tokens", type=int, default=_CAPACITY, help="of record: of each text")
+    parser.add_argument(
+        "--guesses", type=int, default=7, help="of record: of the draft model at each position"
+    )
+    parser.add_argument("--shape", default="70b", choices=sorted(synthetic.SHAPES))
+    parser.add_argument("--draft_shape", default="1b", choices=sorted(synthetic.SHAPES))
+    parser.add_argument("--vram_budget_gib", type=float, default=18.62)
+    parser.add_argument("--ram_budget_gib", type=float, default=110)
+    parser.add_argument("--texts", default=",".join(str(path) for path in _TEXTS if path.exists()))
+    parser.add_argument("--folder", default="/dev/shm")
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--draft_max", type=int, default=15)
+    parser.add_argument("--deadline_s", type=float, default=235)
+    options = parser.parse_args()
+    {"record": record, "run": run}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
