@@ -17,7 +17,7 @@ from airjax import sampling
 from airjax.engine.pipeline import divide
 from airjax.plan import PlanError, format_plan
 from airjax.server.sampler import Settings, make_sampler
-from airjax.server.warm import warm_up
+from airjax.server.warm import Batch, warm_up
 from airjax.server.worker import Order
 from airjax.streaming import Links, Turns
 
@@ -275,7 +275,7 @@ def test_a_server_spreads_requests_and_says_how(toy, form):
 def test_a_warm_server_has_programs_on_every_device(toy):
     stages = []
     with _load(toy, devices=2, parallel="replica", max_batch=1) as loaded:
-        warm_up(loaded, full=False, tell=stages.append)
+        warm_up(loaded, full=False, tell=stages.append, batches=[Batch(1, 1, 2)])
     assert stages == ["compiling, 1 of 1 on device 0", "compiling, 1 of 1 on device 1"]
 
 
