@@ -263,7 +263,7 @@ def _name(case: Case) -> str:
     return name
 
 
-def time_layers(case: Case, capability: str, quick: bool, count: int = 8) -> None:
+def time_layers(case: Case, capability: str, count: int = 8) -> None:
     """Wall time of a layer's experts in a chain of layers, with the kernels and in XLA's form."""
     shape = SHAPES[case.shape]
     of = layer(shape, case.kind, case.down_kind)
@@ -293,7 +293,7 @@ def time_layers(case: Case, capability: str, quick: bool, count: int = 8) -> Non
             models.expert_products(x, ids, parts, own, None, None, config), gates, None
         )
 
-    for name, one in (("kernels", kernels), ("XLA", xla))[: 1 if quick else 2]:
+    for name, one in (("kernels", kernels), ("XLA", xla)):
 
         def chain(x: jax.Array, pairs: jax.Array, of: Layer, one: Any = one) -> jax.Array:
             for row in pairs:
@@ -313,9 +313,11 @@ def time_layers(case: Case, capability: str, quick: bool, count: int = 8) -> Non
 
 def time_all_layers(capability: str, quick: bool) -> None:
     """A line for each shape and number of rows."""
-    for rows in (1, 32, 512):
-        for shape, kind in (("30b-a3b", Type.Q4_K), ("gpt-oss", Type.MXFP4)):
-            time_layers(Case(shape, kind, kind, rows), capability, quick)
+    small = [("30b-a3b", Type.Q4_K), ("gpt-oss", Type.MXFP4)]
+    cases = [(*shape, rows) for rows in (1, 32, 512) for shape in small if not quick]
+    cases += [("mixtral", Type.Q4_K, rows) for rows in (128, 512)]
+    for shape, kind, rows in cases:
+        time_layers(Case(shape, kind, kind, rows), capability)
 
 
 def base_cases() -> list[Case]:
@@ -364,7 +366,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--deadline_s", type=float, default=60)
     parser.add_argument("--parts", default="check,bits,base,variants,layer")
-    parser.add_argument("--quick", action="store_true", help="fewer checks, XLA's forms not timed")
+    parser.add_argument("--quick", action="store_true", help="fewer checks and layers")
     args = parser.parse_args()
     capability = cuda.capability(jax.devices()[0])
     print(jax.__version__, jax.devices()[0].device_kind, capability, flush=True)

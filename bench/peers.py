@@ -45,7 +45,7 @@ _PACKAGES = {
 # Rows of its batches, of prompts of several sequences together.
 _LLAMA_CPP_ROWS = 512
 # Tokens of each prompt where several sequences decode together.
-_BATCH_PROMPT = 64
+_BATCH_PROMPT = 32
 # Runs one round and returns (prefill seconds, decode seconds).
 Round = Callable[[], tuple[float, float]]
 # The round, peak device memory so far (None: ask nvidia-smi), and a note on the placement.

@@ -36,6 +36,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from airjax.commands.ceilings import user_cache_dir
+
 if TYPE_CHECKING:
     from airjax.api import Engine
     from airjax.server.worker import Worker
@@ -174,8 +176,8 @@ async def measure_server(clients: int, arguments: argparse.Namespace, timeout_s:
 
 def measure_engine(scheduler: Any, clients: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """The same work through a scheduler in this process."""
+    from airjax.server.order import Order
     from airjax.server.sampler import Settings
-    from airjax.server.worker import Order
 
     chance = random.Random(clients)
     settings = Settings(temperature=0.0)
@@ -314,9 +316,15 @@ def _hear(lines: Iterable[str], into: list[dict[str, Any]]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of the child."""
-    path = f"{_ROOT}:{os.environ.get('PYTHONPATH', '')}"
-    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, "PYTHONPATH": path}
+    """Of the child: with the cache of compiled programs that the launcher uses."""
+    return {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "JAX_COMPILATION_CACHE_DIR": str(user_cache_dir()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        **os.environ,
+        "PYTHONPATH": f"{_ROOT}:{os.environ.get('PYTHONPATH', '')}",
+    }
 
 
 def _ready(url: str) -> bool:

@@ -88,7 +88,7 @@ class Model:
       number: of the device, where others do the same beside it.
       shares_file: another model closes the file.
       shares_weights: another model closes the weights too.
-      counting: held while counters of the pool are added up.
+      counting: held while counters are added up.
     """
 
     gguf: GGUF
@@ -109,7 +109,6 @@ class Model:
     number: int | None = None
     shares_file: bool = False
     shares_weights: bool = False
-    _counting: threading.Lock = field(default_factory=threading.Lock)
     counting: threading.Lock = field(default_factory=threading.Lock)
 
     @functools.cached_property
@@ -215,7 +214,7 @@ class Model:
 
     def count_stage(self, number: int, ring: Ring) -> None:
         """Adds a stage of a sweep to the run's counters."""
-        with self._counting:
+        with self.counting:
             self.count_link(number, self.plan.parts[number].bytes_per_sweep, ring.wait_s)
             self.stats.wait_s += ring.wait_s
         ring.wait_s = 0.0
@@ -227,7 +226,7 @@ class Model:
             self.pool.end_sweep(self.stats)
             self.count_fetched(keep=1)
             return
-        with self._counting:
+        with self.counting:
             self._count_sweep(state)
 
     def _count_sweep(self, state: State | PagedState) -> None:

@@ -47,6 +47,7 @@ def save(model: Model, session: Session, path: str | os.PathLike[str]) -> None:
         "version": _VERSION,
         "model": fingerprint(model.gguf),
         "kv_dtype": model.config.kv_dtype,
+        "long_rope": model.config.long_rope,
         "ids": list(map(int, session.ids)),
         "key": np.asarray(jax.random.key_data(session.key)).tolist(),
         "key_impl": str(jax.random.key_impl(session.key)),
@@ -136,6 +137,11 @@ def _check_fits(model: Model, header: dict[str, Any], path: str | os.PathLike[st
         raise SessionError(
             f"{path}: the session's cache is stored as {header['kv_dtype']}, this engine's as {kv_dtype}: "
             f"pass kv_dtype={header['kv_dtype']!r}"
+        )
+    if header.get("long_rope", False) != model.config.long_rope:
+        raise SessionError(
+            f"{path}: the session's keys were turned for a {'short' if model.config.long_rope else 'long'} context, "
+            f"but for {model.plan.context} positions this model turns them otherwise: open it with the context of then"
         )
     if len(header["ids"]) > model.plan.context:
         raise SessionError(

@@ -36,6 +36,7 @@ class Config:
     `compute_dtype` is the dtype of products ("float32", "bfloat16", "float16"), `kv_dtype` the form of the KV cache
     (one of `layers.KV_DTYPES`), `experts` an `experts.Experts` where the feed-forward part is a mixture of them. With a
     `mesh` the sizes are those of one device's part; see `sharding`. `kv_copies` neighbours have the same KV heads.
+    `long_rope` says that the rope is that of long contexts, where a model has two.
     """
 
     architecture: str
@@ -53,6 +54,7 @@ class Config:
     experts: Any = field(default=None, kw_only=True)
     mesh: Any = field(default=None, kw_only=True)
     kv_copies: int = field(default=1, kw_only=True)
+    long_rope: bool = field(default=False, kw_only=True)
 
     def kv_shape(self, kind: str) -> tuple[int, int]:
         """Heads of keys and values, and their width, in a kind of layer; the heads of one device."""

@@ -414,7 +414,7 @@ def for_context(config: Config, context: int) -> Config:
         return config
     if not config.rope_frequencies_long:
         return config
-    return dataclasses.replace(config, rope_frequencies=config.rope_frequencies_long)
+    return dataclasses.replace(config, rope_frequencies=config.rope_frequencies_long, long_rope=True)
 
 
 def _longrope_fields(gguf: GGUF, arch: str, width: int, base: float) -> dict[str, Any]:

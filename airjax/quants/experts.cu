@@ -42,17 +42,22 @@ template <Format F> struct Unit {
   static constexpr int period = F == MXFP4 ? 4 : 2;
 };
 
-// Sixteen rows of a unit, on their way to shared memory.
+// Sixteen rows of a unit, on their way to shared memory: four lanes a row, so that addresses differ by constants.
 template <Format F> DEVICE void fetch(char* stage, const char* rows, int unit, int lane) {
   typedef Unit<F> U;
-  rows += unit * U::bytes;
-  const int bytes = min(U::bytes, U::row_bytes - unit * U::bytes);
+  constexpr bool whole = WIDTH / 32 % U::groups == 0;
+  const int bytes = whole ? U::bytes : min(U::bytes, U::row_bytes - unit * U::bytes);
+  const int row = lane >> 2, part = (lane & 3) * 16;
+  rows += (long long)row * U::row_bytes + unit * U::bytes;
 #pragma unroll
-  for (int i = 0; i < (16 * U::chunks + 31) / 32; ++i) {
-    const int at = i * 32 + lane, row = at / U::chunks, chunk = (at - row * U::chunks) * 16;
-    const char* from = rows + row * U::row_bytes;
+  for (int h = 0; h < 2; ++h) {
+    const char* from = rows + 8 * h * U::row_bytes;
     const int shift = U::align == 16 ? 0 : (int)((size_t)from & 15);
-    if (row < 16 && chunk < shift + bytes) copy16(stage + row * U::pitch + chunk, from - shift + chunk);
+    const char* aligned = from - shift + part;
+    char* to = stage + (row + 8 * h) * U::pitch + part;
+#pragma unroll
+    for (int at = 0; at < U::chunks * 16; at += 64)
+      if ((whole && at + 64 <= U::bytes) || at + part < shift + bytes) copy16(to + at, aligned + at);
   }
 }
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from airjax.engine import Scheduler
 from airjax.engine.generation import padded_rows
+from airjax.server.order import Order
 from airjax.server.sampler import Settings, make_sampler
-from airjax.server.worker import Order, first_pages
+from airjax.server.worker import first_pages
 
 if TYPE_CHECKING:
     from airjax.api import Engine

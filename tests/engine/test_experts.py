@@ -127,7 +127,6 @@ def test_a_pool_of_any_size_gives_the_numbers_of_resident_layers(path, resident,
         ("glm4moe", "Q4_0", "device"),
         ("qwen2moe", "Q4_0", "host"),
         ("deepseek2", "Q8_0", "host"),
-        ("bailingmoe2", "Q4_0", "host"),
     ],
 )
 def test_biases_sinks_windows_and_dense_layers_come_through_the_pool_too(tmp_path, model, block_type, by):

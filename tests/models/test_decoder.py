@@ -9,6 +9,7 @@ from torch_dense import torch_logits
 from toy_models import DECODERS, toy_decoder
 
 import airjax
+from airjax.engine.sessionfile import SessionError
 from airjax.gguf import GGUFError
 
 _EVERY = pytest.mark.parametrize("architecture", sorted(DECODERS))
@@ -61,13 +62,16 @@ def test_yarn_gives_the_logits_of_transformers(tmp_path, architecture):
 
 def test_longrope_takes_the_divisors_of_the_context_as_transformers_does(tmp_path):
     path = toy_decoder(tmp_path / "toy.gguf", "phi3", longrope=True)
-    ids = None
-    for context, count in ((128, 100), (64, 60)):
-        with airjax.load(path, vram_budget_gib=1, context=context, compute_dtype="float32") as loaded:
-            ids = _ids(loaded.model, 100) if ids is None else ids
-            assert max_kl(torch_logits(path, ids[:count]), loaded.logits(ids[:count])) < 1e-6
-    with _load(path) as loaded:  # a short text in a long context keeps the divisors of the context
+    with _load(path) as loaded:
+        ids = _ids(loaded.model, 100)
+        assert max_kl(torch_logits(path, ids), loaded.logits(ids)) < 1e-6
+        # A short text in a long context keeps the divisors of the context.
         assert max_kl(torch_logits(path, ids[:60]), loaded.logits(ids[:60])) > 1e-6
+        loaded.save(loaded.session(ids[:40]), str(tmp_path / "long.session"))
+    with airjax.load(path, vram_budget_gib=1, context=64, compute_dtype="float32") as loaded:
+        assert max_kl(torch_logits(path, ids[:60]), loaded.logits(ids[:60])) < 1e-6
+        with pytest.raises(SessionError, match="keys were turned for a long context"):
+            loaded.restore(str(tmp_path / "long.session"))
 
 
 @_DISTINCT
