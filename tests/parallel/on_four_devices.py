@@ -17,7 +17,7 @@ from airjax import sampling
 from airjax.engine.pipeline import divide
 from airjax.plan import PlanError, format_plan
 from airjax.server.sampler import Settings, make_sampler
-from airjax.server.warm import warm_up
+from airjax.server.warm import Batch, warm_up
 from airjax.server.worker import Order
 from airjax.streaming import Links, Turns
 
@@ -163,14 +163,14 @@ def test_batches_are_in_different_stages_at_once(toy, monkeypatch):
         entered = {0: threading.Event(), 1: threading.Event()}
         take = type(loaded.model.weights).take
 
-        def meeting(weights, layer):
+        def meeting(weights, layer, before=None):
             # One lane's first layer of the second stage waits for the other lane's first of the first stage.
             lane = int(threading.current_thread().name.rpartition("-")[2])
             if layer == first.layers.start:
                 entered[lane].set()
             if layer == second.layers.start and lane == 0:
                 assert entered[1].wait(30), "the other batch did not enter while this one was under way"
-            return take(weights, layer)
+            return take(weights, layer, before)
 
         monkeypatch.setattr(type(loaded.model.weights), "take", meeting)
         assert len(list(loaded.generate_batch(_PROMPTS[:2], max_tokens=2, ignore_eos=True))) == 4
@@ -275,7 +275,7 @@ def test_a_server_spreads_requests_and_says_how(toy, form):
 def test_a_warm_server_has_programs_on_every_device(toy):
     stages = []
     with _load(toy, devices=2, parallel="replica", max_batch=1) as loaded:
-        warm_up(loaded, full=False, tell=stages.append)
+        warm_up(loaded, full=False, tell=stages.append, batches=[Batch(1, 1, 2)])
     assert stages == ["compiling, 1 of 1 on device 0", "compiling, 1 of 1 on device 1"]
 
 
