@@ -164,7 +164,10 @@ def _run(args: list[str]) -> None:
         raise UsageError(f"which model? Pass airjax {name} --model=FILE.gguf")
     logging.basicConfig(stream=sys.stderr, format="airjax: %(message)s", level=logging.WARNING)
     if command.USES_JAX:
-        _set_up_jax(values.compilation_cache_dir, "resident" in values and values.resident == "none")
+        compact = "resident" in values and values.resident == "none"
+        # With several devices that allocator's calls wait for each other: 13.9 instead of 28 sweeps of 8 layers of 70B.
+        compact = compact and ("devices" not in values or values.devices == "1")
+        _set_up_jax(values.compilation_cache_dir, compact)
         if "coordinator_address" in values and values.coordinator_address is not None:
             _join_others(values)
     command.run(values)

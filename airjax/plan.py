@@ -95,6 +95,11 @@ class Plan:
       expert_hit_rate: share of the chosen experts that are assumed to be in the pool: that of all experts it holds, as
         if every choice were equally likely.
       device_fetch: the device itself fetches experts from the mapping.
+      parts: of a pipeline, the plan of each device; sizes of the whole are sums, but for the peak and the workspace, of
+        which the largest counts.
+      devices: how many share the work.
+      parallel: how: "tensor", "pipeline", "replica", or "" for one device.
+      parallel_reason: why so.
     """
 
     tier: Tier
@@ -131,6 +136,10 @@ class Plan:
     expert_hit_rate: float = 1.0
     kept: tuple[tuple[int, int], ...] = ()
     device_fetch: bool = False
+    parts: tuple[Plan, ...] = ()
+    devices: int = 1
+    parallel: str = ""
+    parallel_reason: str = ""
 
 
 def piece_bytes(backend: str) -> int | None:
@@ -157,6 +166,7 @@ def make_plan(
     compact: bool = False,
     drafts: bool = False,
     device_fetch: bool = True,
+    first_layer: int | None = None,
 ) -> Plan:
     """Decides what lives where.
 
@@ -179,6 +189,7 @@ def make_plan(
       compact: the device's allocator gives no buffer more than it needs.
       drafts: decoding sweeps check several tokens of a sequence.
       device_fetch: the device can fetch experts from the mapping itself.
+      first_layer: the device has only the layers of `manifest`, of which this is the first; None where it has all.
 
     Raises:
       PlanError: nothing fits; the message gives the smallest budget that does.
@@ -198,18 +209,17 @@ def make_plan(
     chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
     if chunk < 1:
         raise PlanError(f"prefill_chunk must be at least 1, got {chunk}: {PREFILL_CHUNK} suits most machines")
-    kv_slots = tuple(
-        _kv_slots(architecture, config, layer, context, chunk) for layer in range(config.n_layers)
-    )
+    own = range(first_layer or 0, (first_layer or 0) + len(manifest.layers))
+    kv_slots = tuple(_kv_slots(architecture, config, layer, context, chunk) for layer in own)
     layer_bytes = [span.nbytes for span in manifest.layers]
     passing = [_passing(span) for span in manifest.layers]
     # What one stage of a layer uses has its slots, and what comes next has the others.
     depth = stream_depth + max(models.held_at_once(span.layout) for span in manifest.layers) - 1
-    kv_tokens = _kv_tokens(max_batch, kv_tokens, context)
+    kv_tokens = kv_positions(max_batch, kv_tokens, context)
     if max_batch and kv_shuttle == "on":
         raise PlanError("a batch keeps its KV cache on the device: pass --kv_shuttle=off")
     kv_shuttle = "off" if max_batch else kv_shuttle
-    shapes = [config.kv_shape(architecture.layer_kind(config, layer)) for layer in range(config.n_layers)]
+    shapes = [config.kv_shape(architecture.layer_kind(config, layer)) for layer in own]
     layer_position_bytes = [2 * heads * layers.row_bytes(width, config.kv_dtype) for heads, width in shapes]
     kv_rows = [
         (kv_tokens or slots) * nbytes for slots, nbytes in zip(kv_slots, layer_position_bytes, strict=True)
@@ -246,6 +256,7 @@ def make_plan(
         )
     if (
         config.experts is not None
+        and first_layer is None
         and config.experts.pooled
         and kv_shuttle != "on"
         and (resident == "dense" or (streams and resident == "auto"))
@@ -319,11 +330,11 @@ def make_plan(
     if resident == "all":
         streamed: tuple[int, ...] = ()
     elif resident == "none":
-        streamed = tuple(range(config.n_layers))
+        streamed = tuple(range(len(layer_bytes)))
     else:
         streamed = _choose_streamed(manifest, passing, kept_bytes, left, depth) if streams else ()
         pieces = _choose_kept(manifest, passing, kept_bytes, streamed, left, depth)
-    kept = tuple(layer for layer in range(config.n_layers) if layer not in set(streamed))
+    kept = tuple(layer for layer in range(len(layer_bytes)) if layer not in set(streamed))
     coming = [
         nbytes for layer in streamed for at, nbytes in passing[layer].items() if (layer, at) not in pieces
     ]
@@ -354,7 +365,7 @@ def make_plan(
     if config.mesh is not None:
         packed_bytes = config.shards_here * sum(manifest.layers[layer].layout.sizes[-1] for layer in streamed)
     left_of_ram = (ram_budget_bytes - kv_host_bytes - packed_bytes) // config.shards_here
-    chosen, reason = _choose_tier_of(tier, backend, sum(coming), "streamed layers", left_of_ram)
+    chosen, reason = choose_tier(tier, backend, sum(coming), "streamed layers", left_of_ram)
     if config.mesh is not None and chosen == "ring":
         raise PlanError(
             f"{gguf.path}: {reason}, and a file can't be read through a ring for {config.shards} devices yet: "
@@ -421,7 +432,7 @@ def _plan_by_expert(
     workspace = int(_experts_workspace(config, chunk, _decoded_bytes(config)))
     workspace += _GAP_BYTES if relaid else 0
     expert_bytes = sum(span.experts * span.unit_bytes for span in spans)
-    chosen, reason = _choose_tier_of(tier, backend, expert_bytes, "experts", ram_budget_bytes)
+    chosen, reason = choose_tier(tier, backend, expert_bytes, "experts", ram_budget_bytes)
     kinds: dict[Any, list[ExpertSpan]] = {}
     for span in spans:
         kinds.setdefault(span.slots, []).append(span)
@@ -542,10 +553,22 @@ def format_plan(plan: Plan) -> str:
         f"{'bytes per sweep':<22}{plan.bytes_per_sweep / GIB:>9.3f} GiB  over the link for each sweep"
     )
     lines.append(f"{'tier':<22}{plan.tier}: {plan.tier_reason}")
+    if plan.parallel:
+        lines.append(f"{f'{plan.devices} devices':<22}{plan.parallel}: {plan.parallel_reason}")
+        lines.append(
+            f"{'':<22}sizes are {'those of all' if plan.parts else 'of each'}, budgets and peak of each"
+        )
+    for number, part in enumerate(plan.parts):
+        owned = sorted([*part.resident, *part.streamed])
+        lines.append(
+            f"{f'device {number}':<22}layers {owned[0]} to {owned[-1]}: {len(part.resident)} resident, "
+            f"{len(part.streamed)} streamed, {part.bytes_per_sweep / GIB:.3f} GiB over its link for each sweep, "
+            f"peak {part.peak_bytes / GIB:.3f} GiB"
+        )
     return "\n".join(lines)
 
 
-def _kv_tokens(max_batch: int | None, kv_tokens: int | None, context: int) -> int:
+def kv_positions(max_batch: int | None, kv_tokens: int | None, context: int) -> int:
     """Positions of the paged cache, in whole pages; 0 without a batch."""
     if max_batch is None:
         return 0
@@ -633,6 +656,7 @@ def _workspace_bytes(config: Config, manifest: Manifest, context: int, chunk: in
     if experts is not None:
         feed_forward = max(feed_forward, _experts_workspace(config, chunk, decoded))
     logits = 2 * itemsize * _tile(config.vocab_size, d) + 3 * max(config.vocab_size * 4, LOGIT_ROWS_BYTES)
+    logits = logits if manifest.globals else 0
     return _FIXED_WORKSPACE_BYTES + int(max(attention, feed_forward, logits))
 
 
@@ -713,9 +737,12 @@ def _choose_kept(
     return tuple(chosen)
 
 
-def _choose_tier_of(
-    tier: str, backend: str, nbytes: int, what: str, ram_budget_bytes: int
-) -> tuple[Tier, str]:
+def choose_tier(tier: str, backend: str, nbytes: int, what: str, ram_budget_bytes: int) -> tuple[Tier, str]:
+    """How `nbytes` of streamed weights reach the device, and why so.
+
+    Raises:
+      PlanError: the tier that was asked for is none of this backend.
+    """
     mapping: Tier = "aliased mapping" if backend == "cpu" else "registered mapping"
     if tier != "auto":
         if tier not in ("ring", "pageable mapping", mapping):

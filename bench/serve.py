@@ -176,8 +176,8 @@ async def measure_server(clients: int, arguments: argparse.Namespace, timeout_s:
 
 def measure_engine(scheduler: Any, clients: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """The same work through a scheduler in this process."""
+    from airjax.server.order import Order
     from airjax.server.sampler import Settings
-    from airjax.server.worker import Order
 
     chance = random.Random(clients)
     settings = Settings(temperature=0.0)

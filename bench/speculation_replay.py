@@ -1,14 +1,17 @@
 """Speculative decoding end to end at the speed of a large model, over texts that real models wrote.
 
     python bench/speculation_replay.py record --model=SMALL.gguf [--draft=OTHER.gguf] --out=texts.json
+    python bench/speculation_replay.py count [--texts=texts.json] [--draft_max=31] [--row_cost=0.001]
     python bench/speculation_replay.py run [--shape=70b] [--vram_budget_gib=18.62] [--deadline_s=235]
 
 `record` writes greedy texts of a real model after the prompts of `speculation.py`, and with a draft model what that
-guesses at each position. `run` streams a model of random weights and a real shape, and dictates: a sampler forces each
-draw to be the next token of such a text. All else is as always: the drafter sees the text, the law decides by the
-sweeps that it measures, each sweep takes its rows over the link and checks them. So the speed is measured end to end;
-how often guesses are right is that of the real models. A draft model of random weights takes its time, and says what
-the real one said.
+guesses at each position. `count` says how many tokens a sweep of lookup gives over such texts, in seconds and without
+a model: with drafts as trees, as chains, and with what earlier texts of the kind said.
+
+`run` streams a model of random weights and a real shape, and dictates: a sampler forces each draw to be the next token
+of such a text. All else is as always: the drafter sees the text, the law decides by the sweeps that it measures, each
+sweep takes its rows over the link and checks them. So the speed is measured end to end; how often guesses are right is
+that of the real models. A draft model of random weights takes its time, and says what the real one said.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import airjax
 from airjax import engine, sampling
 from airjax.engine import drafting
 from airjax.engine.drafting.combined import Combined
+from airjax.engine.drafting.generation import rows_of
 from airjax.engine.drafting.law import Acceptance, Law
 
 _TEXTS = [Path(__file__).parent / name for name in ("speculation_texts.json", "speculation_drafts.json")]
@@ -100,7 +104,7 @@ def record(options: argparse.Namespace) -> None:
     with airjax.load(options.model, context=1024, draft=options.draft) as loaded:
         for kind, texts in speculation.prompts().items():
             kinds[kind] = []
-            for text in texts[::4]:  # of every passage and question, or code and edit, a different pair
+            for text in texts[:: options.every]:
                 ids = speculation.tokens_of(loaded, text)
                 tokens = [
                     token.id for token in engine_draws(loaded, ids, options.tokens, loaded.tokenizer.eog_ids)
@@ -118,6 +122,68 @@ def record(options: argparse.Namespace) -> None:
             print(f"{kind}: {len(kinds[kind])} texts", file=sys.stderr)
     found = {"model": Path(options.model).name, "draft": Path(options.draft).name, "kinds": kinds}
     Path(options.out).write_text(json.dumps(found, separators=(",", ":")) + "\n")
+
+
+class Chains(drafting.Lookup):
+    """Lookup without branches."""
+
+    def propose(self, *arguments: Any) -> drafting.Draft:
+        """The most probable chain."""
+        return super().propose(*arguments).trunk()
+
+
+def count(options: argparse.Namespace) -> None:
+    """Prints tokens per sweep of lookup by kind of text."""
+    texts = json.loads(Path(options.texts.split(",")[0]).read_text())
+    seconds = {rows: 1 + options.row_cost * (rows - 1) for rows in range(1, 33)}
+    for name, make, remembers in (
+        ("trees", drafting.Lookup, False),
+        ("chains", Chains, False),
+        ("trees, earlier texts too", drafting.Lookup, True),
+    ):
+        for kind, entries in texts["kinds"].items():
+            totals = np.zeros(4)
+            history, earlier = Acceptance(), list[int]()
+            for entry in entries:
+                costs = speculation.Assumed(seconds)
+                law = Law(costs, Acceptance(history))
+                drafter = make()
+                drafter.push(earlier)
+                totals += counted(drafter, law, entry, options.draft_max)
+                if remembers:
+                    earlier += [*entry["prompt"], *entry["tokens"]]
+            tokens, sweeps, guessed, spent = totals
+            print(
+                f"{name:<26}{kind:<12}{tokens / sweeps:.2f} tokens per sweep, "
+                f"{(tokens - sweeps) / max(guessed, 1):5.1%} right, {tokens / spent:.2f} x plain"
+            )
+
+
+def counted(drafter: drafting.Lookup, law: Law, entry: dict[str, Any], draft_max: int) -> np.ndarray:
+    """Tokens, sweeps, guessed tokens and seconds of a text after its first token."""
+    text = [*entry["prompt"], *entry["tokens"]]
+    ids = text[: len(entry["prompt"]) + 1]
+    drafter.push(ids)
+    totals = np.zeros(4)
+    while len(ids) < len(text):
+        most = law.ask(min(draft_max, len(text) - len(ids) - 1))
+        draft = drafting.Draft((), ())
+        if most:
+            sequel = drafting.Sequel(ids, None, jax.random.key(0), 0)
+            draft = law.keep(drafter.propose(sequel, (), most, lambda mark: True), most)
+        path, at = [], len(ids)
+        rows = rows_of(ids[-1], draft)
+        row = rows.next(0, text[at])
+        while row is not None and at + 1 < len(text):
+            path.append(row - 1)
+            at += 1
+            row = rows.next(row, text[at])
+        law.learn(draft, path)
+        new = text[len(ids) : at + 1]
+        ids += new
+        drafter.push(new)
+        totals += len(new), 1, len(draft.tokens), law.costs.seconds(1 + len(draft.tokens))
+    return totals
 
 
 def guesses(
@@ -187,7 +253,7 @@ class Replay:
         """One text; `warm` compiles only."""
         drafts, model = self._loaded.drafts, self._loaded.model
         assert drafts is not None
-        tokens = entry["tokens"][:_CAPACITY]
+        tokens = entry["tokens"][: 6 if warm else _CAPACITY]
         sampler = dictation(tokens)
         law = drafts.law()
         # Each kind begins with nothing learnt: a user has one kind of text.
@@ -307,7 +373,8 @@ def run(options: argparse.Namespace) -> None:
 
     lines: list[str] = []
     try:
-        say(check(folder))
+        if options.check:
+            say(check(folder))
         paths = {}
         for shape in (options.shape, options.draft_shape):
             paths[shape] = folder / f"{shape}.gguf"
@@ -316,21 +383,18 @@ def run(options: argparse.Namespace) -> None:
             )
             say(f"{shape}: {nbytes / 2**30:.1f} GiB of random weights written")
         options.model = str(paths[options.shape])
-        with speculation.load(options, "none") as loaded:
-            tokens = texts[0]["kinds"]["chat"][0]["tokens"][:16]
-            for _ in range(2):  # the first one compiles
-                engine_draws(loaded, range(100), len(tokens), sampler=dictation(tokens))
-            rate = loaded.stats.decode_rate
-            assert rate is not None
-            plain_s = 1 / rate
+        plain_s = options.plain_s
+        if plain_s:
+            lines.append(f"plain: {1 / plain_s:.3f} tok/s, as given")
+        else:
+            plain_s = measure_plain(options, texts[0], lines)
+        say(lines[-1])
+        only_drafts = texts[0]["draft"] != "none"
+        with speculation.load(
+            options, str(paths[options.draft_shape]) if only_drafts else "lookup"
+        ) as loaded:
             plan = loaded.plan
-            lines.append(
-                f"plain: {rate:.3f} tok/s, {len(plan.streamed)} of {len(plan.kv_slots)} layers streamed"
-            )
-            say(lines[-1])
-        with speculation.load(options, "lookup") as loaded:
-            plan = loaded.plan
-            say(f"lookup: {len(plan.streamed)} of {len(plan.kv_slots)} layers streamed")
+            say(f"{len(plan.streamed)} of {len(plan.kv_slots)} layers streamed")
             costs = speculation.costs_of(loaded, options, dictation(range(_CAPACITY)))
             lines += [
                 f"{rows:>2} rows: {seconds * 1e3:7.1f} ms, {seconds / costs[1]:.3f} of one row, "
@@ -339,7 +403,8 @@ def run(options: argparse.Namespace) -> None:
             ]
             say("costs: " + json.dumps({"seconds": costs, "device": loaded.model.device.device_kind}))
             replay = Replay(loaded, plain_s)
-            lines += dictated(replay, texts[0], lambda: left() > 0.4 * options.deadline_s, "lookup", say)
+            name, least = ("draft model", 12) if only_drafts else ("lookup", 12 if len(texts) == 1 else 70)
+            lines += dictated(replay, texts[0], lambda: left() > least, name, say)
         if len(texts) > 1 and left() > 25:
             with speculation.load(options, str(paths[options.draft_shape])) as loaded:
                 plan = loaded.plan
@@ -354,6 +419,19 @@ def run(options: argparse.Namespace) -> None:
     print("\n".join(lines), flush=True)
 
 
+def measure_plain(options: argparse.Namespace, texts: dict[str, Any], lines: list[str]) -> float:
+    """Seconds of a sweep without drafts, under a plan without them; adds a line."""
+    with speculation.load(options, "none") as loaded:
+        tokens = texts["kinds"]["chat"][0]["tokens"][:16]
+        for _ in range(2):  # the first one compiles
+            engine_draws(loaded, range(100), len(tokens), sampler=dictation(tokens))
+        rate = loaded.stats.decode_rate
+        assert rate is not None
+        plan = loaded.plan
+        lines.append(f"plain: {rate:.3f} tok/s, {len(plan.streamed)} of {len(plan.kv_slots)} layers streamed")
+    return 1 / rate
+
+
 def dictated(
     replay: Replay,
     texts: dict[str, Any],
@@ -365,7 +443,8 @@ def dictated(
     kinds = texts["kinds"]
     replay.text("chat", kinds["chat"][-1], warm=True)
     say(f"{name}: compiled")
-    for number in range(max(len(each) for each in kinds.values())):
+    # Of every passage and question, or code and edit, a different pair.
+    for number in sorted(range(max(len(each) for each in kinds.values())), key=lambda number: number % 4):
         for kind in ("chat", "code edit", "extraction", "story"):
             if number < len(kinds[kind]) and go_on():
                 replay.text(kind, kinds[kind][number])
@@ -379,14 +458,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("record", "run"))
+    parser.add_argument("what", choices=("record", "count", "run"))
     parser.add_argument("--model", help="of record: the GGUF file that writes")
     parser.add_argument("--draft", default="none", help="of record: the GGUF file that guesses")
     parser.add_argument("--out", help="of record: where to")
+    parser.add_argument("--every", type=int, default=1, help="of record: of the prompts of each kind")
     parser.add_argument("--tokens", type=int, default=_CAPACITY, help="of record: of each text")
     parser.add_argument(
         "--guesses", type=int, default=7, help="of record: of the draft model at each position"
     )
+    parser.add_argument("--row_cost", type=float, default=0.001, help="of count: of a row more, in sweeps")
     parser.add_argument("--shape", default="70b", choices=sorted(synthetic.SHAPES))
     parser.add_argument("--draft_shape", default="1b", choices=sorted(synthetic.SHAPES))
     parser.add_argument("--vram_budget_gib", type=float, default=18.62)
@@ -394,10 +475,16 @@ def main() -> None:
     parser.add_argument("--texts", default=",".join(str(path) for path in _TEXTS if path.exists()))
     parser.add_argument("--folder", default="/dev/shm")
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--draft_max", type=int, default=15)
+    parser.add_argument("--draft_max", type=int, default=31)
+    parser.add_argument(
+        "--plain_s", type=float, help="of a plain sweep, where it is known: it is not measured then"
+    )
+    parser.add_argument(
+        "--check", action=argparse.BooleanOptionalAction, default=True, help="first, on a small model"
+    )
     parser.add_argument("--deadline_s", type=float, default=235)
     options = parser.parse_args()
-    {"record": record, "run": run}[options.what](options)
+    {"record": record, "count": count, "run": run}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from airjax.commands.options import (
     define_context,
     define_devices,
     define_draft,
+    define_hosts,
     define_model,
     define_plan,
     load_engine,
@@ -42,6 +43,7 @@ def define_flags(values: Flags) -> None:
     define_context(values)
     define_draft(values)
     define_devices(values)
+    define_hosts(values)
     flags.DEFINE_string("host", "127.0.0.1", "The address to listen on.", flag_values=values)
     flags.DEFINE_integer("port", 3000, "The port.", 0, 65535, flag_values=values)
     flags.DEFINE_string(
@@ -87,26 +89,35 @@ def run(values: Flags) -> None:
     """Runs the command."""
     if values.draft not in ("none", "lookup"):
         raise ValueError(f"draft must be none or lookup for a server, got {values.draft!r}")
+    from airjax.engine import hosts
+    from airjax.server.lockstep import follow
     from airjax.server.warm import warm_up
+    from airjax.server.worker import first_pages
 
-    def load(worker: Worker) -> Engine:
+    def whole_cache(opened: Engine) -> bool:
+        if values.warm_up == "auto":
+            return opened.model.device.platform != "cpu"
+        return bool(values.warm_up == "full")
+
+    def load(worker: Worker | None) -> Engine:
         def tell(stage: str) -> None:
-            worker.stage = stage
+            if worker is not None:
+                worker.stage = stage
 
         opened = open_model(values)
         try:
-            worker.whole_cache = (
-                opened.model.device.platform != "cpu"
-                if values.warm_up == "auto"
-                else values.warm_up == "full"
-            )
-            warm_up(opened, worker.whole_cache, tell)
+            if worker is not None:
+                worker.whole_cache = whole_cache(opened)
+            warm_up(opened, whole_cache(opened), tell)
         except BaseException:
             opened.close()
             raise
         return opened
 
-    serve(values, load)
+    if hosts.first():
+        serve(values, load)
+    else:
+        follow(lambda: load(None), lambda opened: first_pages(opened, whole_cache(opened)))
 
 
 def open_model(values: Flags) -> Engine:

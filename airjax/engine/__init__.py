@@ -5,6 +5,10 @@ from airjax.engine.beams import Hypothesis as Hypothesis
 from airjax.engine.beams import beam_search as beam_search
 from airjax.engine.beside import Beside as Beside
 from airjax.engine.beside import generate_beside as generate_beside
+from airjax.engine.forms import PARALLEL as PARALLEL
+from airjax.engine.forms import Parallel as Parallel
+from airjax.engine.forms import open_lanes as open_lanes
+from airjax.engine.forms import plan_form as plan_form
 from airjax.engine.generation import Draw as Draw
 from airjax.engine.generation import generate as generate
 from airjax.engine.generation import score as score
@@ -37,6 +41,7 @@ from airjax.engine.session import resume as resume
 from airjax.engine.session import rollback as rollback
 from airjax.engine.sessionfile import restore as restore
 from airjax.engine.sessionfile import save as save
+from airjax.engine.spread import Spread as Spread
 from airjax.engine.stats import Stats as Stats
 from airjax.engine.sweep import State as State
 from airjax.engine.sweep import new_state as new_state

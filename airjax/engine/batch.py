@@ -17,6 +17,7 @@ from airjax.engine.fetched import run_fetched
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.passing import Passing
+from airjax.engine.pipeline import Passage
 from airjax.engine.stages import chain
 from airjax.engine.step import paged_block_step, paged_run_step
 from airjax.engine.sweep import run_end, settles, watch_run
@@ -65,9 +66,10 @@ def new_pages(model: Model, count: int) -> PagedState:
     """`count` empty pages in every layer."""
     config = model.config
     empty = []
-    for kind in model.kinds:
+    for layer, kind in enumerate(model.kinds):
         heads, width = config.all_kv_shape(kind)
-        empty.append(layers.empty_cache((count, heads, KV_PAGE, width), config.kv_dtype, model.by_heads))
+        place = model.cache_at(layer)
+        empty.append(layers.empty_cache((count, heads, KV_PAGE, width), config.kv_dtype, place))
     return PagedState(empty)
 
 
@@ -149,10 +151,18 @@ def _pass(
     model: Model, groups: Sequence[Group], state: PagedState, placed: Sequence[tuple[Array, Array]]
 ) -> list[Array]:
     """All layers for groups that share each of them."""
-    config = model.config
     xs = [embed(model, group.ids) for group in groups]
+    with Passage(model, list(placed)) as passage:
+        return _through(model, groups, state, xs, passage)
+
+
+def _through(
+    model: Model, groups: Sequence[Group], state: PagedState, xs: list[Array], passage: Passage
+) -> list[Array]:
+    config = model.config
     layer = 0
     while layer < config.n_layers:
+        xs, placed = passage.at(layer, xs)
         end = run_end(model, state, layer, groups[0].positions, _RUN_LAYERS) if len(groups) == 1 else layer
         if end > layer:
             xs = [_run(model, xs[0], state, range(layer, end), *placed[0])]
@@ -180,7 +190,7 @@ def _pass(
             xs, state.layers[layer] = chain(weights, state.layers[layer], calls, wait)
         model.pending = xs[-1]
         if model.timeline is not None:
-            model.timeline.watch("compute", f"layer {layer}", xs[-1])
+            model.timeline.watch(model.lane(layer), f"layer {layer}", xs[-1])
         model.weights.release(layer, weights, done=xs[-1])
         if wait[-1]:
             jax.block_until_ready(xs[-1])

@@ -15,7 +15,7 @@ from airjax.engine.step import jit
 from airjax.gguf import ExpertSlot, Layout
 from airjax.models import Config, Weights
 from airjax.streaming import DevicePool, Form, Held, Sources
-from airjax.types import Array, KVCache, LayerKV, PagedKV
+from airjax.types import Array, KVCache, LayerKV, PagedKV, TreeKV
 
 if TYPE_CHECKING:
     from airjax.engine.model import Model
@@ -105,6 +105,7 @@ def run_step(blocks: tuple[Block, ...], config: Config) -> Callable[..., tuple[H
                 state, x, cache = _layer(
                     block, block.form, config, state, source, weights, x, cache, positions
                 )
+            assert not isinstance(cache, TreeKV)
             written.append(cache.pages if isinstance(cache, PagedKV) else cache)
         return state, x, written
 

@@ -67,7 +67,7 @@ def steering(model: Model, vectors: Mapping[int, np.ndarray | Array], then: Hook
 
     def hidden(depth: int, x: Array, positions: np.ndarray) -> Array:
         if depth in placed:
-            x = x + placed[depth]
+            x = x + jax.device_put(placed[depth], x.sharding)
         return x if then is None else then.at(depth, x, positions)
 
     if then is None:

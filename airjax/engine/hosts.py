@@ -7,14 +7,17 @@ coordination service, which lives in the first process.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from airjax.plan import PlanError
@@ -49,12 +52,26 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
             heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
             shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
         )
+        with _stdout_to_stderr():  # where Gloo, of the CPU backend, writes to
+            multihost_utils.sync_global_devices("airjax")
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"the {num_processes or 'other'} processes did not find together at {coordinator_address or 'auto'} "
             f"({' '.join(str(error).split())[:200]}): start each with the same --coordinator_address and "
             "--num_processes, and a --process_id of its own from 0"
         ) from error
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Of the libraries below Python too."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def several() -> bool:

@@ -18,8 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from airjax import models, quants
 from airjax.engine import fetch, hosts
-from airjax.engine.shards import ShardedLayer, cut_layers, local_manifest
-from airjax.engine.stats import Stats, has_compact_allocator
+from airjax.engine.pipeline import Stage
+from airjax.engine.shards import ShardedLayer, cut_layers, local_devices, local_manifest
+from airjax.engine.stats import LinkStats, Stats, has_compact_allocator
 from airjax.engine.step import GlobalLayouts, Globals
 from airjax.engine.weights import (
     LayerWeights,
@@ -52,7 +53,7 @@ from airjax.plan import (
     make_plan,
     piece_bytes,
 )
-from airjax.streaming import DevicePool, Pool, PoolStats, Timeline
+from airjax.streaming import DevicePool, Pool, PoolStats, Ring, Timeline
 
 if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 
 Placement: TypeAlias = jax.Device | NamedSharding
 # XLA's CPU backend takes an array as it lies in memory only from this alignment on; other backends copy.
-_CPU_ALIGNMENT = 64
+CPU_ALIGNMENT = 64
 
 
 @dataclass
@@ -83,7 +84,11 @@ class Model:
         fills it, or the device itself.
       experts: where each layer's experts lie in the file; empty without a pool.
       routers: buffers and layout of the tensors that a layer's router reads, as they are first needed.
-      counting: held while counters of the pool are added up.
+      stages: of a pipeline, whose last one has what is outside the layers on `device`; empty otherwise.
+      number: of the device, where others do the same beside it.
+      shares_file: another model closes the file.
+      shares_weights: another model closes the weights too.
+      counting: held while counters are added up.
     """
 
     gguf: GGUF
@@ -100,6 +105,10 @@ class Model:
     pool: Pool | DevicePool | None = None
     experts: tuple[ExpertSpan | None, ...] = ()
     routers: dict[int, tuple[Buffers, Layout]] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    number: int | None = None
+    shares_file: bool = False
+    shares_weights: bool = False
     counting: threading.Lock = field(default_factory=threading.Lock)
 
     @functools.cached_property
@@ -125,6 +134,34 @@ class Model:
         return self.device if mesh is None else NamedSharding(mesh, models.BYTES)
 
     @functools.cached_property
+    def devices(self) -> tuple[jax.Device, ...]:
+        """All devices of this process that take part."""
+        if self.stages:
+            return tuple(stage.device for stage in self.stages)
+        if self.config.mesh is None:
+            return (self.device,)
+        return tuple(device for _, device in local_devices(self.config.mesh))
+
+    @functools.cached_property
+    def _stage_numbers(self) -> tuple[int, ...]:
+        return tuple(number for number, stage in enumerate(self.stages) for _ in stage.layers)
+
+    def cache_at(self, layer: int) -> Placement:
+        """Where the KV cache of a layer lies."""
+        return self.stages[self._stage_numbers[layer]].device if self.stages else self.by_heads
+
+    def stage_end(self, layer: int) -> int:
+        """One past the last of the layers that are on the device of `layer`."""
+        if not self.stages:
+            return self.config.n_layers
+        return self.stages[self._stage_numbers[layer]].layers.stop
+
+    def lane(self, layer: int) -> str:
+        """The lane of the timeline on which a layer computes."""
+        number = self._stage_numbers[layer] if self.stages else self.number
+        return "compute" if number is None else f"compute {number}"
+
+    @functools.cached_property
     def kinds(self) -> list[str]:
         """The kind of each layer."""
         return [self.architecture.layer_kind(self.config, layer) for layer in range(self.config.n_layers)]
@@ -137,8 +174,8 @@ class Model:
     def watch(self, timeline: Timeline | None) -> None:
         """Records compute and transfers from the next sweep on; None ends that. Not within a sweep."""
         self.timeline = timeline
-        if self.weights.ring is not None:
-            self.weights.ring.timeline = timeline
+        for ring in self.weights.rings:
+            ring.timeline = timeline
         if self.pool is not None:
             self.pool.timeline = timeline
 
@@ -169,6 +206,19 @@ class Model:
         if self.pool is not None:
             self.pool.begin_sweep()
 
+    def count_link(self, number: int, nbytes: int, wait_s: float) -> None:
+        """Adds to what the link of one of several devices carried."""
+        link = self.stats.links.setdefault(number, LinkStats())
+        link.bytes_streamed += nbytes
+        link.wait_s += wait_s
+
+    def count_stage(self, number: int, ring: Ring) -> None:
+        """Adds a stage of a sweep to the run's counters."""
+        with self.counting:
+            self.count_link(number, self.plan.parts[number].bytes_per_sweep, ring.wait_s)
+            self.stats.wait_s += ring.wait_s
+        ring.wait_s = 0.0
+
     def count_sweep(self, state: State | PagedState) -> None:
         """Adds a sweep to the run's counters."""
         if isinstance(self.pool, DevicePool):
@@ -176,6 +226,11 @@ class Model:
             self.pool.end_sweep(self.stats)
             self.count_fetched(keep=1)
             return
+        with self.counting:
+            self._count_sweep(state)
+
+    def _count_sweep(self, state: State | PagedState) -> None:
+        assert not isinstance(self.pool, DevicePool)
         self.stats.sweeps += 1
         ring, shuttle = self.weights.ring, state.shuttle
         # Swept, not put: what was fetched ahead of the next sweep belongs to that one.
@@ -189,6 +244,10 @@ class Model:
             self.stats.wait_s += self.pool.wait_s
             self.pool.wait_s = 0.0
         if ring is not None:
+            for number in range(self.config.shards) if self.config.mesh is not None else ():
+                self.count_link(number, self.plan.bytes_per_sweep, ring.wait_s)
+            if self.number is not None:
+                self.count_link(self.number, self.plan.bytes_per_sweep, ring.wait_s)
             self.stats.wait_s += ring.wait_s
             ring.wait_s = 0.0
         if shuttle is not None:
@@ -221,6 +280,8 @@ class Model:
     def close(self) -> None:
         """Frees device memory, threads, pinned memory and the file."""
         self.wait()
+        if self.shares_weights:
+            return
         try:
             self.weights.close()
             if self.pool is not None:
@@ -229,7 +290,8 @@ class Model:
             for part in jax.tree.leaves(self.globals):
                 part.delete()
             self.globals.clear()
-            self.gguf.close()
+            if not self.shares_file:
+                self.gguf.close()
 
 
 def open_model(
@@ -251,26 +313,30 @@ def open_model(
     kv_tokens: int | None = None,
     drafts: bool = False,
     timeline: Timeline | None = None,
+    number: int | None = None,
+    shared: Model | None = None,
 ) -> Model:
     """Opens a file, checks it, plans, and only then takes memory.
 
     With more than one of `devices` each layer is cut among them; `device` is then the first that this process has, and
-    budgets are of each.
+    budgets are of each. With `shared` the file is that of another model, which is closed later; `number` is then that
+    of the device.
 
     Raises:
       GGUFError: the file can't be run.
       PlanError: the budgets can't work.
     """
-    gguf = open_gguf(path)
+    gguf = open_gguf(path) if shared is None else shared.gguf
+    lane = "host to device" if number is None else f"link {number}"
     try:
         architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype, context)
-        align = _CPU_ALIGNMENT if device.platform == "cpu" else 1
+        align = CPU_ALIGNMENT if device.platform == "cpu" else 1
         # Devices that share each layer take whole layers.
         pieces = None if len(devices) > 1 else piece_bytes(device.platform)
         manifest = build_manifest(gguf, align, piece_bytes=pieces)
         cut: tuple[ShardedLayer, ...] = ()
         if len(devices) > 1:
-            _check_devices(gguf, config, manifest, len(devices), tier)
+            check_devices(gguf, config, manifest, len(devices), tier)
             assert isinstance(config, DecoderConfig)
             cut = cut_layers(gguf, config, len(devices))
             manifest = local_manifest(gguf, manifest, cut, len(devices))
@@ -292,7 +358,7 @@ def open_model(
             kv_tokens=kv_tokens,
             compact=has_compact_allocator(device),
             drafts=drafts,
-            device_fetch=config.experts is None or device.platform == "cpu" or bool(fetch.usable(device)),
+            device_fetch=fetches(config, device),
         )
         if not plan.streamed and not cut:
             manifest = build_manifest(gguf, align)
@@ -308,7 +374,9 @@ def open_model(
         if cut:
             weights = open_sharded_weights(gguf, cut, config.mesh, plan, timeline, capability)
         else:
-            weights = open_weights(gguf, manifest, plan, device, timeline, capability)
+            weights = open_weights(
+                gguf, manifest, plan, device, timeline, capability, register=shared is None, lane=lane
+            )
         put, place = (put_shards, config.mesh) if cut else (put_span, device)
         try:
             globals_ = {
@@ -319,12 +387,13 @@ def open_model(
                 and not (plan.host_embedding and name == EMBEDDING)
             }
             jax.block_until_ready(globals_)
-            pool = open_pool(gguf, experts, plan, device, timeline) if experts else None
+            pool = open_pool(gguf, experts, plan, device, timeline, shared is None) if experts else None
         except BaseException:
             weights.close()
             raise
     except BaseException:
-        gguf.close()
+        if shared is None:
+            gguf.close()
         raise
     return Model(
         gguf,
@@ -338,7 +407,14 @@ def open_model(
         timeline,
         pool=pool,
         experts=experts,
+        number=number,
+        shares_file=shared is not None,
     )
+
+
+def fetches(config: Config, device: jax.Device) -> bool:
+    """Whether a device could fetch experts from the mapping itself."""
+    return config.experts is None or device.platform == "cpu" or bool(fetch.usable(device))
 
 
 def check_alike(model: Model) -> None:
@@ -349,11 +425,16 @@ def check_alike(model: Model) -> None:
     """
     if hosts.several():
         hosts.check_same("file", fingerprint(model.gguf))
-        plan = repr(dataclasses.replace(model.plan, tier_reason=""))
+        plan = repr(dataclasses.replace(model.plan, tier_reason="", parallel_reason=""))
         hosts.check_same("plan", hashlib.sha256(plan.encode()).hexdigest()[:12])
 
 
-def _check_devices(gguf: GGUF, config: Config, manifest: Manifest, count: int, tier: str) -> None:
+def check_devices(gguf: GGUF, config: Config, manifest: Manifest, count: int, tier: str) -> None:
+    """Whether each layer can be cut among devices.
+
+    Raises:
+      PlanError: it cannot.
+    """
     types = {(name, slot.type) for span in manifest.layers for name, slot in span.layout.tensors}
     try:
         models.check_cuts(str(gguf.path), config, types, count)

@@ -124,7 +124,7 @@ class Scheduler:
         Raises:
           ValueError: it cannot be run.
         """
-        self._check(request)
+        self.check(request)
         sequence = BatchSequence(next(self._numbers), request, list(request.ids))
         self._waiting.append(sequence)
         return sequence.number
@@ -185,6 +185,15 @@ class Scheduler:
             rows *= 8 if rows < 8 else 4
         return rows
 
+    @property
+    def lanes(self) -> list[Scheduler]:
+        """The schedulers that there are: this one."""
+        return [self]
+
+    def between(self) -> contextlib.AbstractContextManager[None]:
+        """Between two steps: whenever its one thread is not in one."""
+        return contextlib.nullcontext()
+
     def close(self) -> None:
         """Drops all requests and frees the cache."""
         for sequence in (*self._waiting, *self._running):
@@ -202,7 +211,12 @@ class Scheduler:
         self._state: PagedState = new_pages(self.model, self._pages.count)
         self._draws = Draws(self.model, self._sampler, self.max_batch)
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Refuses a request that cannot be run.
+
+        Raises:
+          ValueError: it says why.
+        """
         config, context = self.model.config, self.model.plan.context
         if not request.ids:
             raise ValueError("the prompt is empty: give at least one token")
@@ -689,8 +703,8 @@ class Scheduler:
     def _count(self) -> None:
         stats, run = self.stats, self.model.stats
         stats.sweeps, stats.bytes_streamed, stats.wait_s = run.sweeps, run.bytes_streamed, run.wait_s
-        stats.experts = run.experts
-        stats.peak_device_bytes = peak_device_bytes(self.model.device)
+        stats.experts, stats.links = run.experts, run.links
+        stats.peak_device_bytes = peak_device_bytes(*self.model.devices)
 
 
 def _mask(constraint: Constraint) -> np.ndarray:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from airjax.engine import hosts
 from airjax.engine.generation import Draw, generate
 from airjax.engine.hooks import Hook
 from airjax.engine.model import Model
@@ -169,6 +170,10 @@ def read_cache(model: Model, session: Session) -> list[list[np.ndarray]]:
       For each layer the leaves of its cache, `[n, B, K, ...]` each: those of the last n of its `filled` positions. Of
       heads that several devices have there is one.
     """
+    if hosts.several():
+        raise ValueError(
+            "a session's cache can't be read where several hosts have parts of it: run on one host"
+        )
     model.wait()
     state = session.state
     out = []
@@ -206,7 +211,7 @@ def write_cache(model: Model, state: State, filled: int, rows: Sequence[Sequence
         for leaf, new in zip(leaves, newest, strict=True):
             cache = np.zeros((*leaf.shape[:2], room, *leaf.shape[3:]), leaf.dtype)
             cache[:, :, at] = np.moveaxis(new, 0, 2)
-            placed.append(jax.device_put(cache, model.by_heads))
+            placed.append(jax.device_put(cache, model.cache_at(layer)))
         for leaf in leaves:
             leaf.delete()
         state.kv[layer] = jax.tree.unflatten(tree, placed)

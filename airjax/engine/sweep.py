@@ -18,6 +18,7 @@ from airjax.engine.hooks import Hook, attention_step
 from airjax.engine.long import long_layer
 from airjax.engine.model import Model
 from airjax.engine.passing import Passing
+from airjax.engine.pipeline import Passage
 from airjax.engine.stages import call, needs
 from airjax.engine.step import block_step, run_step, shuttled_block_step, shuttled_row
 from airjax.quants.kernels import MOST_ROWS
@@ -73,11 +74,11 @@ def new_state(model: Model, batch: int = 1) -> State:
         )
         return State(batch, shuttle=shuttle)
     kv = []
-    for slots, kind in zip(plan.kv_slots, model.kinds, strict=True):
+    for layer, (slots, kind) in enumerate(zip(plan.kv_slots, model.kinds, strict=True)):
         heads, width = config.all_kv_shape(kind)
         first = slots if plan.streamed else min(slots, _SMALLEST_LENGTH)
         shape = (batch, heads, first, width)
-        kv.append(layers.empty_cache(shape, config.kv_dtype, model.by_heads))
+        kv.append(layers.empty_cache(shape, config.kv_dtype, model.cache_at(layer)))
     return State(batch, kv=kv)
 
 
@@ -89,6 +90,7 @@ def sweep(
     device_positions: Array | None = None,
     hook: Hook | None = None,
     tree: Tree | None = None,
+    passage: Passage | None = None,
 ) -> Array:
     """For each layer, in order: take its weights from the prefetcher, run the block, keep the new KV.
 
@@ -102,6 +104,7 @@ def sweep(
       hook: sees the layers pass by; then each is a call of its own.
       tree: of rows that form one, on the host; not with experts that come through a pool, nor over a cache that
         comes in pieces.
+      passage: through the stages of a pipeline, with the positions; None for one made here.
 
     Returns:
       The hidden states after the last layer, `[B, T, D]`.
@@ -111,9 +114,27 @@ def sweep(
       GGUFError: the file changed since it was opened.
       ReadError: a reader thread failed.
     """
+    if passage is None:
+        if device_positions is None:
+            device_positions = model.put(positions)
+        passage = Passage(model, device_positions)
+    with passage:
+        x = _pass(model, x, state, positions, passage, hook, tree)
+    model.count_sweep(state)
+    return x
+
+
+def _pass(
+    model: Model,
+    x: Array,
+    state: State,
+    positions: np.ndarray,
+    passage: Passage,
+    hook: Hook | None,
+    tree: Tree | None,
+) -> Array:
+    """Takes the hidden states through all layers."""
     model.gguf.check_unchanged()
-    if device_positions is None:
-        device_positions = model.put(positions)
     if hook is not None:
         if hook.attention and state.shuttle is not None:
             raise ValueError(
@@ -129,6 +150,7 @@ def sweep(
         state.shuttle.begin_sweep(_uploads(state.shuttle, lengths, places))
     layer = 0
     while layer < len(steps):
+        (x,), device_positions = passage.at(layer, [x])
         end = run_end(model, state, layer, positions) if hook is None else layer
         if end > layer:
             x = _run(model, x, state, range(layer, end), lengths, device_positions)
@@ -165,7 +187,7 @@ def sweep(
             state.shuttle.keep(layer, rows, places)
         model.pending = x
         if model.timeline is not None:
-            model.timeline.watch("compute", f"layer {layer}", x)
+            model.timeline.watch(model.lane(layer), f"layer {layer}", x)
         if hook is not None:
             if layer in hook.attention:
                 attend = _attention_step(model, layer, lengths)
@@ -179,7 +201,6 @@ def sweep(
         if wait:
             jax.block_until_ready(x)
         layer += 1
-    model.count_sweep(state)
     return x
 
 
@@ -214,7 +235,7 @@ def run_end(
     end = first
     if model.pool is not None:
         most = min(most or _FETCHED_RUN, _FETCHED_RUN)
-    last = model.config.n_layers if most is None else min(first + most, model.config.n_layers)
+    last = model.stage_end(first) if most is None else min(first + most, model.stage_end(first))
     alone = model.timeline is not None and model.timeline.each_layer
     if (
         not model.plan.streamed
@@ -248,7 +269,7 @@ def _run(
 def watch_run(model: Model, x: Array, run: range) -> None:
     """Records the call of a run of layers, if somebody looks."""
     if model.timeline is not None:
-        model.timeline.watch("compute", f"layers {run.start}-{run.stop - 1}", x)
+        model.timeline.watch(model.lane(run.start), f"layers {run.start}-{run.stop - 1}", x)
 
 
 def lengths_at(model: Model, positions: np.ndarray) -> list[int]:

@@ -73,6 +73,11 @@ class LayerWeights:
         for number, (layer, buffers) in enumerate(items):
             self._items.setdefault(layer, {}).update(dict.fromkeys(buffers, number))
 
+    @property
+    def rings(self) -> list[Ring]:
+        """Of the links."""
+        return [] if self.ring is None else [self.ring]
+
     def begin_sweep(self) -> None:
         """Starts over from the first layer."""
         if self.ring is not None:
@@ -167,6 +172,9 @@ def open_weights(
     device: jax.Device,
     timeline: Timeline | None,
     capability: str = "",
+    *,
+    register: bool = True,
+    lane: str = "host to device",
 ) -> LayerWeights:
     """Loads the resident layers and opens the tier for the others.
 
@@ -177,6 +185,9 @@ def open_weights(
       device: where the blocks run.
       timeline: records events, or None.
       capability: of the kernels that resident layers are re-laid for, "" for none.
+      register: the mapping is to be registered here; another device's weights may have done so, for as long as they
+        are open.
+      lane: of the timeline, for transfers.
 
     Raises:
       ReadError: the file could not be read.
@@ -186,7 +197,7 @@ def open_weights(
     items = ring_items(layouts, plan.streamed, plan.kept)
     try:
         if items:
-            source = _open_source(gguf, manifest, plan, items, device, timeline)
+            source = _open_source(gguf, manifest, plan, items, device, timeline, register)
         resident = {
             layer: put_span(gguf, manifest.layers[layer], device, capability) for layer in plan.resident
         }
@@ -196,7 +207,7 @@ def open_weights(
         jax.block_until_ready((resident, kept))
         ring = None
         if source is not None:
-            ring = Ring(source, range(len(items)), plan.stream_depth, timeline, _names(items))
+            ring = Ring(source, range(len(items)), plan.stream_depth, timeline, _names(items), lane)
     except BaseException:
         if source is not None:
             source.close()
@@ -260,6 +271,7 @@ def _open_source(
     items: Sequence[tuple[int, tuple[int, ...]]],
     device: jax.Device,
     timeline: Timeline | None,
+    register: bool,
 ) -> Source:
     extents = [[manifest.layers[layer].extents[at] for at in buffers] for layer, buffers in items]
     if plan.tier == "ring":
@@ -273,7 +285,7 @@ def _open_source(
             names=_names(items),
         )
         return ReadSource(reader, device)
-    registered = _registered(gguf.maps) if plan.tier == "registered mapping" else []
+    registered = _registered(gguf.maps) if register and plan.tier == "registered mapping" else []
     views = [[gguf.maps[e.shard][e.start : e.start + e.nbytes] for e in own] for own in extents]
     return MappedSource(views, device, registered)
 
@@ -284,6 +296,7 @@ def open_pool(
     plan: Plan,
     device: jax.Device,
     timeline: Timeline | None,
+    register: bool = True,
 ) -> Pool | DevicePool:
     """Takes the memory of the pool of experts and opens the tier that fills it.
 
@@ -293,11 +306,12 @@ def open_pool(
       plan: how many slots there are for each kind of expert.
       device: where the slots are.
       timeline: records events, or None.
+      register: as in `open_weights`.
     """
     source: UnitSource
     shapes = _pool_shapes(experts, plan)
     count = next(span.experts for span in experts if span is not None)
-    registered = _registered(gguf.maps) if plan.tier == "registered mapping" else []
+    registered = _registered(gguf.maps) if register and plan.tier == "registered mapping" else []
     if plan.device_fetch and (registered or not _can_pin(device)):
         try:
             return _open_device_pool(gguf, experts, shapes, count, registered, device, timeline)

@@ -14,10 +14,11 @@ from starlette.responses import Response
 from airjax.engine import Event
 from airjax.server.choice import Choice, Delta, Finish, TokenNote
 from airjax.server.errors import ApiError, JsonAnswer, to_json
+from airjax.server.order import Order
 from airjax.server.sse import DONE, KEEP_ALIVE, EventStream, event, while_connected
 from airjax.server.state import State
 from airjax.server.tools import Call
-from airjax.server.worker import Order, Run
+from airjax.server.worker import Run
 
 # A text that is in no answer, where the answer's own goes.
 _TEXT = "\0airjax\0"

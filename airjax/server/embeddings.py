@@ -11,12 +11,12 @@ from starlette.responses import Response
 
 from airjax.server.body import read_body
 from airjax.server.errors import ApiError, JsonAnswer
+from airjax.server.order import Order
 from airjax.server.orders import check_ids, encode_prompts
 from airjax.server.requests import EmbeddingRequest
 from airjax.server.sampler import Settings
 from airjax.server.sse import while_connected
 from airjax.server.state import State, state_of
-from airjax.server.worker import Order
 
 _MOST_INPUTS = 256
 

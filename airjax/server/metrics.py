@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from airjax.engine import Scheduler
+from airjax.engine import Scheduler, Spread
 from airjax.plan import KV_PAGE
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
@@ -63,11 +63,11 @@ class Metrics(Collector):
         self.finished = Counter(
             "airjax_generations", "Ended generations by their reason.", ["reason"], registry=self.registry
         )
-        self._scheduler: Scheduler | None = None
+        self._scheduler: Scheduler | Spread | None = None
         self._recent: collections.deque[tuple[float, int, float, float]] = collections.deque(maxlen=4096)
         self.registry.register(self)
 
-    def watch(self, scheduler: Scheduler) -> None:
+    def watch(self, scheduler: Scheduler | Spread) -> None:
         """Reads this scheduler's numbers from now on."""
         self._scheduler = scheduler
 
@@ -110,6 +110,23 @@ class Metrics(Collector):
             ("kv_pages_limit", "Pages that there may be.", scheduler.pages_limit),
         ):
             yield GaugeMetricFamily(f"airjax_{name}", text, value=value)
+        for name, text, numbers in (
+            ("link_streamed_bytes", "Weights over each of several links.", "bytes_streamed"),
+            ("link_stall_seconds", "Time in which each of several devices waited for weights.", "wait_s"),
+        ):
+            family = CounterMetricFamily(f"airjax_{name}", text, labels=["device"])
+            for number, link in sorted(stats.links.items()):
+                family.add_metric([str(number)], getattr(link, numbers))
+            if stats.links:
+                yield family
+        if len(scheduler.lanes) > 1:
+            for name, text in (("running", "that take part in sweeps"), ("waiting", "that wait")):
+                gauge = GaugeMetricFamily(
+                    f"airjax_lane_{name}", f"Sequences {text}, of each batch.", labels=["lane"]
+                )
+                for number, lane in enumerate(scheduler.lanes):
+                    gauge.add_metric([str(number)], getattr(lane, name))
+                yield gauge
 
     @property
     def link_rate(self) -> float:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from airjax.engine import Scheduler
 from airjax.engine.generation import padded_rows
+from airjax.server.order import Order
 from airjax.server.sampler import Settings, make_sampler
-from airjax.server.worker import Order, first_pages
+from airjax.server.worker import first_pages
 
 if TYPE_CHECKING:
     from airjax.api import Engine
@@ -42,13 +43,28 @@ def warm_up(
       tell: is told how far it is.
       batches: what is run for that; None for what follows from `full`.
     """
-    scheduler = opened.scheduler(make_sampler(Settings()), first_pages=first_pages(opened, full))
+    several = opened.lanes if opened.plan.parallel == "replica" else opened.lanes[:1]
+    for number, lane in enumerate(several):
+        scheduler = opened.lane_scheduler(
+            lane, make_sampler(Settings()), first_pages=first_pages(opened, full)
+        )
+        where = f" on device {number}" if len(several) > 1 else ""
+        _warm_up(scheduler, full, where, tell, batches)
+
+
+def _warm_up(
+    scheduler: Scheduler,
+    full: bool,
+    where: str,
+    tell: Callable[[str], None],
+    batches: Sequence[Batch] | None,
+) -> None:
     try:
         if batches is None:
             batches = _batches(scheduler) if full else [Batch(1, 1), Batch(1, 1, settings=_SEVERAL)]
-        firsts = itertools.cycle(range(opened.model.config.vocab_size))
+        firsts = itertools.cycle(range(scheduler.model.config.vocab_size))
         for number, batch in enumerate(batches, 1):
-            tell(f"compiling, {number} of {len(batches)}")
+            tell(f"compiling, {number} of {len(batches)}{where}")
             for _ in range(batch.sequences):
                 # Different first tokens, so that no prompt shares the pages of another.
                 ids = (next(firsts), *[0] * (batch.tokens - 1))

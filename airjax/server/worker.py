@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import queue
 import threading
@@ -14,24 +13,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-import jax
-import jax.numpy as jnp
-
 from airjax import engine
 from airjax.api import Engine
 from airjax.engine import BatchStats
 from airjax.plan import KV_PAGE
+from airjax.server.lockstep import Teller
 from airjax.server.metrics import Metrics
+from airjax.server.order import Order
 from airjax.server.programs import Programs
-from airjax.server.sampler import Settings, keyless_sampler, make_sampler
-from airjax.text import Grammar
+from airjax.server.sampler import Settings, make_sampler
 
 _T = TypeVar("_T")
 _LOG = logging.getLogger("airjax.server")
-# Choices of one request fold their number into a key that no draw folds into: draws count from 0.
-_CHOICES = 0x7FFFFFFF
-# Likewise for what transforms draw themselves.
-_SAMPLER = 0x7FFFFFFE
 # After a step of at least this time the next one waits for so large a part of it for those who come back.
 _LONG_STEP_S, _LINGER = 0.1, 0.02
 
@@ -42,59 +35,6 @@ class QueueFullError(Exception):
 
 class NotReadyError(Exception):
     """The engine is not open yet, or not any more."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """A generation that is wanted, without anything of JAX."""
-
-    ids: tuple[int, ...]
-    settings: Settings
-    seed: int
-    choice: int
-    max_tokens: int
-    stop_ids: frozenset[int]
-    top_logprobs: int
-    grammar: Grammar | None = None
-    pooled: bool = False
-
-    def request(self) -> engine.Request:
-        """For the scheduler."""
-        settings = self.settings
-        # On the CPU: the few numbers of a key are not worth a wait for what the device has to do.
-        with jax.default_device(_cpu()):
-            key, own = _keys((self.seed ^ self.seed >> 32) & 0x7FFFFFFF, self.choice)
-            draws = settings.xtc_probability or settings.mirostat
-            sampler = make_sampler(settings, own) if draws else keyless_sampler(settings)
-        return engine.Request(
-            ids=self.ids,
-            sampler=sampler,
-            key=key,
-            max_tokens=self.max_tokens,
-            stop_ids=self.stop_ids,
-            top_logprobs=self.top_logprobs,
-            constraint=None if self.grammar is None else self.grammar.constraint(),
-            pooled=self.pooled,
-        )
-
-
-@functools.cache
-def _cpu() -> jax.Device | None:
-    """The CPU as a device of JAX; None where JAX was told to leave it out."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return None
-
-
-@jax.jit
-def _keys(seed: int, choice: int) -> tuple[jax.Array, jax.Array]:
-    """The key of a generation's draws, and that of what its transforms draw themselves."""
-    first = jax.random.key(seed)
-    folded = jax.random.fold_in(jax.random.fold_in(first, _CHOICES), choice)
-    bits = jnp.where(choice > 0, jax.random.key_data(folded), jax.random.key_data(first))
-    key = jax.random.wrap_key_data(bits, impl=jax.random.key_impl(first))
-    return key, jax.random.fold_in(key, _SAMPLER)
 
 
 def first_pages(opened: Engine, whole: bool) -> int | None:
@@ -238,7 +178,8 @@ class Worker:
         self._expected, self._until = 0, 0.0  # for how many, and until when, the next step waits
         self._lock = threading.Lock()
         self._engine: Engine | None = None
-        self._scheduler: engine.Scheduler | None = None
+        self._scheduler: engine.Scheduler | engine.Spread | None = None
+        self._teller: Teller
         self._thread = threading.Thread(target=self._work, name="airjax-engine", daemon=True)
 
     @property
@@ -262,6 +203,12 @@ class Worker:
         """Sequences that take part in sweeps, and that wait."""
         return (self._scheduler.running, self._scheduler.waiting) if self._scheduler is not None else (0, 0)
 
+    @property
+    def lanes(self) -> list[tuple[int, int]]:
+        """For each of several batches side by side: its sequences that take part in sweeps, and that wait."""
+        several = self._scheduler.lanes if self._scheduler is not None else []
+        return [(lane.running, lane.waiting) for lane in several] if len(several) > 1 else []
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
@@ -280,7 +227,7 @@ class Worker:
           NotReadyError: the engine is not open.
           QueueFullError: the queue has no place for them.
         """
-        places = self.engine.plan.max_batch + self._max_queue
+        places = self.engine.plan.max_batch * len(self.engine.lanes) + self._max_queue
         with self._lock:
             if self._places + len(orders) > places:
                 raise QueueFullError(f"{self._places} of {places} places are taken")
@@ -301,8 +248,10 @@ class Worker:
             if not future.set_running_or_notify_cancel():
                 return
             try:
-                assert self._engine is not None
-                future.set_result(function(self._engine))
+                assert self._engine is not None and self._scheduler is not None
+                with self._scheduler.between():
+                    result = function(self._engine)
+                future.set_result(result)
             except Exception as error:
                 future.set_exception(error)
 
@@ -314,14 +263,16 @@ class Worker:
             self._engine = self._open_engine()
             self.stage = "making room for the batch"
             pages = first_pages(self._engine, self.whole_cache)
-            self._scheduler = self._engine.scheduler(make_sampler(Settings()), first_pages=pages)
+            scheduler = self._engine.scheduler(make_sampler(Settings()), first_pages=pages)
+            self._teller = Teller()
         except Exception as error:
             self.error, self.state = error, "failed"
             if self._engine is not None:
                 self._engine.close()
             self._on_failure()
             return
-        self.metrics.watch(self._scheduler)
+        self._scheduler = scheduler
+        self.metrics.watch(scheduler)
         self.state, self.stage = "ready", "ready"
         try:
             while self._obey():
@@ -330,7 +281,9 @@ class Worker:
         finally:
             self.state = "stopped"
             self._fail_all("the server is shutting down")
-            self._scheduler.close()
+            if self.error is None:
+                self._teller.end()
+            scheduler.close()
             self._engine.close()
 
     def _obey(self) -> bool:
@@ -358,8 +311,12 @@ class Worker:
         assert self._scheduler is not None
         start, self._expected = time.monotonic(), self._places
         try:
+            self._teller.step()
             events = self._scheduler.step()
         except Exception as error:
+            if self._teller.several:  # which are no longer where this one is
+                self._give_up(error)
+                return
             _LOG.exception("a step failed")
             self._fail_all(f"the engine failed: {error}")
             return
@@ -384,11 +341,17 @@ class Worker:
                 self._forget(event.request)
         deliver(found)
 
+    def _give_up(self, error: Exception) -> None:
+        self.error = error
+        self._on_failure()
+        self._commands.put(None)
+
     def _submit(self, run: Run, orders: Sequence[Order]) -> None:
         assert self._scheduler is not None
         for index, order in enumerate(orders):
             try:
                 number = self._scheduler.submit(order.request())
+                self._teller.submit(order)
             except Exception as error:
                 self._leave_place()
                 deliver({run: [(index, _failure(str(error)))]})
@@ -401,6 +364,7 @@ class Worker:
         number = self._numbers.get((run, index))
         if number is not None:
             self._scheduler.cancel(number)
+            self._teller.cancel(number)
             self.metrics.finished.labels(reason).inc()
             self._forget(number)
 
@@ -417,6 +381,7 @@ class Worker:
         assert self._scheduler is not None
         for number, job in list(self._jobs.items()):
             self._scheduler.cancel(number)
+            self._teller.cancel(number)
             self._forget(number)
             deliver({job.run: [(job.index, _failure(error))]})
 

@@ -57,7 +57,7 @@ class Ring:
     Attributes:
       bytes_put: bytes whose transfer was started.
       wait_s: time in which the device had finished all earlier work and waited for weights.
-      timeline: records the transfers, if given; may be changed between sweeps.
+      timeline: records the transfers, if given; may be changed between sweeps. Several rings have lanes of their own.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Ring:
         depth: int,
         timeline: Timeline | None = None,
         names: Sequence[str] | None = None,
+        lane: str = "host to device",
     ) -> None:
         if depth < 1:
             raise ValueError(
@@ -79,6 +80,7 @@ class Ring:
         self._names = names
         self._depth = min(depth, len(self._items))
         self.timeline = timeline
+        self._lane = lane
         self._ahead: collections.deque[tuple[int, Buffers]] = collections.deque()
         self._taken: list[Buffers] = []
         self._busy: collections.deque[_Busy] = collections.deque()
@@ -191,7 +193,7 @@ class Ring:
         self.bytes_put += nbytes
         if self.timeline is not None:
             name = f"layer {item}" if self._names is None else self._names[item]
-            self.timeline.watch("host to device", name, weights, nbytes)
+            self.timeline.watch(self._lane, name, weights, nbytes)
 
 
 def _delete(weights: Buffers) -> None:

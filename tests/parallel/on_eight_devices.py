@@ -258,13 +258,19 @@ def test_resident_layers_of_each_device_are_relaid(tmp_path, monkeypatch):
         assert [token.id for token in loaded.generate(ids[:9], max_tokens=8, ignore_eos=True)] == tokens
 
 
-def test_a_real_model_writes_the_same_on_three_devices(smollm2):
-    def text(**options):
-        with airjax.load(smollm2, vram_budget_gib=2, context=256, **options) as loaded:
-            ids = loaded.tokenizer.encode("The capital of France is")
-            return [token.id for token in loaded.generate(ids, max_tokens=16)]
+@pytest.mark.parametrize(("name", "count", "counts"), [("smollm2", 3, "1, 3"), ("gemma3", 4, "1, 2, 4")])
+def test_a_real_model_writes_the_same(request, name, count, counts):
+    """SmolLM2 has 9 heads and 3 KV heads, Gemma 3 has 4 heads and 1 KV head, which four devices share."""
+    path = request.getfixturevalue(name)
 
-    assert text(devices=3, resident="none") == text()
+    def text(**options):
+        with airjax.load(path, vram_budget_gib=2, context=256, **options) as loaded:
+            ids = loaded.tokenizer.encode("The capital of France is")
+            return [token.id for token in loaded.generate(ids, max_tokens=12)]
+
+    assert text(devices=count, resident="none") == text()
+    with pytest.raises(PlanError, match=f"--devices may be {counts}$"):
+        _load(path, devices=8)
 
 
 @pytest.mark.parametrize(

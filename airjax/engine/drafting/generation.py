@@ -94,7 +94,7 @@ def generate_drafted(
             else:
                 stats.prefill_s = stats.first_token_s = seconds
             start, waited = time.perf_counter(), stats.wait_s
-            stats.peak_device_bytes = peak_device_bytes(model.device)
+            stats.peak_device_bytes = peak_device_bytes(*model.devices)
             for row, draw in zip(drawn.path, drawn.draws, strict=True):
                 if draw.id < 0:
                     if run.masks is not None and not run.masks[row].any():

@@ -183,7 +183,7 @@ def takes_trees(model: Model, state: State, last: int) -> bool:
         return model.config.mesh is None
     if model.pool is not None or model.config.mesh is not None or not isinstance(model.config, DecoderConfig):
         return False
-    forms = [model.architecture.attention_form(model.config, kind) for kind in model.kinds]  # type: ignore[attr-defined]
+    forms = [model.architecture.attention_form(model.config, kind) for kind in model.kinds]
     return not any(form.chunked or form.alibi for form in forms)
 
 

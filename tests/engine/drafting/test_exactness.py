@@ -192,7 +192,7 @@ def test_trees_stay_within_what_a_sliding_window_spares(gemma, monkeypatch, shut
         monkeypatch.setattr(rows, "exact", lambda model: False)
     with load(gemma, kv_shuttle=shuttle, prefill_chunk=8) as loaded:
         model = loaded.model
-        options = options_of("greedy", max_tokens=80)
+        options = options_of("penalised", max_tokens=80)
         ids = prompt(model)
         expected = plain(model, ids, **options)
         got = drafted(model, ids, Bushy(text_of(ids, expected)), draft_max=20, **options)
