@@ -246,7 +246,8 @@ DEVICE void slice(char* shared, int start, const char* rows, int first, const ui
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
       // While the weights are on their way: lines of 128 bytes.
-      if (t * 2 < U::groups && (n == 0 || n < tiles)) prefetch(x[n] - t + unit * U::groups * 4 + t * 8);
+      if (t * 2 < min(U::groups, WIDTH / 32 - unit * U::groups) && (n == 0 || n < tiles))
+        prefetch(x[n] - t + unit * U::groups * 4 + t * 8);
 #pragma unroll
     for (int turn = 0; turn < TURNS; ++turn) {
       copies_wait<STAGES - 1>();
