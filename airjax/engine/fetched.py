@@ -106,7 +106,9 @@ def run_step(blocks: tuple[Block, ...], config: Config) -> Callable[..., tuple[H
                     block, block.form, config, state, source, weights, x, cache, positions
                 )
             assert not isinstance(cache, TreeKV)
-            written.append(cache.pages if isinstance(cache, PagedKV) else cache)
+            new = cache.pages if isinstance(cache, PagedKV) else cache
+            assert isinstance(new, LayerKV)
+            written.append(new)
         return state, x, written
 
     return run
