@@ -235,8 +235,15 @@ def test_replicas_serve_shares_of_a_batch_side_by_side():
 
 
 def test_the_stages_of_a_pipeline_take_turns_for_one_sequence_and_work_at_once_for_several():
-    first = dataclasses.replace(PLAN, kv_slots=(1000, 1000), globals_bytes=0, bytes_per_sweep=900)
-    last = dataclasses.replace(PLAN, kv_slots=(1000, 50), bytes_per_sweep=300)
+    streamed = {
+        "resident": (),
+        "streamed": (0, 1),
+        "resident_bytes": 0,
+        "kv_slots": (1000, 1000),
+        "kv_bytes": 16_000,
+    }
+    first = dataclasses.replace(PLAN, **streamed, globals_bytes=0, bytes_per_sweep=900)
+    last = dataclasses.replace(PLAN, **streamed, globals_bytes=1, bytes_per_sweep=300)
     plan = _several("pipeline", parts=(first, last))
     alone, several = (predict(plan, CONFIG, CEILINGS, batch, 60) for batch in (1, 4))
     assert alone.decode_tokens_per_s == pytest.approx(1 / (9 + 3), rel=0.05)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import devices
 import gpu_levels
 import peers
 import pytest
@@ -106,3 +107,27 @@ def test_the_levels_are_calls_that_the_bench_understands():
             assert values(["bench", *words.split()])[1:] == []
             batches = bench.parse_batches(values.batch)
             assert {batch for batch, _, _ in level.targets} == set(batches)
+
+
+def test_the_table_of_devices_compares_with_one_and_with_the_joint_link():
+    phase = {"tokens_per_s": 2.0, "bytes_per_sweep": 40e9, "bytes_per_s": 80e9, "stall_share": 0.5}
+    found = {
+        "batch": 1,
+        "compiled": False,
+        "peak_bytes": [1 << 30, 2 << 30],
+        "planned_peak_bytes": 3 << 30,
+        "vram_budget_bytes": 4 << 30,
+        "phases": {"decode": phase},
+    }
+    one = {(1, "decode"): 1.0}
+    (line,) = devices.rows("20 GB", "tensor", 2, found, one, 100e9)
+    assert line[5:] == ("2.00", "2.00", "20000", "80.0", "80.0", "50", "1.00,2.00/3.00/4.00")
+    (refused,) = devices.rows("20 GB", "", 1, {"batch": 8, "refused": "too small"}, one, None)
+    assert refused == ("20 GB", "one", "1", "8", "not run: too small")
+    assert devices.format_table([line, refused]).splitlines()[2].endswith("not run: too small")
+    probed = {"alone": [50e9, 40e9], "together": 75e9}
+    assert devices.format_links("links", probed) == (
+        "links: 50.0, 40.0 GB/s alone, 75.0 together (1.50 of the fastest alone)"
+    )
+    wrong = {"away": 0.5, "tokens": 3, "of": 3}
+    assert devices.format_check("tensor", wrong, "").endswith("(WRONG)")
