@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from airjax import layers, models, quants
-from airjax.gguf import GGUF, ExpertSpan, Manifest, Span, split_experts
+from airjax.gguf import GGUF, ExpertSpan, Manifest, Span, build_manifest, split_experts
 from airjax.models import Architecture, Config
 from airjax.streaming import CALL_BYTES, STAGED_BYTES
 
@@ -29,14 +29,16 @@ KV_PAGE = 64
 # 64 and 128 MiB (8B shape, 131,072 positions); more takes the place of resident layers.
 KV_BLOCK_BYTES = 128 << 20
 LOGIT_ROWS_BYTES = 32 << 20
-# A layer that is larger passes in pieces of at most so much: the ring then takes a fraction of the memory, and more
-# of it is left to resident layers. From 64 MiB on an H100's link is at its limit with three transfers under way.
+# Where layers don't fit whole, a larger one passes in pieces of at most so much: the ring then takes less memory.
 PIECE_BYTES = 128 << 20
+# Pieces left more room to resident layers too (three of 70B's 80 at 18.62 GiB), but an H100's link then reached 58 to
+# 68 % of its limit, and 90 to 98 % with whole layers.
+WHOLE_FIRST = True
 # Between the slots of the ring and other buffers, with an allocator that does not round up.
 _GAP_BYTES = 32 << 20
 # And beside half a piece with one that does.
 _ROUNDING_BYTES = 64 << 20
-_BATCH_ROUNDING_BYTES = 192 << 20
+_BATCH_ROUNDING_BYTES = 320 << 20
 # Threads, compiled programs and the allocator's rounding; measured on an H100 and on CPU, rounded up.
 _FIXED_WORKSPACE_BYTES = 64 << 20
 
@@ -145,6 +147,31 @@ class Plan:
 def piece_bytes(backend: str) -> int | None:
     """How large the pieces are that layers are cut into for a backend; None where they pass whole."""
     return PIECE_BYTES if backend in _KERNEL_BACKENDS else None
+
+
+def plan_layers(gguf: GGUF, align: int, config: Config, **options: Any) -> tuple[Manifest, Plan]:
+    """The manifest and the plan of a model on one device: layers pass whole, or in pieces where only these fit.
+
+    Args:
+      gguf: the open file.
+      align: as in `build_manifest`.
+      config: of the model.
+      **options: of `make_plan`.
+
+    Raises:
+      PlanError: nothing fits.
+    """
+    size = piece_bytes(options["backend"])
+    if WHOLE_FIRST or size is None:
+        manifest = build_manifest(gguf, align)
+        try:
+            return manifest, make_plan(gguf, manifest, config, **options)
+        except PlanError:
+            if size is None:
+                raise
+    manifest = build_manifest(gguf, align, piece_bytes=size)
+    plan = make_plan(gguf, manifest, config, **options)
+    return manifest if plan.streamed else build_manifest(gguf, align), plan
 
 
 def make_plan(

@@ -100,6 +100,7 @@ def pieces(folder: Path) -> None:
     ids = np.random.default_rng(0).integers(300, 2048, 200).tolist()
     whole = plans.PIECE_BYTES
     rows = []
+    plans.WHOLE_FIRST = False
     try:
         for kind in ("Q4_K",):
             synthetic.write(path, shape, gguf.GGMLQuantizationType[kind])
@@ -142,7 +143,7 @@ def pieces(folder: Path) -> None:
                         batches[-1][at].append(token.id)
             rows.append((f"{kind} a batch of 4 in pieces = whole layers", str(batches[0] == batches[1])))
     finally:
-        plans.PIECE_BYTES = whole
+        plans.PIECE_BYTES, plans.WHOLE_FIRST = whole, True
     Path(path).unlink()
     _rows("pieces", rows)
 

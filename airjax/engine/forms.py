@@ -20,7 +20,7 @@ from airjax.engine.stats import Stats, has_compact_allocator
 from airjax.engine.weights import LayerWeights, matrix_types, open_weights, put_span
 from airjax.gguf import GGUF, Manifest, build_manifest, open_gguf
 from airjax.models import Config, DecoderConfig
-from airjax.plan import EMBEDDING, Plan, PlanError, make_plan, piece_bytes
+from airjax.plan import EMBEDDING, Plan, PlanError, make_plan, plan_layers
 from airjax.streaming import Links, Timeline, Turns
 
 Form = Literal["tensor", "pipeline", "replica"]
@@ -125,9 +125,10 @@ def plan_form(
     Raises:
       PlanError: it cannot work.
     """
-    manifest = _manifest(gguf, devices[0])
+    align = CPU_ALIGNMENT if devices[0].platform == "cpu" else 1
     if len(devices) == 1:
-        return make_plan(gguf, manifest, config, **options), config
+        return plan_layers(gguf, align, config, **options)[1], config
+    manifest = build_manifest(gguf, align)
     if hosts.several():
         if parallel in ("pipeline", "replica"):
             raise PlanError(
@@ -164,7 +165,7 @@ def _plan_tensor(
     options: dict[str, Any],
 ) -> tuple[Plan, Config]:
     # Devices that share each layer take whole layers.
-    manifest = _manifest(gguf, devices[0], whole=True)
+    manifest = build_manifest(gguf, CPU_ALIGNMENT if devices[0].platform == "cpu" else 1)
     refusal = cut_refusal(gguf, config, manifest, len(devices), options)
     if refusal is not None:
         raise PlanError(f"{gguf.path}: {refusal}")
@@ -172,11 +173,6 @@ def _plan_tensor(
     cut = cut_layers(gguf, config, len(devices))
     local = models.local_config(config, Mesh(np.array(devices), (models.AXIS,)))
     return make_plan(gguf, local_manifest(gguf, manifest, cut, len(devices)), local, **options), local
-
-
-def _manifest(gguf: GGUF, device: jax.Device, whole: bool = False) -> Manifest:
-    align = CPU_ALIGNMENT if device.platform == "cpu" else 1
-    return build_manifest(gguf, align, piece_bytes=None if whole else piece_bytes(device.platform))
 
 
 def _plan_pipeline(
@@ -272,7 +268,7 @@ def _open_pipeline(
     timeline: Timeline | None,
 ) -> tuple[Model, ...]:
     """A model whose stages are on the devices, as often as there are stages."""
-    manifest = _manifest(gguf, devices[0], whole=not plan.streamed)
+    manifest = build_manifest(gguf, CPU_ALIGNMENT if devices[0].platform == "cpu" else 1)
     architecture = models.get(config.architecture)
     opened: list[tuple[range, LayerWeights]] = []
     output = "output.weight" if "output.weight" in manifest.globals else EMBEDDING

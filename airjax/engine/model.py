@@ -51,7 +51,7 @@ from airjax.plan import (
     Resident,
     Switch,
     make_plan,
-    piece_bytes,
+    plan_layers,
 )
 from airjax.streaming import DevicePool, Pool, PoolStats, Ring, Timeline
 
@@ -331,37 +331,33 @@ def open_model(
     try:
         architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype, context)
         align = CPU_ALIGNMENT if device.platform == "cpu" else 1
-        # Devices that share each layer take whole layers.
-        pieces = None if len(devices) > 1 else piece_bytes(device.platform)
-        manifest = build_manifest(gguf, align, piece_bytes=pieces)
+        options: dict[str, Any] = {
+            "backend": device.platform,
+            "vram_budget_bytes": vram_budget_bytes,
+            "ram_budget_bytes": ram_budget_bytes,
+            "context": context,
+            "stream_depth": stream_depth,
+            "resident": resident,
+            "kv_shuttle": kv_shuttle,
+            "tier": tier,
+            "prefill_chunk": prefill_chunk,
+            "max_batch": max_batch,
+            "kv_tokens": kv_tokens,
+            "compact": has_compact_allocator(device),
+            "drafts": drafts,
+            "device_fetch": fetches(config, device),
+        }
         cut: tuple[ShardedLayer, ...] = ()
         if len(devices) > 1:
+            manifest = build_manifest(gguf, align)
             check_devices(gguf, config, manifest, len(devices), tier)
             assert isinstance(config, DecoderConfig)
             cut = cut_layers(gguf, config, len(devices))
             manifest = local_manifest(gguf, manifest, cut, len(devices))
             config = models.local_config(config, Mesh(np.array(devices), (models.AXIS,)))
-        plan = make_plan(
-            gguf,
-            manifest,
-            config,
-            backend=device.platform,
-            vram_budget_bytes=vram_budget_bytes,
-            ram_budget_bytes=ram_budget_bytes,
-            context=context,
-            stream_depth=stream_depth,
-            resident=resident,
-            kv_shuttle=kv_shuttle,
-            tier=tier,  # type: ignore[arg-type]
-            prefill_chunk=prefill_chunk,
-            max_batch=max_batch,
-            kv_tokens=kv_tokens,
-            compact=has_compact_allocator(device),
-            drafts=drafts,
-            device_fetch=fetches(config, device),
-        )
-        if not plan.streamed and not cut:
-            manifest = build_manifest(gguf, align)
+            plan = make_plan(gguf, manifest, config, **options)
+        else:
+            manifest, plan = plan_layers(gguf, align, config, **options)
         experts: tuple[ExpertSpan | None, ...] = ()
         if plan.expert_slots:
             manifest, experts = split_experts(gguf, EXPERT_TENSORS, align)

@@ -85,6 +85,7 @@ class Ring:
         self._taken: list[Buffers] = []
         self._busy: collections.deque[_Busy] = collections.deque()
         self._next = 0  # index into items of the next put
+        self._before: Array | None = None
 
     def begin_sweep(self) -> None:
         """Starts from the first item, also when the last sweep was left in the middle.
@@ -92,37 +93,32 @@ class Ring:
         The slot of the last sweep's last item is filled now and not before: what was put in between, the embedding of
         the drawn token, then did not wait behind it.
         """
-        self._free()
+        self._free(keep=0)
         first = self._ahead[0][0] if self._ahead else self._items[self._next]
         if first != self._items[0] or self._taken:
             self.drop()
         self._fill()
 
     def take(self, item: int, before: Array | None = None) -> Buffers:
-        """The weights of `item`, the next in order, ready for use.
-
-        That they are waited for here, and not on the device, keeps the link busy: JAX lets no transfer begin before
-        the work that the device was given earlier is done, and work that waits for weights would hold up those
-        behind them.
+        """The weights of `item`, the next in order; they may still be on the link.
 
         Args:
           item: which.
           before: ready when the device has done all that it was given; what is waited for from then on is counted.
         """
-        self._free()
+        self._before = before
         self._fill()
-        jax.block_until_ready(before)
-        start = time.perf_counter()
         if not self._ahead:
             # Perhaps the disk is waited for; or all slots are taken, and this is wanted beside them.
+            jax.block_until_ready(before)
+            start = time.perf_counter()
             self._put()
+            self.wait_s += time.perf_counter() - start
         ahead, weights = self._ahead.popleft()
         self._taken.append(weights)
         if ahead != item:
             self.drop()
             raise RuntimeError(f"the ring holds item {ahead} next, but item {item} was asked for")
-        jax.block_until_ready(weights)
-        self.wait_s += time.perf_counter() - start
         return weights
 
     def release(self, weights: Sequence[Buffers], done: Array) -> None:
@@ -134,6 +130,14 @@ class Ring:
         """
         self._taken = [taken for taken in self._taken if not any(taken is given for given in weights)]
         self._busy.append(_Busy(tuple(weights), done))
+        # The work is dispatched already, so waiting here for all before it leaves no gap on the device.
+        jax.block_until_ready(self._before)
+        self._free(keep=1)
+        start = time.perf_counter()
+        jax.block_until_ready(weights)
+        self.wait_s += time.perf_counter() - start
+        if self._depth == 1:
+            self._free(keep=0)
 
     def drop(self) -> None:
         """Forgets everything fetched ahead; the next sweep starts over."""
@@ -161,9 +165,9 @@ class Ring:
         finally:
             self._source.close()
 
-    def _free(self) -> None:
-        """Waits for the work that uses slots which were given back, and empties them."""
-        while self._busy:
+    def _free(self, keep: int) -> None:
+        """Waits for the work that uses slots which were given back, but for the newest `keep`, and empties them."""
+        while len(self._busy) > keep:
             # A computation that failed has reported it already; here only its end matters.
             with contextlib.suppress(RuntimeError):
                 jax.block_until_ready(self._busy[0].done)

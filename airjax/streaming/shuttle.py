@@ -117,20 +117,13 @@ class Shuttle:
         self._fill()
 
     def pieces(self, layer: int) -> Iterator[Piece]:
-        """The pieces of a layer in order, ready for use; `release` must follow each. Layers come in a sweep's order.
-
-        They are waited for here and not on the device, as in `Ring.take`.
-        """
+        """The pieces of a layer in order; `release` must follow each. Layers come in the order of a sweep."""
         while True:
-            self._free()
             self._fill()
             if not self._ahead or self._ahead[0][0] != layer:
                 return
             _, piece = self._ahead.popleft()
             self._busy.append((piece.kv, None))
-            start = time.perf_counter()
-            jax.block_until_ready(piece.kv)
-            self.wait_s += time.perf_counter() - start
             yield piece
 
     def release(self, done: Any) -> None:
@@ -141,6 +134,15 @@ class Shuttle:
         """
         kv, _ = self._busy.pop()
         self._busy.append((kv, done))
+        # The work is dispatched already, so waiting for what comes before it leaves no gap on the device.
+        while len(self._busy) > 1:
+            earlier, last_use = self._busy.popleft()
+            jax.block_until_ready(last_use)
+            earlier.delete()
+        self._fill()
+        start = time.perf_counter()
+        jax.block_until_ready(kv)
+        self.wait_s += time.perf_counter() - start
 
     def keep(self, layer: int, rows: LayerKV, positions: np.ndarray) -> None:
         """Starts the way down of a layer's new rows.
@@ -202,13 +204,6 @@ class Shuttle:
         self._busy.clear()
         self._ahead.clear()
         self._to_put.clear()
-
-    def _free(self) -> None:
-        """Waits for the work that reads pieces which were given back, and frees them."""
-        while self._busy and self._busy[0][1] is not None:
-            kv, done = self._busy.popleft()
-            jax.block_until_ready(done)
-            kv.delete()
 
     def _fill(self) -> None:
         while self._to_put and len(self._ahead) + len(self._busy) < self._pieces:

@@ -1,7 +1,6 @@
 """Layers that pass in pieces: the same bits as layers that pass whole, in less memory."""
 
 import gc
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,12 @@ from toy_experts import toy_mixture
 from toy_models import toy_gemma3, toy_llama
 
 import airjax
-from airjax import engine, sampling
+from airjax import engine, models, sampling
 from airjax import plan as plans
 from airjax.engine.stages import staged
 from airjax.engine.step import block_step
 from airjax.engine.workspace import compiled_workspace
+from airjax.gguf import open_gguf
 
 _IDS = list(range(3, 70))
 _PIECE_BYTES = 20_000
@@ -38,8 +38,8 @@ def pieces(monkeypatch):
 
 
 def _cut(monkeypatch, piece_bytes=_PIECE_BYTES):
-    opening = importlib.import_module("airjax.engine.model")
-    monkeypatch.setattr(opening, "piece_bytes", lambda backend: piece_bytes)
+    monkeypatch.setattr(plans, "piece_bytes", lambda backend: piece_bytes)
+    monkeypatch.setattr(plans, "WHOLE_FIRST", False)
 
 
 def _load(path, **options):
@@ -56,6 +56,24 @@ def _run(path, **options):
 def whole(toy):
     """By whole layers."""
     return _run(toy)
+
+
+def test_layers_pass_whole_unless_only_pieces_fit(toy, monkeypatch):
+    monkeypatch.setattr(plans, "piece_bytes", lambda backend: _PIECE_BYTES)
+    with open_gguf(toy) as file:
+        _, config = models.from_gguf(file, "float32")
+
+        def plan(budget):
+            options = {"vram_budget_bytes": budget, "ram_budget_bytes": 1 << 30, "stream_depth": 2}
+            return plans.plan_layers(file, 64, config, backend="cpu", resident="none", context=128, **options)
+
+        roomy, least = plan(1 << 30)
+        assert not any(span.layout.pieces for span in roomy.layers)
+        tight, planned = plan(least.peak_bytes - 1)
+        assert all(span.layout.pieces for span in tight.layers)
+        assert planned.peak_bytes < least.peak_bytes
+        with pytest.raises(plans.PlanError, match="GiB"):
+            plan(planned.slots_bytes)
 
 
 @pytest.mark.parametrize("way", _WAYS)
