@@ -162,6 +162,15 @@ class Model:
         return "compute" if number is None else f"compute {number}"
 
     @functools.cached_property
+    def takes_caches_whole(self) -> bool:
+        """Whether caches have all their room from the start.
+
+        Where layers are streamed a device's memory is tight, and buffers that come and go leave gaps in it. Elsewhere
+        they grow; a CPU's attention is the faster the shorter they are.
+        """
+        return bool(self.plan.streamed) and self.device.platform != "cpu"
+
+    @functools.cached_property
     def kinds(self) -> list[str]:
         """The kind of each layer."""
         return [self.architecture.layer_kind(self.config, layer) for layer in range(self.config.n_layers)]

@@ -207,7 +207,7 @@ class Scheduler:
         limit = self.model.plan.kv_tokens // KV_PAGE
         # As with the cache of one sequence, see `new_state`.
         first = _FIRST_PAGES if self._first_pages is None else self._first_pages
-        self._pages = Pages(limit if self.model.plan.streamed else min(first, limit), limit)
+        self._pages = Pages(limit if self.model.takes_caches_whole else min(first, limit), limit)
         self._state: PagedState = new_pages(self.model, self._pages.count)
         self._draws = Draws(self.model, self._sampler, self.max_batch)
 

@@ -59,7 +59,7 @@ class State:
 def new_state(model: Model, batch: int = 1) -> State:
     """An empty cache for `batch` sequences, as the plan says; on the device it grows with what it holds.
 
-    But where layers are streamed memory is tight, and buffers that come and go leave gaps in it: it is taken at once.
+    But not where `Model.takes_caches_whole`.
     """
     config, plan = model.config, model.plan
     if plan.shuttle:
@@ -76,7 +76,7 @@ def new_state(model: Model, batch: int = 1) -> State:
     kv = []
     for layer, (slots, kind) in enumerate(zip(plan.kv_slots, model.kinds, strict=True)):
         heads, width = config.all_kv_shape(kind)
-        first = slots if plan.streamed else min(slots, _SMALLEST_LENGTH)
+        first = slots if model.takes_caches_whole else min(slots, _SMALLEST_LENGTH)
         shape = (batch, heads, first, width)
         kv.append(layers.empty_cache(shape, config.kv_dtype, model.cache_at(layer)))
     return State(batch, kv=kv)
