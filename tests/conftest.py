@@ -4,9 +4,14 @@ import itertools
 import os
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 import real_models
+
+# No test is timed: a machine may be busy.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)
