@@ -79,8 +79,8 @@ def define_flags(values: Flags) -> None:
 
 def run(values: Flags) -> None:
     """Runs the command."""
-    if values.draft not in ("none", "lookup"):
-        raise ValueError(f"draft must be none or lookup for a server, got {values.draft!r}")
+    if values.draft == "self":
+        raise ValueError("draft must be none, lookup or a GGUF file for a server, got 'self'")
     from airjax import api
     from airjax.server.app import make_app
     from airjax.server.listener import Listener, listen

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from airjax.engine.generation import why_undrawn
@@ -60,6 +61,10 @@ class Draws:
         """The state of a slot, `[1, ...]`."""
         return jax.tree.map(lambda leaf: leaf[slot][None], self._states)
 
+    def snapshot(self) -> tuple[Any, Array, Any]:
+        """A copy of the states, the keys, and the sampler's `apply`: for draws that nobody is told of."""
+        return _copied(self._states), self._keys, self._sampler.apply
+
     def launch(self, x: Array, rows: Rows, allowed: np.ndarray | None, top: int) -> Any:
         """Dispatches the draws of a call; see `draw_rows_step`."""
         draw = draw_rows_step(self._model.layouts, self._model.config, self._sampler.apply, top)
@@ -81,3 +86,8 @@ class Draws:
         """A sentence on why nothing could be drawn for a slot, whose state the draw left as it was."""
         last_token = np.array([token], np.int32)
         return why_undrawn(self._model, self._sampler.apply, x, last, self.row(slot), last_token, allowed)
+
+
+@jax.jit
+def _copied(states: Any) -> Any:
+    return jax.tree.map(jnp.copy, states)
