@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from airjax.engine import drafting
 from airjax.engine.memory import free_device_bytes as free_device_bytes
 from airjax.engine.memory import free_host_bytes as free_host_bytes
 from airjax.plan import GIB, Plan, PlanError, Resident, Switch
-from airjax.streaming import Timeline
+from airjax.streaming import Links, Timeline
 from airjax.text import ChatTemplate, Grammar, StopStrings, Tokenizer
 from airjax.text import grammar as grammars
 
@@ -48,6 +49,8 @@ class Engine:
     """An open model with its tokenizer. Use `airjax.load` to make one; it is a context manager.
 
     Attributes:
+      model: the open model, which runs one sequence.
+      lanes: models that batches run in side by side; more than one with replicas and pipelines.
       tokenizer: text to ids and back.
       drafts: how `generate` and `chat` guess the next tokens; None where they don't.
       plan: what lives where.
@@ -56,12 +59,13 @@ class Engine:
 
     def __init__(
         self,
-        model: engine.Model,
+        lanes: Sequence[engine.Model],
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
         drafts: drafting.Drafts | None = None,
     ) -> None:
-        self.model = model
+        self.model = lanes[0]
+        self.lanes = tuple(lanes)
         self.tokenizer = tokenizer
         self.drafts = drafts
         self._template = template
@@ -80,6 +84,7 @@ class Engine:
     @property
     def stats(self) -> engine.Stats:
         """What the last run measured."""
+        self.model.count_fetched(wait=False)
         return self.model.stats
 
     @property
@@ -325,20 +330,59 @@ class Engine:
             self.tokenizer, gbnf=gbnf, json_schema=json_schema, regex=regex, lark=lark, where=where
         )
 
-    def scheduler(self, sampler: sampling.Transform, *, batch_invariant: bool = False) -> engine.Scheduler:
+    def watch(self, timeline: Timeline | None) -> None:
+        """Records what all devices do from their next sweeps on; None ends that. Not within a sweep."""
+        for lane in self.lanes:
+            lane.watch(timeline)
+
+    def scheduler(
+        self, sampler: sampling.Transform, *, batch_invariant: bool = False, first_pages: int | None = None
+    ) -> engine.Scheduler | engine.Spread:
         """Continuous batching over this model, for requests whose samplers have the structure of `sampler`.
+
+        With replicas and pipelines requests are spread over as many batches as there are devices.
+
+        Args:
+          sampler: see `engine.Scheduler`, as for the others.
+          batch_invariant: decode each sequence in a call of its own.
+          first_pages: pages of the KV cache to begin with.
 
         Raises:
           RequestError: the engine was not loaded with `max_batch`.
         """
         if not self.plan.max_batch:
             raise RequestError("this engine runs one sequence at a time: pass max_batch to airjax.load")
+        made: list[engine.Scheduler] = []
+        try:
+            for lane in self.lanes:
+                made.append(
+                    self.lane_scheduler(
+                        lane, sampler, batch_invariant=batch_invariant, first_pages=first_pages
+                    )
+                )
+        except BaseException:
+            for each in made:
+                each.close()
+            raise
+        return made[0] if len(made) == 1 else engine.Spread(made)
+
+    def lane_scheduler(
+        self,
+        lane: engine.Model,
+        sampler: sampling.Transform,
+        *,
+        batch_invariant: bool = False,
+        first_pages: int | None = None,
+    ) -> engine.Scheduler:
+        """Continuous batching in one of `lanes` alone."""
         return engine.Scheduler(
-            self.model,
+            lane,
             sampler=sampler,
             batch_invariant=batch_invariant,
             draft_max=0 if self.drafts is None else self.drafts.draft_max,
-            draft_model=None if self.drafts is None else self.drafts.draft_model,
+            # A draft model is on the first device alone.
+            draft_model=None if self.drafts is None or lane is not self.model else self.drafts.draft_model,
+            first_pages=first_pages,
         )
 
     def apply_chat_template(
@@ -383,7 +427,9 @@ class Engine:
             self._state = None
         if self.drafts is not None:
             self.drafts.close()
-        self.model.close()
+        with contextlib.ExitStack() as stack:
+            for lane in self.lanes:
+                stack.callback(lane.close)
 
     def __enter__(self) -> Engine:
         return self
@@ -477,6 +523,8 @@ def load(
     trace: bool = False,
     device: jax.Device | None = None,
     devices: int | Literal["auto"] = 1,
+    parallel: engine.Parallel = "auto",
+    links: Links | None = None,
 ) -> Engine:
     """Opens a GGUF file for generation.
 
@@ -505,16 +553,20 @@ def load(
       draft_max: tokens of a draft at most.
       trace: record a timeline.
       device: None for JAX's first.
-      devices: on how many each layer is cut into equal parts, which cross as many links at once and are computed by as
-        many devices (tensor parallelism); "auto" for all that JAX sees. Budgets of device memory are of each.
+      devices: how many share the work; "auto" for all that JAX sees. Budgets of device memory are of each.
+      parallel: how they share it: "tensor" cuts each layer into equal parts, which cross as many links at once;
+        "pipeline" gives each a run of layers; "replica" a whole model, for requests of its own; "auto" chooses, and
+        `plan.parallel_reason` says why. With the last two `max_batch` and `kv_tokens` are of each of as many batches as
+        there are devices.
+      links: what the links were measured to do, from `airjax.bench.probe_links`, for "auto".
 
     Raises:
       GGUFError: the file cannot be run.
       TextError: its tokenizer or chat template cannot be used.
       PlanError: the budgets cannot work.
     """
-    chosen = _devices(devices) if device is None else [device]
-    device = chosen[0]
+    chosen = choose_devices(devices) if device is None else [device]
+    device = next(each for each in chosen if each.process_index == jax.process_index())
     if compute_dtype is None:
         compute_dtype = "float32" if device.platform == "cpu" else "bfloat16"
     for name, value, allowed in (
@@ -522,6 +574,7 @@ def load(
         ("kv_dtype", kv_dtype, _KV_DTYPES),
         ("resident", resident, ("auto", "none", "all", "dense")),
         ("kv_shuttle", kv_shuttle, ("auto", "on", "off")),
+        ("parallel", parallel, engine.PARALLEL),
     ):
         if value not in allowed:
             raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
@@ -529,6 +582,9 @@ def load(
         raise RequestError(f"draft_max must be between 1 and {drafting.MOST_DRAFTED}, got {draft_max}")
     vram_budget_bytes = _budget("vram_budget_gib", vram_budget_gib, free_device_bytes(device))
     ram_budget_bytes = _budget("ram_budget_gib", ram_budget_gib, free_host_bytes())
+    if engine.hosts.several():
+        _check_hosts(os.fspath(draft))
+        vram_budget_bytes, ram_budget_bytes = engine.hosts.least((vram_budget_bytes, ram_budget_bytes))
     kind = os.fspath(draft)
     opened: list[engine.Model] = []
     try:
@@ -549,10 +605,11 @@ def load(
             opened.append(smaller)
             left = drafting.budget_beside(smaller, vram_budget_bytes)
         try:
-            model = engine.open_model(
+            lanes = engine.open_lanes(
                 Path(path),
-                device=device,
                 devices=chosen,
+                parallel=parallel,
+                links=links,
                 vram_budget_bytes=left,
                 ram_budget_bytes=ram_budget_bytes,
                 context=context,
@@ -572,7 +629,9 @@ def load(
             if not opened:
                 raise
             raise PlanError(f"{drafting.taken(opened[0], vram_budget_bytes)}, and {error}") from error
-        opened.append(model)
+        opened += lanes
+        model = lanes[0]
+        engine.check_alike(model)
         where = str(path)
         tokenizer = Tokenizer.from_metadata(model.gguf.metadata, where)
         has_template = "tokenizer.chat_template" in model.gguf.metadata
@@ -584,11 +643,11 @@ def load(
             between = drafting.translation(opened[0], tokenizer, where)
             drafts = drafting.Drafts(model, "model", draft_max, opened[0], between)
     except BaseException:
-        for each in opened:
+        for each in reversed(opened):
             each.close()
         raise
     logging.debug("airjax: %s", model.plan)
-    return Engine(model, tokenizer, template, drafts)
+    return Engine(lanes, tokenizer, template, drafts)
 
 
 def _check_ends(max_tokens: int | None, stop: Sequence[str]) -> None:
@@ -598,12 +657,14 @@ def _check_ends(max_tokens: int | None, stop: Sequence[str]) -> None:
         raise RequestError(f"stop must be a list of strings that are not empty, got {stop!r}")
 
 
-def _devices(count: int | str) -> list[jax.Device]:
+def choose_devices(count: int | str) -> list[jax.Device]:
     """JAX's first devices.
 
     Raises:
       RequestError: there are fewer.
     """
+    if engine.hosts.several():
+        return _devices_of_all(count)
     found = jax.local_devices()
     if count == "auto":
         return found
@@ -612,6 +673,24 @@ def _devices(count: int | str) -> list[jax.Device]:
             f"devices must be between 1 and {len(found)}, which JAX sees here, or auto, got {count!r}"
         )
     return found[:count]
+
+
+def _devices_of_all(count: int | str) -> list[jax.Device]:
+    """Those of all processes, in the order of these."""
+    found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if count not in ("auto", 1, len(found)):
+        raise RequestError(
+            f"devices must be auto or {len(found)}, all that the {jax.process_count()} processes have, got {count!r}"
+        )
+    return found
+
+
+def _check_hosts(draft: str) -> None:
+    # How many tokens to guess is decided by what sweeps took, which differs from process to process.
+    if draft != "none":
+        raise PlanError(
+            f"drafts don't work with several processes yet, got draft={draft!r}: pass --draft=none"
+        )
 
 
 def _budget(name: str, gib: float | None, free: int) -> int:

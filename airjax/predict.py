@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from airjax import models
 from airjax.models import Config
 from airjax.plan import Plan
+from airjax.streaming import Links
 
 # Up to this many rows a product reads the quantized blocks once; from there on the matrix is decoded first.
 _FEW_ROWS = 8
@@ -30,6 +31,8 @@ class Ceilings:
       kernel_bytes_per_s: the same by the fused kernel of re-laid matrices; None where there is none.
       flops_per_s: a large matrix product in the compute dtype.
       dispatch_s: one call of a jitted function with a layer's arguments.
+      links_alone_bytes_per_s: of several devices, each one's link up while the others are idle; empty if not probed.
+      links_together_bytes_per_s: all of these at once.
     """
 
     link_up_bytes_per_s: float | None
@@ -40,22 +43,40 @@ class Ceilings:
     kernel_bytes_per_s: float | None
     flops_per_s: float
     dispatch_s: float
+    links_alone_bytes_per_s: tuple[float, ...] = ()
+    links_together_bytes_per_s: float | None = None
+
+    @property
+    def links(self) -> Links | None:
+        """Of several devices; None if they were not probed."""
+        if self.links_together_bytes_per_s is None:
+            return None
+        return Links(self.links_alone_bytes_per_s, self.links_together_bytes_per_s)
+
+    def link_of(self, devices: int) -> float | None:
+        """Bytes per second of one link while those of so many devices are busy; as if they scaled, where not probed."""
+        if devices == 1 or self.links is None:
+            return self.link_up_bytes_per_s
+        return self.links.together / len(self.links.alone)
 
 
 @dataclass(frozen=True)
 class SweepTime:
-    """Seconds that each resource needs for one sweep. They work side by side, but memory and compute by turns."""
+    """Seconds that each resource needs for one sweep. They work side by side, but memory and compute by turns, and the
+    link with both (`by_turns`) where the device itself fetches experts in the middle of a layer."""
 
     link_s: float
     disk_s: float
     memory_s: float
     compute_s: float
     dispatch_s: float
+    by_turns: bool = False
 
     @property
     def seconds(self) -> float:
         """The sweep takes as long as its slowest resource."""
-        return max(self.link_s, self.disk_s, self.memory_s + self.compute_s, self.dispatch_s)
+        fetched_s = self.link_s if self.by_turns else 0.0
+        return max(self.link_s, self.disk_s, self.memory_s + self.compute_s + fetched_s, self.dispatch_s)
 
     @property
     def bound(self) -> Bound:
@@ -113,6 +134,19 @@ def predict(plan: Plan, config: Config, ceilings: Ceilings, batch: int, rows: in
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not _measured(plan, ceilings):
         return None
+    if plan.parts:
+        return _predict_pipeline(plan, config, ceilings, batch, rows)
+    whole = plan.parallel == "replica" and batch > 1
+    together = plan.devices if plan.parallel == "tensor" or whole else 1
+    ceilings = replace(ceilings, link_up_bytes_per_s=ceilings.link_of(together))
+    if whole:
+        # Each device serves its share of the sequences.
+        own = predict(
+            replace(plan, parallel="", devices=1), config, ceilings, -(-batch // plan.devices), rows
+        )
+        assert own is not None
+        speeds = (own.decode_tokens_per_s * plan.devices, own.prefill_tokens_per_s * plan.devices)
+        return Prediction(own.decode, own.prefill, *speeds)
     decode = _sweep(plan, config, ceilings, batch, 1, rows + 1)
     total = batch * rows
     sizes = [min(plan.prefill_chunk, total - begin) for begin in range(0, total, plan.prefill_chunk)]
@@ -128,6 +162,29 @@ def predict(plan: Plan, config: Config, ceilings: Ceilings, batch: int, rows: in
     )
 
 
+def _predict_pipeline(plan: Plan, config: Config, c: Ceilings, batch: int, rows: int) -> Prediction:
+    """Of one sequence the stages take turns; of as many batches as stages, or chunks of prompts, each is in another."""
+    count = len(plan.parts)
+    c = replace(c, link_up_bytes_per_s=c.link_of(count if batch > 1 else 1))
+
+    def stages(batch: int, new: int, length: int) -> list[SweepTime]:
+        return [_sweep(part, config, c, batch, new, length) for part in plan.parts]
+
+    own = -(-batch // count)
+    decode = stages(own, 1, rows + 1)
+    times = [sweep.seconds for sweep in decode]
+    # Of several batches each gives its tokens once in a round, in which every stage is busy all the time but for the
+    # slowest's.
+    decode_tokens_per_s = own / max(times) if batch > 1 else 1 / sum(times)
+    total = batch * rows
+    prefill = stages(1, min(plan.prefill_chunk, total), rows)
+    chunks = -(-total // plan.prefill_chunk)
+    chunk_times = [sweep.seconds for sweep in prefill]
+    seconds = sum(chunk_times) + (chunks - 1) * max(chunk_times)
+    slowest: list[SweepTime] = [max(sweeps, key=lambda sweep: sweep.seconds) for sweeps in (decode, prefill)]
+    return Prediction(slowest[0], slowest[1], decode_tokens_per_s, total / seconds)
+
+
 def _measured(plan: Plan, ceilings: Ceilings) -> bool:
     """Whether the ceilings that the plan's way to the device needs are known; of pageable copies none is."""
     if not plan.streamed and not plan.shuttle and not plan.expert_slots:
@@ -139,6 +196,8 @@ def _measured(plan: Plan, ceilings: Ceilings) -> bool:
 def _sweep(plan: Plan, config: Config, c: Ceilings, batch: int, new: int, length: int) -> SweepTime:
     """One sweep with `new` tokens of each of `batch` sequences, whose caches then hold `length` positions."""
     rows = batch * new
+    own_layers = len(plan.kv_slots)
+    share = own_layers / config.n_layers
     slots = sum(min(length, size) for size in plan.kv_slots)
     kv_bytes = batch * slots * _kv_row_bytes(plan)
     # The share of a layer's experts that some row chose, if every choice is equally likely; these are read, and those
@@ -155,7 +214,7 @@ def _sweep(plan: Plan, config: Config, c: Ceilings, batch: int, new: int, length
         # What stays, with the kernel where it is re-laid for it, and what passes through.
         (
             plan.resident_bytes + plan.globals_bytes,
-            config.n_layers - len(plan.streamed),
+            own_layers - len(plan.streamed),
             kernel or c.product_bytes_per_s,
             _FEW_ROWS_OF_KERNEL if kernel else _FEW_ROWS,
         ),
@@ -172,7 +231,7 @@ def _sweep(plan: Plan, config: Config, c: Ceilings, batch: int, new: int, length
             decoded_bytes = _itemsize(config) * layers / config.n_layers * _weights(config, chosen)
             memory_s += (read_bytes + 2 * decoded_bytes) / c.memory_bytes_per_s
     # Each new row meets every weight of the layers, the last of a sequence the output matrix, and all the cache.
-    products = rows * met + batch * config.vocab_size * config.d_model
+    products = rows * met * share + (batch * config.vocab_size * config.d_model if plan.globals_bytes else 0)
     products += 2 * rows * slots * config.n_heads * config.head_dim
     up_bytes = passing_bytes + (kv_bytes if plan.shuttle else 0)
     return SweepTime(
@@ -180,7 +239,8 @@ def _sweep(plan: Plan, config: Config, c: Ceilings, batch: int, new: int, length
         disk_s=passing_bytes / (c.disk_bytes_per_s or math.inf) if plan.tier == "ring" else 0.0,
         memory_s=memory_s,
         compute_s=2 * products / c.flops_per_s,
-        dispatch_s=(config.n_layers + 1) * c.dispatch_s,
+        dispatch_s=(own_layers + 1) * c.dispatch_s,
+        by_turns=plan.device_fetch,
     )
 
 

@@ -1,6 +1,6 @@
 """Checks airjax on a GPU, then times the first things: one run, one table.
 
-    python bench/gpu_check.py [--folder=/dev/shm] [--shapes=8b,70b]
+    python bench/gpu_check.py [--folder=/dev/shm] [--shapes=8b,70b] [--parts=correctness,pieces,speed]
 
 Correctness: a small random model on the GPU against the same model on JAX's CPU backend in float32, and
 streamed against resident for every tier, depth and KV placement. Speed: the link by JAX and by torch, then
@@ -24,6 +24,7 @@ import numpy as np
 import synthetic
 
 import airjax
+import airjax.plan as plans
 from airjax.plan import GIB
 from airjax.streaming import PinnedMemory
 
@@ -90,6 +91,61 @@ def correctness(folder: Path) -> None:
                 (f"chunks of {chunk}: largest KL against one chunk", f"{_max_kl(resident, logits):.1e}")
             )
     _rows("correctness", rows)
+
+
+def pieces(folder: Path) -> None:
+    """Prints whether layers that pass in pieces give the bits of layers that pass whole."""
+    path = str(folder / "pieces.gguf")
+    shape = synthetic.SHAPES["1b"]._replace(layers=6, vocabulary=2048)
+    ids = np.random.default_rng(0).integers(300, 2048, 200).tolist()
+    whole = plans.PIECE_BYTES
+    rows = []
+    plans.WHOLE_FIRST = False
+    try:
+        for kind in ("Q4_K",):
+            synthetic.write(path, shape, gguf.GGMLQuantizationType[kind])
+            plans.PIECE_BYTES = whole
+            expected = {
+                way: _outputs(path, ids, vram_budget_gib=4, resident="none", kv_shuttle=way)[:2]
+                for way in ("off", "on")
+            }
+            plans.PIECE_BYTES = 16 << 20
+            with airjax.load(path, context=512, vram_budget_gib=4, resident="none") as engine:
+                tight = (engine.plan.peak_bytes + (70 << 20)) / GIB
+            ways: dict[str, dict[str, Any]] = {
+                **{f"pieces, depth {d}": {"stream_depth": d} for d in (1, 2, 3, 8)},
+                "pieces, some layers resident": {"resident": "auto", "vram_budget_gib": tight},
+                "pieces, ring": {"tier": "ring"},
+                "pieces, shuttled KV": {"kv_shuttle": "on"},
+            }
+            for name, options in ways.items():
+                logits, drawn, plan = _outputs(
+                    path, ids, **{"vram_budget_gib": 4, "resident": "none", **options}
+                )
+                logits_whole, drawn_whole = expected[options.get("kv_shuttle", "off")]
+                equal = np.array_equal(logits, logits_whole) and drawn == drawn_whole
+                placed = f"{len(plan.resident)} resident, {len(plan.kept)} pieces kept"
+                rows.append(
+                    (
+                        f"{kind} {name} ({placed}) = whole layers",
+                        f"{equal} (max difference {np.abs(logits - logits_whole).max():.1e})",
+                    )
+                )
+            batches: list[list[list[int]]] = []
+            for size in (whole, 16 << 20):
+                plans.PIECE_BYTES = size
+                with airjax.load(
+                    path, context=512, vram_budget_gib=4, resident="none", max_batch=4
+                ) as engine:
+                    prompts = [ids[: 20 + 30 * n] for n in range(4)]
+                    batches.append([[], [], [], []])
+                    for at, token in engine.generate_batch(prompts, max_tokens=12, ignore_eos=True):
+                        batches[-1][at].append(token.id)
+            rows.append((f"{kind} a batch of 4 in pieces = whole layers", str(batches[0] == batches[1])))
+    finally:
+        plans.PIECE_BYTES, plans.WHOLE_FIRST = whole, True
+    Path(path).unlink()
+    _rows("pieces", rows)
 
 
 def _rate(run: Callable[[], Any], nbytes: int, repeats: int = 8) -> float:
@@ -186,14 +242,20 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--shapes", default="8b,70b")
+    parser.add_argument("--parts", default="correctness,pieces,speed")
     args = parser.parse_args()
+    parts = args.parts.split(",")
     device = jax.devices()[0]
     print(
         f"{device.device_kind}, {platform.machine()}, JAX {jax.__version__}, Python {platform.python_version()}"
     )
-    correctness(args.folder)
-    rate = link()
-    speed(args.folder, [name for name in args.shapes.split(",") if name], rate)
+    if "correctness" in parts:
+        correctness(args.folder)
+    if "pieces" in parts:
+        pieces(args.folder)
+    if "speed" in parts:
+        rate = link()
+        speed(args.folder, [name for name in args.shapes.split(",") if name], rate)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""airjax beside llama.cpp, accelerate's offload and AirLLM on one GPU, a model of one shape, one run, one table.
+"""airjax beside llama.cpp, accelerate's offload and AirLLM on one GPU, at the same VRAM, one run, one table.
 
-    python bench/peers.py --shape=8b --vram_gib=3 [--folder=/dev/shm] [--engines=airjax,llama.cpp]
+    python bench/peers.py [--cases=8b:2.79,70b:18.62:airjax+llama.cpp] [--batches=1,8,32] [--deadline_s=600]
 
-Each engine runs in a process of its own, one after another, and gets a prompt of random tokens and then single
-tokens. airjax and llama.cpp read one and the same quantized GGUF file; accelerate and AirLLM cannot, and read a
-bfloat16 checkpoint of the same shape. Each is set to the same VRAM: llama.cpp by its number of layers on the GPU,
-accelerate by its memory map; AirLLM always streams everything. An engine that is not installed, has no GPU support
-or fails is listed as not run, with the reason.
+A case is a shape, the VRAM in GiB, and which engines; without them all four. Each engine runs in processes of its own,
+one for each batch, one after another; it gets prompts of random tokens and then single tokens. airjax and llama.cpp
+read one and the same quantized GGUF file; accelerate and AirLLM cannot: they read a bfloat16 checkpoint of the same
+shape, and run one sequence. Each is set to the same VRAM: llama.cpp by its number of layers on the GPU, accelerate by
+its memory map; AirLLM always streams everything. An engine that is not installed, has no GPU support, fails or takes
+longer than its share of the time is listed as not run, with the reason.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -38,8 +40,12 @@ _PACKAGES = {
     "airjax": ("jax",),
     "llama.cpp": ("llama_cpp",),
     "accelerate": ("torch", "transformers", "accelerate"),
-    "airllm": ("torch", "airllm"),
+    "airllm": ("torch", "transformers", "airllm"),
 }
+# Rows of its batches, of prompts of several sequences together.
+_LLAMA_CPP_ROWS = 512
+# Tokens of each prompt where several sequences decode together.
+_BATCH_PROMPT = 32
 # Runs one round and returns (prefill seconds, decode seconds).
 Round = Callable[[], tuple[float, float]]
 # The round, peak device memory so far (None: ask nvidia-smi), and a note on the placement.
@@ -50,78 +56,146 @@ class NotRunError(Exception):
     """Why a peer was not run."""
 
 
+class Case(NamedTuple):
+    """A shape, the VRAM that each engine may use, and which engines."""
+
+    shape: str
+    vram_gib: float
+    engines: tuple[str, ...]
+
+
+def parse_cases(text: str) -> list[Case]:
+    """Cases as in `8b:2.79,70b:18.62:airjax+llama.cpp`.
+
+    Raises:
+      ValueError: a part is not one; the message names it.
+    """
+    cases = []
+    for part in text.split(","):
+        shape, vram, *engines = part.split(":")
+        names = tuple(engines[0].split("+")) if engines else tuple(ENGINES)
+        known = {shape: list(synthetic.SHAPES), **{name: list(ENGINES) for name in names}}
+        for name, allowed in known.items():
+            if name not in allowed:
+                raise ValueError(f"{part}: {name} is none of {', '.join(allowed)}")
+        cases.append(Case(shape, float(vram), names))
+    return cases
+
+
 def missing(engine: str) -> str | None:
     """Which packages an engine lacks here; None if it has all."""
     lacking = [name for name in _PACKAGES[engine] if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(lacking)}" if lacking else None
 
 
-def layers_on_gpu(vram_bytes: int, file_bytes: int, layers: int) -> int:
-    """How many layers llama.cpp can keep on the GPU; one more than the model has puts the output there too."""
-    layer_bytes = file_bytes // (layers + 1)
+def layers_on_gpu(vram_bytes: int, file_bytes: int, layers: int, kv_bytes: int = 0) -> int:
+    """How many layers llama.cpp can keep on the GPU; one more than the model has puts the output there too.
+
+    Args:
+      vram_bytes: that it may use.
+      file_bytes: of the model.
+      layers: that it has.
+      kv_bytes: of a layer's cache, which lies where the layer does.
+    """
+    layer_bytes = file_bytes // (layers + 1) + kv_bytes
     fit = max(vram_bytes - _LLAMA_CPP_RESERVE_BYTES, 0) // layer_bytes
     return int(min(fit, layers + 1))
 
 
-def _prompt(args: argparse.Namespace) -> list[int]:
+def _prompts(args: argparse.Namespace) -> np.ndarray:
+    """`[batch, prompt]`."""
     vocabulary = synthetic.SHAPES[args.shape].vocabulary
-    tokens: list[int] = np.random.default_rng(0).integers(300, vocabulary, args.prompt).tolist()
-    return tokens
+    length = args.prompt if args.batch == 1 else min(args.prompt, _BATCH_PROMPT)
+    return np.random.default_rng(0).integers(min(300, vocabulary // 2), vocabulary, (args.batch, length))
 
 
 def _airjax(args: argparse.Namespace) -> Peer:
     import jax
 
     import airjax
+    from airjax.bench import context_for, measure
+    from airjax.engine import stats as engine_stats
+    from airjax.plan import PREFILL_CHUNK
 
     if jax.devices()[0].platform == "cpu" and not args.cpu:
         raise NotRunError("JAX sees no GPU")
-    context = args.prompt + args.decode
-    engine = airjax.load(args.gguf, vram_budget_gib=args.vram_gib, context=context)
-    ids = _prompt(args)
+    prompt = _prompts(args).shape[1]
+    engine = airjax.load(
+        args.gguf,
+        vram_budget_gib=args.vram_gib,
+        context=context_for(args.batch, prompt, args.decode, PREFILL_CHUNK),
+        max_batch=None if args.batch == 1 else args.batch,
+    )
 
     def once() -> tuple[float, float]:
-        for _ in engine.generate(ids, max_tokens=args.decode + 1, ignore_eos=True):
-            pass
-        return engine.stats.prefill_s, engine.stats.decode_s
+        measured = measure(engine.model, batch=args.batch, prompt=prompt, decode=args.decode)
+        assert measured.prefill is not None
+        return measured.prefill.seconds, measured.decode.seconds
 
     plan = engine.plan
     note = f"{len(plan.resident)} of {len(plan.kv_slots)} layers resident, the others streamed"
-    return once, lambda: engine.stats.peak_device_bytes, note
+    return once, lambda: engine_stats.peak_device_bytes(engine.model.device), note
 
 
 def _llama_cpp(args: argparse.Namespace) -> Peer:
+    """Through the C functions: several sequences in one batch have no other way."""
     import llama_cpp
 
     has_gpu = llama_cpp.llama_supports_gpu_offload()
     if not has_gpu and not args.cpu:
         raise NotRunError("llama-cpp-python was built without GPU support")
-    layers = synthetic.SHAPES[args.shape].layers
-    fit = layers_on_gpu(int(args.vram_gib * GIB), os.path.getsize(args.gguf), layers)
+    shape, ids = synthetic.SHAPES[args.shape], _prompts(args)
+    batch, prompt = ids.shape
+    context = -(-(prompt + args.decode) // 256) * 256
+    kv_bytes = 4 * batch * context * shape.kv_heads * shape.head_width
+    fit = layers_on_gpu(int(args.vram_gib * GIB), os.path.getsize(args.gguf), shape.layers, kv_bytes)
     on_gpu = fit if has_gpu else 0
-    llm = llama_cpp.Llama(
-        args.gguf,
-        n_ctx=args.prompt + args.decode,
-        n_batch=args.prompt,
-        n_ubatch=args.prompt,
-        n_gpu_layers=on_gpu,
-        n_threads=os.cpu_count(),
-        n_threads_batch=os.cpu_count(),
-        flash_attn=True,
-        verbose=False,
-    )
-    ids = _prompt(args)
+    llama_cpp.llama_backend_init()
+    of_model = llama_cpp.llama_model_default_params()
+    of_model.n_gpu_layers = on_gpu
+    model = llama_cpp.llama_model_load_from_file(args.gguf.encode(), of_model)
+    if not model:
+        raise NotRunError("llama.cpp could not load the file")
+    of_context = llama_cpp.llama_context_default_params()
+    of_context.n_ctx, of_context.n_seq_max = batch * context, batch
+    of_context.n_batch = of_context.n_ubatch = max(prompt, _LLAMA_CPP_ROWS)
+    of_context.n_threads = of_context.n_threads_batch = os.cpu_count()
+    of_context.flash_attn_type = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED
+    running = llama_cpp.llama_init_from_model(model, of_context)
+    if not running:
+        raise NotRunError("llama.cpp could not make a context")
+    tokens = llama_cpp.llama_batch_init(max(prompt, _LLAMA_CPP_ROWS), 0, 1)
+
+    def decode(rows: list[tuple[int, int, int, bool]]) -> None:
+        """Rows of token, position, sequence and whether its logits are wanted."""
+        tokens.n_tokens = len(rows)
+        for at, (token, position, sequence, wanted) in enumerate(rows):
+            tokens.token[at], tokens.pos[at] = token, position
+            tokens.n_seq_id[at], tokens.seq_id[at][0] = 1, sequence
+            tokens.logits[at] = wanted
+        status = llama_cpp.llama_decode(running, tokens)
+        if status:
+            raise RuntimeError(f"llama_decode gave {status}")
 
     def once() -> tuple[float, float]:
-        llm.reset()
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(running), True)
         begin = time.perf_counter()
-        llm.eval(ids)
+        rows = [
+            (token, at, sequence, at == prompt - 1)
+            for sequence, own in enumerate(ids.tolist())
+            for at, token in enumerate(own)
+        ]
+        for first in range(0, len(rows), _LLAMA_CPP_ROWS):
+            decode(rows[first : first + _LLAMA_CPP_ROWS])
+        llama_cpp.llama_synchronize(running)
         prefilled = time.perf_counter()
-        for token in range(args.decode):
-            llm.eval([300 + token])
+        for step in range(args.decode):
+            decode([(300 + step, prompt + step, sequence, True) for sequence in range(batch)])
+            llama_cpp.llama_synchronize(running)
         return prefilled - begin, time.perf_counter() - prefilled
 
-    return once, lambda: None, f"{min(on_gpu, layers)} of {layers} layers on the GPU, the others on the CPU"
+    note = f"{min(on_gpu, shape.layers)} of {shape.layers} layers on the GPU, the others on the CPU"
+    return once, lambda: None, note
 
 
 def _accelerate(args: argparse.Namespace) -> Peer:
@@ -145,9 +219,10 @@ def _airllm(args: argparse.Namespace) -> Peer:
     import airllm
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not args.cpu:
         raise NotRunError("torch sees no GPU")
-    model = airllm.AutoModel.from_pretrained(args.checkpoint, dtype=torch.bfloat16)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    model = airllm.AutoModel.from_pretrained(args.checkpoint, device=device, dtype=torch.bfloat16)
     return _torch_round(args, model), _torch_peak, "bfloat16 checkpoint; every layer streamed"
 
 
@@ -155,7 +230,9 @@ def _torch_round(args: argparse.Namespace, model: Any) -> Round:
     import torch
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    prompt = torch.tensor([_prompt(args)], device=device)
+    if args.batch > 1:
+        raise NotRunError("one sequence only")
+    prompt = torch.tensor(_prompts(args), device=device)
 
     def once() -> tuple[float, float]:
         with torch.inference_mode():
@@ -199,111 +276,174 @@ def used_device_bytes() -> int | None:
 
 def worker(args: argparse.Namespace) -> None:
     """Runs one engine and writes what it measured, or why it was not run, to the file --answer."""
-    before = used_device_bytes()
+    before, begin = used_device_bytes(), time.monotonic()
+    rounds: list[tuple[float, float]] = []
     try:
         once, peak, note = ENGINES[args.worker](args)
-        once()
-        rounds = [once() for _ in range(args.rounds)]
-        prefill, decode = (statistics.median(column) for column in zip(*rounds, strict=True))
-        used = peak()
-        after = used_device_bytes()
-        if used is None and before is not None and after is not None:
-            used = after - before
-        answer: dict[str, Any] = {
-            "prefill_s": prefill,
-            "decode_s": decode,
-            "device_bytes": used,
-            "note": note,
-        }
+        loaded = time.monotonic()
+        while len(rounds) <= args.rounds:
+            rounds.append(once())
+            now = time.monotonic()
+            # The first round warms up, if there is time for another.
+            counted = rounds[1:] or rounds
+            prefill, decode = (statistics.median(column) for column in zip(*counted, strict=True))
+            used, after = peak(), used_device_bytes()
+            if used is None and before is not None and after is not None:
+                used = after - before
+            prompts = _prompts(args)
+            answer: dict[str, Any] = {
+                "prefill_rate": prompts.size / prefill,
+                "decode_rate": args.batch * args.decode / decode,
+                "device_bytes": used,
+                "rounds": len(counted),
+                "note": note,
+            }
+            # Written after each round: a time-out later loses nothing.
+            _write(args.answer, answer)
+            if now - begin + 1.2 * (now - loaded) / len(rounds) > args.timeout_s:
+                break
+        return
     except NotRunError as error:
         answer = {"not_run": str(error)}
     except Exception as error:
         answer = {"not_run": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    Path(args.answer).write_text(json.dumps(answer))
+    _write(args.answer, answer)
+
+
+def _write(path: str, answer: dict[str, Any]) -> None:
+    """All or nothing: the process may be ended in between."""
+    Path(f"{path}.new").write_text(json.dumps(answer))
+    os.replace(f"{path}.new", path)
 
 
 def run(engine: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One engine in a process of its own."""
+    """One engine in a process of its own, for at most `args.timeout_s`."""
     lacking = missing(engine)
     if lacking:
         return {"not_run": lacking}
+    if args.timeout_s < 5:
+        return {"not_run": "no time left before the deadline"}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, __file__, f"--worker={engine}", f"--answer={answer}"]
-        names = ("shape", "vram_gib", "prompt", "decode", "rounds", "gguf", "checkpoint")
-        command += [f"--{name}={getattr(args, name)}" for name in names] + ["--cpu"] * args.cpu
-        # JAX would take most of the GPU's memory at once, and its use could not be seen from outside.
-        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        try:
-            done = subprocess.run(command, env=environment, timeout=args.timeout_s, check=False)
-        except subprocess.TimeoutExpired:
-            return {"not_run": f"took longer than {args.timeout_s} s"}
-        if not answer.exists():
-            return {"not_run": f"the process ended with exit code {done.returncode}"}
-        return dict(json.loads(answer.read_text()))
-
-
-def format_table(results: dict[str, dict[str, Any]], prompt: int, decode: int) -> str:
-    """The results as a table; what was not run says why."""
-    lines = ["| engine | prefill tok/s | decode tok/s | VRAM GiB | how |", "| --- | --- | --- | --- | --- |"]
-    for name, result in results.items():
-        if "not_run" in result:
-            lines.append(f"| {name} | not run | not run | n/a | {result['not_run']} |")
-            continue
-        used = result["device_bytes"]
-        lines.append(
-            f"| {name} | {prompt / result['prefill_s']:.1f} | {decode / result['decode_s']:.2f} "
-            f"| {'n/a' if used is None else f'{used / GIB:.2f}'} | {result['note']} |"
+        names = (
+            "shape",
+            "vram_gib",
+            "batch",
+            "prompt",
+            "decode",
+            "rounds",
+            "gguf",
+            "checkpoint",
+            "timeout_s",
         )
+        command += [f"--{name}={getattr(args, name)}" for name in names] + ["--cpu"] * args.cpu
+        # JAX would take most of the GPU's memory at once, and its use could not be seen from outside. Nothing is looked
+        # for on a hub.
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONFAULTHANDLER": "1"}
+        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        log = Path(folder) / "log"
+        with log.open("w") as out:
+            try:
+                done = subprocess.run(
+                    command, env=environment, timeout=args.timeout_s, check=False, stdout=out, stderr=out
+                )
+                ended = f"the process ended with exit code {done.returncode}"
+            except subprocess.TimeoutExpired:
+                ended = f"took longer than {args.timeout_s:.0f} s"
+        if answer.exists():
+            return dict(json.loads(answer.read_text()))
+        told = log.read_text(errors="replace").splitlines()
+        print("\n".join(told[-30:]), file=sys.stderr, flush=True)
+        return {"not_run": ended}
+
+
+_COLUMNS = (
+    "model",
+    "VRAM GiB",
+    "engine",
+    "batch",
+    "prefill tok/s",
+    "decode tok/s",
+    "VRAM used",
+    "rounds",
+    "how",
+)
+
+
+def format_table(results: Sequence[tuple[str, float, str, int, dict[str, Any]]]) -> str:
+    """The results as a table; what was not run says why.
+
+    Args:
+      results: shape, VRAM in GiB, engine, batch and what the engine's process answered.
+    """
+    lines = [f"| {' | '.join(_COLUMNS)} |", f"|{' --- |' * len(_COLUMNS)}"]
+    for shape, vram_gib, engine, batch, result in results:
+        cells = [shape, f"{vram_gib:.2f}", engine, str(batch)]
+        if "not_run" in result:
+            cells += ["not run", "not run", "n/a", "0", result["not_run"]]
+        else:
+            used = result["device_bytes"]
+            cells += [f"{result['prefill_rate']:.1f}", f"{result['decode_rate']:.2f}"]
+            cells += ["n/a" if used is None else f"{used / GIB:.2f}", str(result["rounds"]), result["note"]]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Writes what the engines read, runs them and prints the table."""
+    begin = time.monotonic()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=sorted(synthetic.SHAPES), default="8b")
+    parser.add_argument("--cases", default="8b:2.79,70b:18.62:airjax+llama.cpp")
+    parser.add_argument("--batches", default="1,8,32", help="sequences that decode together")
     parser.add_argument("--type", choices=["Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K"], default="Q4_K")
-    parser.add_argument("--vram_gib", type=float, default=3.0)
-    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--prompt", type=int, default=512, help=f"for a batch at most {_BATCH_PROMPT}")
     parser.add_argument("--decode", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--timeout_s", type=float, default=300, help="of one engine")
+    parser.add_argument("--rounds", type=int, default=2, help="that count, if there is time")
+    parser.add_argument("--timeout_s", type=float, default=90, help="of one engine and batch")
+    parser.add_argument("--deadline_s", type=float, default=900, help="of the whole run")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
-    parser.add_argument("--engines", default=",".join(ENGINES))
-    parser.add_argument("--gguf", help="a file of this shape that is there already")
-    parser.add_argument("--checkpoint", help="likewise for transformers")
     parser.add_argument("--cpu", action="store_true", help="run without a GPU too, to try the script")
     parser.add_argument("--worker", choices=sorted(ENGINES), help=argparse.SUPPRESS)
-    parser.add_argument("--answer", help=argparse.SUPPRESS)
+    for name in ("answer", "shape", "gguf", "checkpoint"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    parser.add_argument("--vram_gib", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(args)
         return
-    engines = [name for name in args.engines.split(",") if name]
-    unknown = [name for name in engines if name not in ENGINES]
-    if unknown:
-        sys.exit(f"--engines must be some of {', '.join(ENGINES)}, got {unknown[0]}")
-    with tempfile.TemporaryDirectory(dir=args.folder, prefix="airjax-peers-") as made:
-        if args.gguf is None:
-            args.gguf = f"{made}/{args.shape}.gguf"
-            synthetic.write(args.gguf, synthetic.SHAPES[args.shape], gguf.GGMLQuantizationType[args.type])
-        torch_engines = [name for name in engines if "torch" in _PACKAGES[name] and missing(name) is None]
-        if args.checkpoint is None and torch_engines:
-            args.checkpoint = f"{made}/{args.shape}-hf"
-            synthetic.write_hf(Path(args.checkpoint), synthetic.SHAPES[args.shape])
-        results = {}
-        for name in engines:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            results[name] = run(name, args)
+    try:
+        cases = parse_cases(args.cases)
+        batches = [int(batch) for batch in args.batches.split(",")]
+    except ValueError as error:
+        sys.exit(f"--cases and --batches: {error}")
+    timeout_s, results = args.timeout_s, []
+    for case in cases:
+        args.shape, args.vram_gib = case.shape, case.vram_gib
+        with tempfile.TemporaryDirectory(dir=args.folder, prefix="airjax-peers-") as made:
+            args.gguf, args.checkpoint = f"{made}/model.gguf", f"{made}/hf"
+            shape = synthetic.SHAPES[case.shape]
+            synthetic.write(args.gguf, shape, gguf.GGMLQuantizationType[args.type])
+            for engine in case.engines:
+                torch_engine = "torch" in _PACKAGES[engine]
+                if torch_engine and missing(engine) is None and not os.path.exists(args.checkpoint):
+                    synthetic.write_hf(Path(args.checkpoint), shape)
+                for batch in batches if not torch_engine else batches[:1]:
+                    args.batch = batch
+                    args.timeout_s = min(timeout_s, args.deadline_s - (time.monotonic() - begin))
+                    print(f"{case.shape}, {engine}, batch {batch} ...", file=sys.stderr, flush=True)
+                    results.append((case.shape, case.vram_gib, engine, batch, run(engine, args)))
+                    print(format_table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(f"{datetime.date.today()}, {_gpu()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(", ".join(_versions()))
     print(
-        f"{args.shape} shape in {args.type}, VRAM {args.vram_gib} GiB, prompt {args.prompt}, {args.decode} decoded, "
-        f"median of {args.rounds} rounds\n"
+        f"{args.type}, prompts of {args.prompt} tokens ({_BATCH_PROMPT} in a batch), {args.decode} decoded, median of "
+        f"the rounds after the first\n"
     )
-    print(format_table(results, args.prompt, args.decode))
+    print(format_table(results))
 
 
 def _gpu() -> str:
@@ -315,13 +455,22 @@ def _gpu() -> str:
 
 
 def _versions() -> list[str]:
-    found = []
-    for name in ("jax", "llama-cpp-python", "torch", "transformers", "accelerate", "airllm"):
+    found = [f"llama-cpp-python {_llama_cpp_version()}"]
+    for name in ("jax", "torch", "transformers", "accelerate", "airllm"):
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             found.append(f"{name} not installed")
     return found
+
+
+def _llama_cpp_version() -> str:
+    """From the source of the package, which may lie there without having been installed."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        return "not installed"
+    told = re.search(r'__version__ = "([^"]+)"', Path(spec.origin).read_text())
+    return told[1] if told else "of unknown version"
 
 
 if __name__ == "__main__":

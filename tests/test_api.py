@@ -161,7 +161,7 @@ def _patched(path, target, old, new):
         (
             _ARCHITECTURE + b"llama",
             _ARCHITECTURE + b"mamba",
-            "architecture 'mamba' has state-space or linear-attention layers, which can't be run",
+            "architecture 'mamba' has state-space, linear-attention or convolution layers and can't be run",
         ),
     ],
 )

@@ -173,10 +173,13 @@ def test_the_bound_is_the_slowest_resource(slowest, bound):
     sweep = SweepTime(**(times | {slowest: 3.0}))
     assert sweep.bound == bound
     assert sweep.seconds == (4 if slowest in ("memory_s", "compute_s") else 3)
+    # Experts that the device fetches are waited for in the middle of a layer.
+    fetching = dataclasses.replace(sweep, by_turns=True)
+    assert fetching.seconds == (5 if slowest in ("link_s", "memory_s", "compute_s") else 3)
 
 
 @given(
-    st.sampled_from([field.name for field in dataclasses.fields(Ceilings)]),
+    st.sampled_from([name for name in vars(CEILINGS) if not name.startswith("links")]),
     st.floats(1.0, 100.0),
     st.sampled_from(["registered mapping", "ring"]),
     st.booleans(),
@@ -207,3 +210,42 @@ def test_streaming_fewer_bytes_is_never_slower(streamed, batch, rows):
 def test_counts_below_one_are_refused(batch, rows):
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         predict(PLAN, CONFIG, CEILINGS, batch, rows)
+
+
+def _several(form, **fields):
+    return dataclasses.replace(PLAN, devices=2, parallel=form, **fields)
+
+
+def test_devices_whose_links_share_a_root_complex_are_predicted_by_what_they_do_together():
+    shared = dataclasses.replace(
+        CEILINGS, links_alone_bytes_per_s=(100.0, 100.0), links_together_bytes_per_s=120.0
+    )
+    for form, batch in (("tensor", 1), ("tensor", 4), ("replica", 4)):
+        assert predict(_several(form), CONFIG, CEILINGS, batch, 60).decode.link_s == 1200 / 100
+        assert predict(_several(form), CONFIG, shared, batch, 60).decode.link_s == 1200 / 60
+    # One sequence is on one replica, whose link then has the root complex for itself.
+    assert predict(_several("replica"), CONFIG, shared, 1, 60).decode.link_s == 1200 / 100
+
+
+def test_replicas_serve_shares_of_a_batch_side_by_side():
+    one = predict(PLAN, CONFIG, CEILINGS, 2, 60)
+    two = predict(_several("replica"), CONFIG, CEILINGS, 4, 60)
+    assert two.decode_tokens_per_s == pytest.approx(2 * one.decode_tokens_per_s)
+    assert two.prefill_tokens_per_s == pytest.approx(2 * one.prefill_tokens_per_s)
+
+
+def test_the_stages_of_a_pipeline_take_turns_for_one_sequence_and_work_at_once_for_several():
+    streamed = {
+        "resident": (),
+        "streamed": (0, 1),
+        "resident_bytes": 0,
+        "kv_slots": (1000, 1000),
+        "kv_bytes": 16_000,
+    }
+    first = dataclasses.replace(PLAN, **streamed, globals_bytes=0, bytes_per_sweep=900)
+    last = dataclasses.replace(PLAN, **streamed, globals_bytes=1, bytes_per_sweep=300)
+    plan = _several("pipeline", parts=(first, last))
+    alone, several = (predict(plan, CONFIG, CEILINGS, batch, 60) for batch in (1, 4))
+    assert alone.decode_tokens_per_s == pytest.approx(1 / (9 + 3), rel=0.05)
+    assert several.decode_tokens_per_s == pytest.approx(2 / 9)
+    assert alone.decode.link_s == 9

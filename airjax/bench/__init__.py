@@ -12,6 +12,7 @@ from airjax.bench.measure import measure_at as measure_at
 from airjax.bench.plot import check_can_plot as check_can_plot
 from airjax.bench.plot import plot_sweeps as plot_sweeps
 from airjax.bench.probes import probe as probe
+from airjax.bench.probes import probe_links as probe_links
 from airjax.bench.report import format_report as format_report
 from airjax.bench.report import rows as rows
 from airjax.bench.report import summary as summary

@@ -30,9 +30,12 @@ def load_ceilings(path: Path, identity: Mapping[str, str], disk: str) -> Ceiling
         return None
     try:
         ceilings = Ceilings(**kept["ceilings"])
-    except TypeError:
+        alone = tuple(float(rate) for rate in ceilings.links_alone_bytes_per_s)
+    except (TypeError, ValueError):
         return None
-    return dataclasses.replace(ceilings, disk_bytes_per_s=kept["disks"].get(disk))
+    return dataclasses.replace(
+        ceilings, disk_bytes_per_s=kept["disks"].get(disk), links_alone_bytes_per_s=alone
+    )
 
 
 def save_ceilings(path: Path, identity: Mapping[str, str], disk: str, ceilings: Ceilings) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,7 @@ def measure(
     decode: int,
     seed: int = 0,
     sampler: sampling.Transform | None = None,
+    lanes: Sequence[Model] = (),
 ) -> Measurement:
     """Prefills random prompts and decodes, whatever tokens come, until nothing is compiled any more.
 
@@ -106,17 +107,18 @@ def measure(
       decode: tokens drawn of each sequence after the first, which the prefill gives.
       seed: of the prompts and the draws.
       sampler: None is greedy; a model of random weights soon repeats itself then, and uses the same experts.
+      lanes: models among which a batch is spread; none for `model` alone.
 
     Raises:
       ValueError: a number is out of range.
     """
-    if not 1 <= batch <= max(model.plan.max_batch, 1):
-        raise ValueError(
-            f"batch must be between 1 and {max(model.plan.max_batch, 1)}, for which the model was opened, got {batch}"
-        )
+    lanes = lanes or (model,)
+    most = max(model.plan.max_batch * len(lanes), 1)
+    if not 1 <= batch <= most:
+        raise ValueError(f"batch must be between 1 and {most}, for which the model was opened, got {batch}")
     if prompt < 1 or decode < 1:
         raise ValueError(f"prompt and decode must be at least 1, got {prompt} and {decode}")
-    needed = context_for(batch, prompt, decode, model.plan.prefill_chunk)
+    needed = context_for(batch, prompt, decode, model.plan.prefill_chunk, len(lanes))
     if needed > model.plan.context:
         raise ValueError(
             f"{prompt} + {decode} tokens of {batch} sequences need a context of {needed}, got {model.plan.context}"
@@ -129,24 +131,26 @@ def measure(
         key = jax.random.key(int(generator.integers(1 << 31)))
         if batch == 1:
             return _alone(model, prompts[0], count, chain, key)
-        return _together(model, prompts, count, chain, key)
+        return _together(lanes, prompts, count, chain, key)
 
     (prefilled, decoded), compiled = _warm(one_pass, decode)
-    return Measurement(batch, prompt, prefilled, decoded, peak_device_bytes(model.device), compiled)
+    return Measurement(batch, prompt, prefilled, decoded, peak_device_bytes(*model.devices), compiled)
 
 
-def context_for(batch: int, prompt: int, decode: int, chunk: int) -> int:
+def context_for(batch: int, prompt: int, decode: int, chunk: int, lanes: int = 1) -> int:
     """Positions that a sequence of a measured run needs.
 
-    While the prompts of a batch come in, a chunk in each sweep, the sequences before them decode already.
+    While the prompts of a batch come in, a chunk in each sweep, the sequences before them decode already; where it is
+    spread over lanes, those of a lane that is ahead decode twice as many at most.
 
     Args:
       batch: sequences together.
       prompt: tokens of each prompt.
       decode: tokens that all decode together.
       chunk: tokens of prompts in a sweep.
+      lanes: among which it is spread.
     """
-    return prompt + decode + (0 if batch == 1 else batch * -(-prompt // chunk))
+    return prompt + (decode + (0 if batch == 1 else batch * -(-prompt // chunk))) * min(lanes, 2)
 
 
 def measure_at(model: Model, *, position: int, decode: int, seed: int = 0) -> Measurement:
@@ -173,7 +177,7 @@ def measure_at(model: Model, *, position: int, decode: int, seed: int = 0) -> Me
     finally:
         model.wait()
         state.close()
-    return Measurement(1, position, None, phase, peak_device_bytes(model.device), compiled)
+    return Measurement(1, position, None, phase, peak_device_bytes(*model.devices), compiled)
 
 
 def _warm(run: Callable[[int], Any], decode: int) -> tuple[Any, bool]:
@@ -207,6 +211,7 @@ def _from_position(model: Model, state: engine.State, token: int, position: int,
         int(drawn[0])  # as a generation does, which gives the token out
         x = engine.embed(model, drawn[:, None]) if x is None else x
     seconds = time.perf_counter() - begin
+    model.count_fetched()
     return Phase(decode, seconds, stats.sweeps, stats.bytes_streamed, stats.wait_s)
 
 
@@ -246,11 +251,14 @@ def _alone(
 
 
 def _together(
-    model: Model, prompts: list[list[int]], decode: int, sampler: sampling.Transform, key: jax.Array
+    lanes: Sequence[Model], prompts: list[list[int]], decode: int, sampler: sampling.Transform, key: jax.Array
 ) -> tuple[Phase, Phase]:
     """A batch in shared sweeps; each sequence goes on until all have decoded `decode` tokens side by side."""
-    model.stats = engine.Stats()
-    scheduler = engine.Scheduler(model, sampler=sampler)
+    for lane in lanes:
+        lane.stats = engine.Stats()
+    several = [engine.Scheduler(lane, sampler=sampler) for lane in lanes]
+    scheduler = several[0] if len(several) == 1 else engine.Spread(several)
+    model = lanes[0]
     try:
         waiting = {
             scheduler.submit(
@@ -267,7 +275,8 @@ def _together(
         while waiting:
             waiting -= {event.request for event in _step(scheduler)}
         middle, first = time.perf_counter(), copy.deepcopy(scheduler.stats)
-        drawn = sum(len(_step(scheduler)) for _ in range(decode))
+        # Lanes report one after another; each step of theirs is a sweep.
+        drawn = sum(len(_step(scheduler)) for _ in range(decode * len(several)))
         end, stats = time.perf_counter(), copy.deepcopy(scheduler.stats)
     finally:
         scheduler.close()
@@ -285,7 +294,7 @@ def _together(
     )
 
 
-def _step(scheduler: engine.Scheduler) -> list[engine.Event]:
+def _step(scheduler: engine.Scheduler | engine.Spread) -> list[engine.Event]:
     events = scheduler.step()
     for event in events:
         if event.token is None or event.finish_reason:

@@ -8,7 +8,7 @@ import functools
 import mmap
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from airjax import quants
 from airjax.predict import Ceilings
-from airjax.streaming import PinnedMemory, PinningError
+from airjax.streaming import Links, PinnedMemory, PinningError
 from airjax.types import Array, LayerKV
 
 _READ_BYTES = 8 << 20
@@ -28,13 +28,20 @@ _REPEATS = 5
 _BF16 = np.dtype(jnp.bfloat16)
 
 
-def probe(device: jax.Device, path: str | os.PathLike[str], *, memory_bytes: int = 1 << 30) -> Ceilings:
+def probe(
+    device: jax.Device,
+    path: str | os.PathLike[str],
+    *,
+    memory_bytes: int = 1 << 30,
+    devices: Sequence[jax.Device] = (),
+) -> Ceilings:
     """Measures the ceilings, in a second or a few.
 
     Args:
       device: where the blocks run.
       path: the model's file, for the disk.
       memory_bytes: how much device memory the probes may take.
+      devices: several, whose links are measured alone and all at once.
 
     Returns:
       The best of several rounds each. On the CPU backend there is no link: None.
@@ -42,6 +49,7 @@ def probe(device: jax.Device, path: str | os.PathLike[str], *, memory_bytes: int
     with jax.default_device(device):
         on_cpu = device.platform == "cpu"
         up, down = (None, None) if on_cpu else probe_link(device, memory_bytes)
+        links = probe_links(devices, memory_bytes) if len(devices) > 1 else None
         return Ceilings(
             link_up_bytes_per_s=up,
             link_down_bytes_per_s=down,
@@ -51,6 +59,8 @@ def probe(device: jax.Device, path: str | os.PathLike[str], *, memory_bytes: int
             kernel_bytes_per_s=probe_kernel(device, 16_384, 8192),
             flops_per_s=probe_flops(512 if on_cpu else 8192, jnp.float32 if on_cpu else jnp.bfloat16),
             dispatch_s=probe_dispatch(),
+            links_alone_bytes_per_s=() if links is None else links.alone,
+            links_together_bytes_per_s=None if links is None else links.together,
         )
 
 
@@ -74,6 +84,41 @@ def probe_link(device: jax.Device, memory_bytes: int) -> tuple[float | None, flo
     arrays = [jnp.full(nbytes // 4, part, jnp.uint8) for part in range(4)]
     down = 4 * (nbytes // 4) / _best(lambda: jax.device_put(arrays, pinned))
     return up, down
+
+
+def probe_links(devices: Sequence[jax.Device], memory_bytes: int) -> Links | None:
+    """Measures every device's link alone, and all at once.
+
+    Args:
+      devices: of one host.
+      memory_bytes: of each device that may be taken.
+
+    Returns:
+      None on the CPU backend, or where memory can't be pinned.
+    """
+    if devices[0].platform == "cpu":
+        return None
+    nbytes = min(memory_bytes // 4, 256 << 20)
+    memories: list[PinnedMemory] = []
+    try:
+        # Each device has a source of its own, as it has its own part of a model.
+        for _ in devices:
+            memories.append(PinnedMemory.allocate(nbytes, pin=True))
+            memories[-1].array[:] = 1
+
+        def put(numbers: Sequence[int]) -> list[Array]:
+            return [jax.device_put(memories[n].array, devices[n]) for _ in range(4) for n in numbers]
+
+        def rate(numbers: Sequence[int]) -> float:
+            return 4 * nbytes * len(numbers) / _best(lambda: put(numbers))
+
+        numbers = range(len(devices))
+        return Links(tuple(rate([number]) for number in numbers), rate(numbers))
+    except PinningError:
+        return None
+    finally:
+        for memory in memories:
+            memory.close()
 
 
 def probe_disk(path: str | os.PathLike[str]) -> float | None:

@@ -56,6 +56,8 @@ def rows(
         "resident_layers": len(plan.resident),
         "streamed_layers": len(plan.streamed),
         "tier": plan.tier,
+        "devices": plan.devices,
+        "parallel": plan.parallel,
         "peak_device_bytes": peak,
         "planned_peak_bytes": plan.peak_bytes,
         "vram_budget_bytes": plan.vram_budget_bytes,
@@ -118,7 +120,9 @@ def format_report(report: Mapping[str, Any]) -> str:
     plans: list[str] = []
     for run in report["runs"]:
         text = (
-            f"batch {run['batch']}: {run['resident_layers']} layers resident, {run['streamed_layers']} streamed by "
+            f"batch {run['batch']}: "
+            f"{str(run['devices']) + ' devices, ' + run['parallel'] + ': ' if run['parallel'] else ''}"
+            f"{run['resident_layers']} layers resident, {run['streamed_layers']} streamed by "
             f"{run['tier']}; peak planned {run['planned_peak_bytes'] / GIB:.3f} GiB, "
             f"workspace planned {run['planned_workspace_bytes'] / GIB:.3f} GiB, "
             f"by the compiled programs {_number(run['compiled_workspace_bytes'], 3, 1 / GIB, ' GiB')}, "
@@ -155,7 +159,7 @@ def _row(
         "predicted_bound": None if sweep is None else sweep.bound,
         "bytes_per_sweep": phase.bytes_per_sweep,
         "bytes_per_s": phase.bytes_per_s,
-        "link_share": _share(phase.bytes_per_s, ceilings.link_up_bytes_per_s),
+        "link_share": _share(phase.bytes_per_s, _all_links(plan, ceilings)),
         "disk_share": _share(phase.bytes_per_s, ceilings.disk_bytes_per_s) if plan.tier == "ring" else None,
         "stall_share": phase.stall_share,
         "expert_hit_rate": None if phase.experts is None else phase.experts.hit_rate,
@@ -181,6 +185,12 @@ def _cells(run: Mapping[str, Any]) -> list[str]:
         _number(run["stall_share"], 1, 100),
         f"{peak}/{run['vram_budget_bytes'] / GIB:.2f}",
     ]
+
+
+def _all_links(plan: Plan, ceilings: Ceilings) -> float | None:
+    """Bytes per second over all links that the plan uses."""
+    one = ceilings.link_of(plan.devices)
+    return None if one is None else one * plan.devices
 
 
 def _share(rate: float | None, limit: float | None) -> float | None:

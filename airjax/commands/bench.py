@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from airjax.commands.ceilings import probe_ceilings
-from airjax.commands.options import Flags, define_model, define_plan, load_engine
+from airjax.commands.options import (
+    Flags,
+    define_devices,
+    define_model,
+    define_plan,
+    load_engine,
+    parse_devices,
+)
 from airjax.commands.plan import budget_bytes
 
 if TYPE_CHECKING:
@@ -33,6 +40,7 @@ def define_flags(values: Flags) -> None:
     """Declares the command's flags."""
     define_model(values)
     define_plan(values)
+    define_devices(values)
     flags.DEFINE_string(
         "batch", "1", "Sequences that decode together: numbers with commas.", flag_values=values
     )
@@ -66,8 +74,6 @@ def run(values: Flags) -> None:
             raise ValueError(f"{name} must be at least 1, got {number}")
     if values.decode_at is not None and batches != [1]:
         raise ValueError(f"decode_at runs one sequence, got --batch={values.batch}: pass --batch=1")
-    import jax
-
     from airjax import api, bench
     from airjax.engine.workspace import compiled_workspace
     from airjax.gguf import open_gguf
@@ -75,12 +81,14 @@ def run(values: Flags) -> None:
 
     if values.plot:
         bench.check_can_plot()
-    device = jax.devices()[0]
+    devices = api.choose_devices(parse_devices(values.devices))
+    device = devices[0]
     budget = budget_bytes(values, "vram_budget_gib", api.free_device_bytes(device))
     open_gguf(values.model).close()  # a file that is none is refused before the machine is probed
     _say("probing the machine")
     # Small beside the model, so that the peak measured later is the model's.
-    ceilings = probe_ceilings(device, values.model, memory_bytes=max(min(1 << 30, budget // 4), 1 << 20))
+    memory = max(min(1 << 30, budget // 4), 1 << 20)
+    ceilings = probe_ceilings(device, values.model, memory_bytes=memory, devices=devices)
     runs: list[dict[str, Any]] = []
     described: dict[str, Any] = {}
     for batch in batches:
@@ -120,14 +128,17 @@ def parse_batches(text: str) -> list[int]:
 
 
 def _load(values: Flags, batch: int, trace: bool = False) -> Engine:
-    from airjax import bench
+    from airjax import api, bench
 
+    # Of several batches side by side each takes its share; whether there will be several "auto" decides later.
+    lanes = len(api.choose_devices(parse_devices(values.devices))) if values.parallel != "tensor" else 1
     context = (
-        bench.context_for(batch, values.prompt, values.decode, values.prefill_chunk)
+        bench.context_for(batch, values.prompt, values.decode, values.prefill_chunk, lanes)
         if values.decode_at is None
         else values.decode_at + values.decode
     )
-    return load_engine(values, context=context, max_batch=None if batch == 1 else batch, trace=trace)
+    share = batch if values.parallel == "auto" else -(-batch // lanes)
+    return load_engine(values, context=context, max_batch=None if batch == 1 else share, trace=trace)
 
 
 def _measure(values: Flags, engine: Engine, batch: int, decode: int) -> Measurement:
@@ -135,7 +146,14 @@ def _measure(values: Flags, engine: Engine, batch: int, decode: int) -> Measurem
 
     if values.decode_at is not None:
         return bench.measure_at(engine.model, position=values.decode_at, decode=decode, seed=values.seed)
-    return bench.measure(engine.model, batch=batch, prompt=values.prompt, decode=decode, seed=values.seed)
+    return bench.measure(
+        engine.model,
+        batch=batch,
+        prompt=values.prompt,
+        decode=decode,
+        seed=values.seed,
+        lanes=engine.lanes if batch > 1 else (),
+    )
 
 
 def _trace(values: Flags, batch: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
     from airjax.api import Engine
     from airjax.predict import Ceilings, Prediction
+    from airjax.streaming import Links
 
 
 def user_cache_dir() -> Path:
@@ -30,17 +32,27 @@ def cached_ceilings(device: jax.Device, model: str) -> Ceilings | None:
     return bench.load_ceilings(_path(), bench.identity(device), bench.disk_of(model))
 
 
-def probe_ceilings(device: jax.Device, model: str, memory_bytes: int = 1 << 30) -> Ceilings:
+def cached_links(devices: Sequence[jax.Device], model: str) -> Links | None:
+    """What the links of exactly so many devices can do, if that was measured."""
+    ceilings = cached_ceilings(devices[0], model) if len(devices) > 1 else None
+    links = None if ceilings is None else ceilings.links
+    return links if links is not None and len(links.alone) == len(devices) else None
+
+
+def probe_ceilings(
+    device: jax.Device, model: str, memory_bytes: int = 1 << 30, devices: Sequence[jax.Device] = ()
+) -> Ceilings:
     """Measures the ceilings and keeps them.
 
     Args:
       device: where the blocks run.
       model: the file, read for the disk's rate.
       memory_bytes: device memory that the probes may take.
+      devices: several, whose links are measured too.
     """
     from airjax import bench
 
-    ceilings = bench.probe(device, model, memory_bytes=memory_bytes)
+    ceilings = bench.probe(device, model, memory_bytes=memory_bytes, devices=devices)
     bench.save_ceilings(_path(), bench.identity(device), bench.disk_of(model), ceilings)
     return ceilings
 

@@ -14,6 +14,7 @@ from airjax.commands.options import (
     define_devices,
     define_draft,
     define_grammar,
+    define_hosts,
     define_run,
     define_sampler,
     make_grammar,
@@ -40,6 +41,7 @@ def define_flags(values: Flags) -> None:
     define_grammar(values)
     define_draft(values)
     define_devices(values)
+    define_hosts(values)
     flags.DEFINE_string("prompt", None, "What to continue; - reads it from stdin.", flag_values=values)
     flags.DEFINE_bool(
         "chat", False, "Wrap the prompt as a user's message, by the file's template.", flag_values=values
@@ -49,10 +51,12 @@ def define_flags(values: Flags) -> None:
 
 def run(values: Flags) -> None:
     """Runs the command."""
-    prompt = read_prompt(values.prompt)
     sampler = make_sampler(values)
     import jax
 
+    from airjax.engine import hosts
+
+    prompt = hosts.share(read_prompt(values.prompt) if hosts.first() else None)
     with open_engine(values) as engine:
         if values.chat:
             ids = engine.apply_chat_template([{"role": "user", "content": prompt}])

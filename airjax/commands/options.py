@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from absl import flags
 
+from airjax.commands.ceilings import cached_links
+
 if TYPE_CHECKING:
     from airjax.api import Engine
     from airjax.sampling import Transform
@@ -109,8 +111,34 @@ def define_devices(values: Flags) -> None:
     flags.DEFINE_string(
         "devices",
         "1",
-        "Cut each layer among so many devices, whose links all stream at once; auto: all. Budgets of device memory are "
-        "of each.",
+        "How many devices share the work; auto: all. Budgets of device memory are of each.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "parallel",
+        "auto",
+        ["auto", "tensor", "pipeline", "replica"],
+        "How: tensor cuts each layer among them, whose links all stream at once; pipeline gives each a run of layers; "
+        "replica a whole model for requests of its own; auto chooses, and airjax plan says why.",
+        flag_values=values,
+    )
+
+
+def define_hosts(values: Flags) -> None:
+    """Several processes, on several hosts, that share the work."""
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "Share the work among processes that are given the same flags: HOST:PORT of the first one, a free port there; "
+        "auto: as Slurm, Kubernetes or MPI say. Then all devices of all are used.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.", 1, flag_values=values)
+    flags.DEFINE_integer(
+        "process_id",
+        None,
+        "Which of them this is, from 0; that one prints and serves.",
+        0,
         flag_values=values,
     )
 
@@ -249,7 +277,10 @@ def load_engine(values: Flags, **options: Any) -> Engine:
     from airjax import api
 
     if "devices" in values:
-        options |= {"devices": parse_devices(values.devices)}
+        count = parse_devices(values.devices)
+        options |= {"devices": count, "parallel": values.parallel}
+        if count != 1 and values.parallel == "auto":
+            options |= {"links": cached_links(api.choose_devices(count), values.model)}
     if "draft" in values:
         options |= {"draft": values.draft, "draft_max": values.draft_max}
     return api.load(

@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from airjax.commands.ceilings import cached_ceilings, probe_ceilings
-from airjax.commands.options import Flags, define_context, define_model, define_plan
+from airjax.commands.ceilings import cached_ceilings, cached_links, probe_ceilings
+from airjax.commands.options import (
+    Flags,
+    define_context,
+    define_devices,
+    define_model,
+    define_plan,
+    parse_devices,
+)
 
 if TYPE_CHECKING:
     from airjax.predict import Prediction
@@ -18,6 +25,7 @@ USES_JAX = True
 _PROMPT = 512
 HELP = """
   airjax plan --model=FILE.gguf --vram_budget_gib=8 [--ram_budget_gib=32] [--context=8192] [--probe] [--json]
+  airjax plan --model=FILE.gguf --vram_budget_gib=20 --devices=2 [--parallel=pipeline] [--max_batch=8]
 
 The decision that a run would make, before it takes any memory, and the speed it predicts where the machine's
 ceilings are known: --probe measures them, as airjax bench does, and they are kept.
@@ -29,6 +37,10 @@ def define_flags(values: Flags) -> None:
     define_model(values)
     define_plan(values)
     define_context(values)
+    define_devices(values)
+    flags.DEFINE_integer(
+        "max_batch", None, "Sequences that share a sweep. Default: one alone.", flag_values=values
+    )
     flags.DEFINE_bool("json", False, "Print JSON.", flag_values=values)
     flags.DEFINE_bool(
         "probe", False, "Measure link, disk and memory first, for the prediction.", flag_values=values
@@ -37,23 +49,28 @@ def define_flags(values: Flags) -> None:
 
 def run(values: Flags) -> None:
     """Runs the command."""
-    import jax
-
-    from airjax import api, models
+    from airjax import api, engine, models
     from airjax.engine.stats import has_compact_allocator
-    from airjax.gguf import build_manifest, open_gguf
-    from airjax.plan import format_plan, make_plan, to_dict
+    from airjax.gguf import open_gguf
+    from airjax.plan import format_plan, to_dict
     from airjax.predict import predict
 
-    device = jax.devices()[0]
+    devices = api.choose_devices(parse_devices(values.devices))
+    device = devices[0]
+    # Measured first, since the form follows from the links.
+    if values.probe:
+        probe_ceilings(device, values.model, devices=devices)
+    ceilings = cached_ceilings(device, values.model)
     on_cpu = device.platform == "cpu"
     with open_gguf(values.model) as gguf:
         compute_dtype = values.compute_dtype or ("float32" if on_cpu else "bfloat16")
-        _, config = models.from_gguf(gguf, compute_dtype, values.kv_dtype)
-        plan = make_plan(
+        _, config = models.from_gguf(gguf, compute_dtype, values.kv_dtype, values.context)
+        plan, config = engine.plan_form(
             gguf,
-            build_manifest(gguf),
             config,
+            devices,
+            parallel=values.parallel,
+            links=cached_links(devices, values.model),
             backend=device.platform,
             vram_budget_bytes=budget_bytes(values, "vram_budget_gib", api.free_device_bytes(device)),
             ram_budget_bytes=budget_bytes(values, "ram_budget_gib", api.free_host_bytes()),
@@ -63,11 +80,12 @@ def run(values: Flags) -> None:
             kv_shuttle=values.kv_shuttle,
             prefill_chunk=values.prefill_chunk,
             compact=has_compact_allocator(device),
+            max_batch=values.max_batch,
+            kv_tokens=None,
+            tier="auto",
         )
-    find = probe_ceilings if values.probe else cached_ceilings
-    ceilings = find(device, values.model)
-    rows = max(min(_PROMPT, plan.context - 1), 1)
-    prediction = None if ceilings is None else predict(plan, config, ceilings, 1, rows)
+    rows, batch = max(min(_PROMPT, plan.context - 1), 1), values.max_batch or 1
+    prediction = None if ceilings is None else predict(plan, config, ceilings, batch, rows)
     if values.json:
         told = None if prediction is None else dataclasses.asdict(prediction)
         print(json.dumps(to_dict(plan) | {"prediction": told}, indent=2))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -14,10 +16,15 @@ from airjax.commands.options import (
     define_context,
     define_devices,
     define_draft,
+    define_hosts,
     define_model,
     define_plan,
     load_engine,
 )
+
+if TYPE_CHECKING:
+    from airjax.api import Engine
+    from airjax.server.worker import Worker
 
 USES_JAX = True
 _SWITCH_INTERVAL_S = 0.0005
@@ -36,6 +43,7 @@ def define_flags(values: Flags) -> None:
     define_context(values)
     define_draft(values)
     define_devices(values)
+    define_hosts(values)
     flags.DEFINE_string("host", "127.0.0.1", "The address to listen on.", flag_values=values)
     flags.DEFINE_integer("port", 3000, "The port.", 0, 65535, flag_values=values)
     flags.DEFINE_string(
@@ -81,12 +89,56 @@ def run(values: Flags) -> None:
     """Runs the command."""
     if values.draft == "self":
         raise ValueError("draft must be none, lookup or a GGUF file for a server, got 'self'")
-    from airjax import api
+    from airjax.engine import hosts
+    from airjax.server.lockstep import follow
+    from airjax.server.warm import warm_up
+    from airjax.server.worker import first_pages
+
+    def whole_cache(opened: Engine) -> bool:
+        if values.warm_up == "auto":
+            return opened.model.device.platform != "cpu"
+        return bool(values.warm_up == "full")
+
+    def load(worker: Worker | None) -> Engine:
+        def tell(stage: str) -> None:
+            if worker is not None:
+                worker.stage = stage
+
+        opened = open_model(values)
+        try:
+            if worker is not None:
+                worker.whole_cache = whole_cache(opened)
+            warm_up(opened, whole_cache(opened), tell)
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+
+    if hosts.first():
+        serve(values, load)
+    else:
+        follow(lambda: load(None), lambda opened: first_pages(opened, whole_cache(opened)))
+
+
+def open_model(values: Flags) -> Engine:
+    """The engine that the flags ask for."""
+    return load_engine(values, context=values.context, max_batch=values.max_batch, kv_tokens=values.kv_tokens)
+
+
+def serve(values: Flags, load: Callable[[Worker], Engine]) -> None:
+    """Serves until SIGTERM or ctrl-C.
+
+    Args:
+      values: the flags.
+      load: gives the engine, on the worker's thread.
+
+    Raises:
+      ValueError: the port is taken, the host is not ours, or the keys cannot be read.
+    """
     from airjax.server.app import make_app
     from airjax.server.listener import Listener, listen
     from airjax.server.metrics import Metrics
     from airjax.server.state import Options, State
-    from airjax.server.warm import warm_up
     from airjax.server.worker import Worker
 
     options = Options(
@@ -97,32 +149,12 @@ def run(values: Flags) -> None:
         log_prompts=values.log_prompts,
     )
     logging.getLogger("airjax.server").setLevel(logging.INFO)
-
-    def tell(stage: str) -> None:
-        worker.stage = stage
-
-    def load() -> api.Engine:
-        opened = load_engine(
-            values, context=values.context, max_batch=values.max_batch, kv_tokens=values.kv_tokens
-        )
-        try:
-            full = (
-                opened.model.device.platform != "cpu"
-                if values.warm_up == "auto"
-                else values.warm_up == "full"
-            )
-            warm_up(opened, full, tell)
-        except BaseException:
-            opened.close()
-            raise
-        return opened
-
     # The engine's thread needs the interpreter for moments only; by default it would wait 5 ms for each of them while
     # the loop is busy.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     with listen(values.host, values.port) as opened:
         metrics = Metrics()
-        worker = Worker(load, metrics, values.max_queue, on_failure=lambda: listener.end())
+        worker = Worker(lambda: load(worker), metrics, values.max_queue, on_failure=lambda: listener.end())
         listener = Listener(make_app(State(options, worker, metrics)), values.drain_timeout_s)
         host, port = opened.getsockname()[:2]
         print(f"airjax: serving {options.model_name} on http://{host}:{port}", file=sys.stderr, flush=True)

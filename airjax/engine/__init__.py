@@ -1,9 +1,14 @@
 """The engine: token ids in, logits and token ids out. It knows no text."""
 
+from airjax.engine import hosts as hosts
 from airjax.engine.beams import Hypothesis as Hypothesis
 from airjax.engine.beams import beam_search as beam_search
 from airjax.engine.beside import Beside as Beside
 from airjax.engine.beside import generate_beside as generate_beside
+from airjax.engine.forms import PARALLEL as PARALLEL
+from airjax.engine.forms import Parallel as Parallel
+from airjax.engine.forms import open_lanes as open_lanes
+from airjax.engine.forms import plan_form as plan_form
 from airjax.engine.generation import Draw as Draw
 from airjax.engine.generation import generate as generate
 from airjax.engine.generation import score as score
@@ -17,6 +22,7 @@ from airjax.engine.inside import logit_lens as logit_lens
 from airjax.engine.inside import token_stats as token_stats
 from airjax.engine.lookup import embed as embed
 from airjax.engine.model import Model as Model
+from airjax.engine.model import check_alike as check_alike
 from airjax.engine.model import open_model as open_model
 from airjax.engine.request import Constraint as Constraint
 from airjax.engine.request import Event as Event
@@ -35,6 +41,7 @@ from airjax.engine.session import resume as resume
 from airjax.engine.session import rollback as rollback
 from airjax.engine.sessionfile import restore as restore
 from airjax.engine.sessionfile import save as save
+from airjax.engine.spread import Spread as Spread
 from airjax.engine.stats import Stats as Stats
 from airjax.engine.sweep import State as State
 from airjax.engine.sweep import new_state as new_state

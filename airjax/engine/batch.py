@@ -13,10 +13,14 @@ import numpy as np
 
 from airjax import layers
 from airjax.engine.experts import attend_and_route, run_experts
+from airjax.engine.fetched import run_fetched
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
+from airjax.engine.passing import Passing
+from airjax.engine.pipeline import Passage
+from airjax.engine.stages import chain
 from airjax.engine.step import paged_block_step, paged_run_step
-from airjax.engine.sweep import run_end, settle, watch_run
+from airjax.engine.sweep import run_end, settles, watch_run
 from airjax.plan import KV_PAGE
 from airjax.types import Array, LayerKV, PagedKV
 
@@ -61,10 +65,12 @@ class PagedState:
 def new_pages(model: Model, count: int) -> PagedState:
     """`count` empty pages in every layer."""
     config = model.config
-    shape = (count, config.all_kv_heads, KV_PAGE, config.head_dim)
-    return PagedState(
-        [layers.empty_cache(shape, config.kv_dtype, model.by_heads) for _ in range(config.n_layers)]
-    )
+    empty = []
+    for layer, kind in enumerate(model.kinds):
+        heads, width = config.all_kv_shape(kind)
+        place = model.cache_at(layer)
+        empty.append(layers.empty_cache((count, heads, KV_PAGE, width), config.kv_dtype, place))
+    return PagedState(empty)
 
 
 def grow_pages(state: PagedState, count: int) -> None:
@@ -105,9 +111,7 @@ def copy_pages(state: PagedState, sources: Sequence[int], targets: Sequence[int]
 
 def place(model: Model, groups: Sequence[Group]) -> list[tuple[Array, Array]]:
     """Positions and page tables of groups on the device."""
-    placed: list[tuple[Array, Array]] = jax.device_put(
-        [(group.positions, group.table) for group in groups], model.everywhere
-    )
+    placed: list[tuple[Array, Array]] = model.put([(group.positions, group.table) for group in groups])
     return placed
 
 
@@ -133,21 +137,48 @@ def shared_sweep(
       ReadError: a reader thread failed.
     """
     model.gguf.check_unchanged()
-    config = model.config
     placed = place(model, groups) if placed is None else placed
-    xs = [embed(model, group.ids) for group in groups]
     model.begin_sweep()
+    if model.plan.streamed or model.pool is not None:
+        xs = _pass(model, groups, state, placed)
+    else:  # nothing to share: one after the other, so that a decoding group goes in runs of layers
+        xs = [_pass(model, [group], state, [own])[0] for group, own in zip(groups, placed, strict=True)]
+    model.count_sweep(state)
+    return xs
+
+
+def _pass(
+    model: Model, groups: Sequence[Group], state: PagedState, placed: Sequence[tuple[Array, Array]]
+) -> list[Array]:
+    """All layers for groups that share each of them."""
+    xs = [embed(model, group.ids) for group in groups]
+    with Passage(model, list(placed)) as passage:
+        return _through(model, groups, state, xs, passage)
+
+
+def _through(
+    model: Model, groups: Sequence[Group], state: PagedState, xs: list[Array], passage: Passage
+) -> list[Array]:
+    config = model.config
     layer = 0
     while layer < config.n_layers:
+        xs, placed = passage.at(layer, xs)
         end = run_end(model, state, layer, groups[0].positions, _RUN_LAYERS) if len(groups) == 1 else layer
         if end > layer:
             xs = [_run(model, xs[0], state, range(layer, end), *placed[0])]
+            watch_run(model, xs[0], range(layer, end))
             layer = end
             continue
         step = paged_block_step(model.manifest.layers[layer].layout, config, model.kinds[layer])
-        weights = model.weights.take(layer)
-        if model.pool_holds(layer):
-            before = xs[-1]
+        weights = model.weights.take(layer, xs[-1])
+        wait = [settles(model, layer, group.positions) for group in groups]
+        if model.device_fetches(layer):
+            xs = [
+                _run(model, x, state, range(layer, layer + 1), *where)
+                for x, where in zip(xs, placed, strict=True)
+            ]
+        elif model.pool_holds(layer):
+            assert not isinstance(weights, Passing)
             routed = []
             for x, (positions, table) in zip(xs, placed, strict=True):
                 pages = PagedKV(state.layers[layer], table)
@@ -155,29 +186,28 @@ def shared_sweep(
                 routed.append(part)
             xs = run_experts(model, layer, routed, [group.positions for group in groups])
         else:
-            for at, (positions, table) in enumerate(placed):
-                before = xs[at]
-                xs[at], state.layers[layer] = step(weights, before, state.layers[layer], table, positions)
-                settle(model, layer, groups[at].positions, xs[at])
+            calls = [(step, x, (table, positions)) for x, (positions, table) in zip(xs, placed, strict=True)]
+            xs, state.layers[layer] = chain(weights, state.layers[layer], calls, wait)
         model.pending = xs[-1]
         if model.timeline is not None:
-            model.timeline.watch("compute", f"layer {layer}", xs[-1])
-        # Groups run in order: when the last one's input is ready, no earlier layer is at work.
-        model.weights.release(layer, weights, before, done=xs[-1])
+            model.timeline.watch(model.lane(layer), f"layer {layer}", xs[-1])
+        model.weights.release(layer, weights, done=xs[-1])
+        if wait[-1]:
+            jax.block_until_ready(xs[-1])
         layer += 1
-    model.count_sweep(state)
     return xs
 
 
 def _run(model: Model, x: Array, state: PagedState, run: range, positions: Array, table: Array) -> Array:
-    blocks = tuple((model.manifest.layers[layer].layout, model.kinds[layer]) for layer in run)
-    buffers = [model.weights.take(layer) for layer in run]
     pages = [state.layers[layer] for layer in run]
-    x, state.layers[run.start : run.stop] = paged_run_step(blocks, model.config)(
-        buffers, x, pages, table, positions
-    )
+    if model.pool is not None:
+        x, pages = run_fetched(model, run, x, pages, table, positions, None)
+    else:
+        blocks = tuple((model.manifest.layers[layer].layout, model.kinds[layer]) for layer in run)
+        buffers = [model.weights.take(layer) for layer in run]
+        x, pages = paged_run_step(blocks, model.config)(buffers, x, pages, table, positions)
+    state.layers[run.start : run.stop] = pages
     model.pending = x
-    watch_run(model, x, run)
     return x
 
 

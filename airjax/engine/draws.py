@@ -13,8 +13,8 @@ from airjax.engine.generation import why_undrawn
 from airjax.engine.model import Model
 from airjax.engine.request import Request
 from airjax.engine.sequence import Rows
-from airjax.engine.step import draw_rows_step, put_row
-from airjax.sampling import Transform
+from airjax.engine.step import draw_rows_step, pack_row, put_row, scaled_rows_step
+from airjax.sampling import Transform, only_temperature
 from airjax.types import Array
 
 
@@ -31,13 +31,15 @@ class Draws:
         self.spare = slots
         self._model = model
         self._sampler = sampler
+        # Slots whose samplers have a temperature alone, which is looked at once here and not with every draw.
+        self._scaled = [True] * (slots + 1)
         nothing = np.full((slots + 1, 1), -1, np.int32)
-        self._states, self._keys = jax.device_put(
+        self._states, self._keys, self._temperatures = model.put(
             (
                 sampler.init(nothing, model.config.vocab_size),
                 jax.random.split(jax.random.key(0), slots + 1),
+                np.ones(slots + 1, np.float32),
             ),
-            model.everywhere,
         )
 
     def suits(self, request: Request) -> bool:
@@ -54,8 +56,14 @@ class Draws:
 
     def put(self, slot: int, row: Any, key: Array) -> None:
         """Gives a slot its state and its key."""
-        self._states = put_row(self._states, row, np.int32(slot))
-        self._keys = put_row(self._keys, key[None], np.int32(slot))
+        row = jax.device_get(row)
+        temperature = only_temperature(self._sampler.apply, row)
+        self._scaled[slot] = temperature is not None
+        given = np.ones(1, np.float32) if temperature is None else temperature
+        packed = pack_row((row, given, np.asarray(jax.random.key_data(key))))
+        self._states, self._temperatures, self._keys = put_row(
+            (self._states, self._temperatures, self._keys), packed, np.int32(slot)
+        )
 
     def row(self, slot: int) -> Any:
         """The state of a slot, `[1, ...]`."""
@@ -65,11 +73,26 @@ class Draws:
         """A copy of the states, the keys, and the sampler's `apply`: for draws that nobody is told of."""
         return _copied(self._states), self._keys, self._sampler.apply
 
-    def launch(self, x: Array, rows: Rows, allowed: np.ndarray | None, top: int) -> Any:
-        """Dispatches the draws of a call; see `draw_rows_step`."""
-        draw = draw_rows_step(self._model.layouts, self._model.config, self._sampler.apply, top)
+    def launch(self, x: Array, rows: Rows, slots: Sequence[int], allowed: np.ndarray | None, top: int) -> Any:
+        """Dispatches the draws of a call for the sequences in `slots`; see `draw_rows_step`."""
+        model = self._model
+        if all(self._scaled[slot] for slot in slots):
+            step = scaled_rows_step(model.layouts, model.config, top)
+            out = step(
+                model.globals,
+                x,
+                rows.last,
+                rows.slots,
+                self._temperatures,
+                self._keys,
+                rows.counts,
+                allowed,
+            )
+            model.pending = out
+            return out
+        draw = draw_rows_step(model.layouts, model.config, self._sampler.apply, top)
         out, self._states = draw(
-            self._model.globals,
+            model.globals,
             x,
             rows.last,
             rows.slots,
@@ -79,7 +102,7 @@ class Draws:
             rows.counts,
             allowed,
         )
-        self._model.pending = out
+        model.pending = out
         return out
 
     def why_not(self, slot: int, token: int, x: Array, last: Array, allowed: np.ndarray | None) -> str:

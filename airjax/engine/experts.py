@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from airjax import layers, models, quants
+from airjax.engine.passing import Passing
 from airjax.engine.step import jit
 from airjax.gguf import ExpertSlot, Layout
-from airjax.models import Buffers, Config
+from airjax.models import Buffers, Config, Weights
+from airjax.streaming import Pool
 from airjax.types import Array, KVCache, LayerKV, PagedKV, TreeKV
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ def _router_of(model: Model, layer: int) -> tuple[Buffers | None, Layout | None]
             part = {capability: {name: arrays[name] for name, _ in some}}
             model.routers[layer] = part, layout._replace(tensors=some)
         return model.routers[layer]
+    assert not isinstance(buffers, Passing)
     return buffers, layout
 
 
@@ -98,7 +101,7 @@ def run_experts(
       The new hidden states of each, `[B, T, D]`.
     """
     pool, config = model.pool, model.config
-    assert pool is not None
+    assert isinstance(pool, Pool)
     experts, used = config.experts.count, config.experts.routing.used
     for part in routed:
         part.picks.copy_to_host_async()
@@ -141,6 +144,26 @@ def _mask(group: np.ndarray, experts: int) -> np.ndarray:
     return active
 
 
+def attend(
+    weights: Weights,
+    x: Array,
+    cache: KVCache,
+    positions: Array,
+    config: Config,
+    kind: str,
+    length: int | None,
+) -> tuple[Array, Array, KVCache]:
+    """A layer up to its router, inside jit: hidden states after attention, what the experts take, and the cache."""
+    architecture: Any = models.get(config.architecture)
+    q, k, v = architecture.attend_inputs(weights, x, positions, config, kind)
+    cache = layers.write_rows(cache, k, v, positions)
+    form = architecture.attention_form(config, kind)
+    sinks = architecture.attention_sinks(weights, config)
+    attended = layers.attention(q, cache, positions, **form._asdict(), length=length, sinks=sinks)
+    x, h = architecture.feed_forward_input(weights, x, attended, config)
+    return x, h, cache
+
+
 @functools.cache
 def route_step(
     layout: Layout, following: Layout | None, config: Config, kind: str, length: int | None
@@ -154,12 +177,7 @@ def route_step(
     ) -> tuple[Routed, LayerKV]:
         weights = models.unpack(buffers, layout)
         cache: KVCache = kv if table is None else PagedKV(kv, table)
-        q, k, v = architecture.attend_inputs(weights, x, positions, config, kind)
-        cache = layers.write_rows(cache, k, v, positions)
-        form = architecture.attention_form(config, kind)
-        sinks = architecture.attention_sinks(weights, config)
-        attended = layers.attention(q, cache, positions, **form._asdict(), length=length, sinks=sinks)
-        x, h = architecture.feed_forward_input(weights, x, attended, config)
+        x, h, cache = attend(weights, x, cache, positions, config, kind, length)
         ids, gates = models.route(h, weights, config)
         picks = ids.reshape(-1, ids.shape[-1])
         if following is not None and after is not None:
@@ -194,7 +212,8 @@ def products_step(
         active: Array,
     ) -> Array:
         own = _biases(buffers, layout, config)
-        return _products(pool, table, first, own, h, ids, before, active, slots, config)
+        where = _where(table, first, active, config)
+        return pool_products(pool, where, own, h, ids, before, slots, config)
 
     return run
 
@@ -216,7 +235,8 @@ def finish_step(slots: tuple[ExpertSlot, ...], layout: Layout | None, config: Co
         active: Array | None,
     ) -> Array:
         own = _biases(buffers, layout, config)
-        made = _products(pool, table, first, own, routed.h, routed.ids, before, active, slots, config)
+        where = _where(table, first, active, config)
+        made = pool_products(pool, where, own, routed.h, routed.ids, before, slots, config)
         down = models.combined(made, routed.gates, routed.beside)
         return architecture.feed_forward_output({}, routed.x, down, config)
 
@@ -229,21 +249,23 @@ def _biases(buffers: Buffers | None, layout: Layout | None, config: Config) -> d
     return models.biases(models.unpack(buffers, layout), config)
 
 
-def _products(
+def _where(table: Array, first: Array, active: Array | None, config: Config) -> Array:
+    """The slot of each expert of a layer `[E]`, negative for one that is not there or not active."""
+    where = jax.lax.dynamic_slice(table, (first,), (config.experts.count,))
+    return where if active is None else jnp.where(active, where, -1)
+
+
+def pool_products(
     pool: Array,
-    table: Array,
-    first: Array,
+    where: Array,
     own_biases: dict[str, Array],
     h: Array,
     ids: Array,
     before: Array | None,
-    active: Array | None,
     slots: tuple[ExpertSlot, ...],
     config: Config,
 ) -> Array:
-    where = jax.lax.dynamic_slice(table, (first,), (config.experts.count,))
-    if active is not None:
-        where = jnp.where(active, where, -1)
+    """`models.expert_products` with experts that lie in the pool, inside jit."""
     parts = {
         slot.name.removesuffix(".weight"): quants.Stacked(pool, slot.type, slot.shape, slot.offset)
         for slot in slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -14,9 +15,10 @@ import numpy as np
 from airjax.engine.hooks import Hook
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
+from airjax.engine.pipeline import Passage
 from airjax.engine.request import Constraint
 from airjax.engine.stats import peak_device_bytes
-from airjax.engine.step import draw_step, unembed_step
+from airjax.engine.step import draw_in_place_step, draw_step, unembed_step
 from airjax.engine.sweep import State, sweep
 from airjax.plan import LOGIT_ROWS_BYTES
 from airjax.sampling import DrawError, Transform, explain, mask_tokens
@@ -52,7 +54,15 @@ def prefill(
     Yields:
       For each chunk its hidden states `[1, T, D]`, padded, and how many rows of them are real.
     """
-    chunk = model.plan.prefill_chunk
+    if len(model.stages) > 1 and len(ids) > model.plan.prefill_chunk and hook is None:
+        yield from _prefill_by_stages(model, state, ids, start)
+        return
+    for padded, positions, rows in _chunks(ids, start, model.plan.prefill_chunk):
+        yield sweep(model, embed(model, padded), state, positions, hook=hook), rows
+
+
+def _chunks(ids: Sequence[int], start: int, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Ids and positions `[1, T]` of each chunk, padded, and how many rows of them are real."""
     for begin in range(0, len(ids), chunk):
         part = ids[begin : begin + chunk]
         rows = padded_rows(len(part), chunk)
@@ -60,7 +70,32 @@ def prefill(
         padded[0, : len(part)] = part
         positions = np.full((1, rows), -1, np.int32)
         positions[0, : len(part)] = np.arange(start + begin, start + begin + len(part))
-        yield sweep(model, embed(model, padded), state, positions, hook=hook), len(part)
+        yield padded, positions, len(part)
+
+
+def _prefill_by_stages(
+    model: Model, state: State, ids: Sequence[int], start: int
+) -> Iterator[tuple[Array, int]]:
+    """`prefill` with as many chunks under way as there are stages, each in another one."""
+    most = len(model.stages)
+    with ThreadPoolExecutor(most, thread_name_prefix="airjax-chunk") as pool:
+        under_way: collections.deque[tuple[Future[Array], int]] = collections.deque()
+        try:
+            for padded, positions, rows in _chunks(ids, start, model.plan.prefill_chunk):
+                if len(under_way) == most:
+                    done, count = under_way.popleft()
+                    yield done.result(), count
+                x = embed(model, padded)
+                # Made here, so that the chunks enter in their order.
+                passage = Passage(model, jax.device_put(positions, model.everywhere))
+                swept = pool.submit(sweep, model, x, state, positions, passage=passage)
+                under_way.append((swept, rows))
+            while under_way:
+                done, count = under_way.popleft()
+                yield done.result(), count
+        finally:
+            for swept, _ in under_way:
+                swept.exception()
 
 
 def generate(
@@ -113,8 +148,9 @@ def generate(
             last = x, rows - 1
         x, row = last
     draw = draw_step(model.layouts, model.config, sampler.apply)
+    in_place = draw_in_place_step(model.layouts, model.config, sampler.apply)
     context = np.asarray(prompt, np.int32)[None]
-    sampler_state, token, keys, last_row, numbers = jax.device_put(
+    sampler_state, token, keys, last_row, numbers = model.put(
         (
             sampler.init(context[:, :-1], model.config.vocab_size),
             context[:, -1],
@@ -122,29 +158,32 @@ def generate(
             np.array([row], np.int32),
             (np.int32(earlier_draws), np.full((1, 1), len(prompt) - 1, np.int32)),
         ),
-        model.everywhere,
     )
-    only_row = jax.device_put(np.zeros(1, np.int32), model.everywhere)
+    only_row = model.put(np.zeros(1, np.int32))
     # Where nothing waits for the link, the device is given the next sweep before the host looks at the token.
-    ahead = not model.plan.streamed and model.pool is None and state.shuttle is None
+    ahead = model.runs_ahead
     for count in range(max_tokens):
         allowed = None if mask is None else mask.result()[None]
-        before = x, last_row, sampler_state, token
-        token, logprob, sampler_state, x, numbers = draw(
-            model.globals, x, last_row, sampler_state, token, keys, numbers, allowed
-        )
+        before = last_row, sampler_state, token
+        given = model.globals, x, last_row, sampler_state, token, keys, numbers, allowed
+        if ahead and count and hook is None and not model.plan.host_embedding:
+            token, logprob, sampler_state, x, numbers, drawn_from = in_place(*given)
+        else:
+            drawn_from = x
+            token, logprob, sampler_state, x, numbers = draw(*given)
         last_row, model.pending = only_row, logprob
         position = len(prompt) + count
         swept = ahead and x is not None and count + 1 < max_tokens and position < model.plan.context
         if swept:
             x = sweep(model, x, state, np.full((1, 1), position, np.int32), numbers[1], hook)
         ids, logprobs = jax.device_get((token, logprob))
+        model.count_fetched(keep=int(swept))
         drawn = Draw(int(ids[0]), float(logprobs[0]))
         if drawn.id < 0:
             if allowed is not None and not allowed.any():
                 stats.finish_reason = "grammar"
                 return
-            raise DrawError(why_undrawn(model, sampler.apply, *before, allowed))
+            raise DrawError(why_undrawn(model, sampler.apply, drawn_from, *before, allowed))
         if constraint is not None:
             constraint.advance(drawn.id)
             if not constraint.finished:
@@ -154,7 +193,7 @@ def generate(
             stats.first_token_s = stats.prefill_s
         else:
             stats.decode_s += clock.lap()
-        stats.peak_device_bytes = peak_device_bytes(model.device)
+        stats.peak_device_bytes = peak_device_bytes(*model.devices)
         stats.generated_tokens += 1
         if drawn.id in stop_ids or (constraint is not None and constraint.finished):
             stats.finish_reason = "stop"
@@ -208,7 +247,8 @@ def score(model: Model, state: State, ids: Sequence[int]) -> Iterator[Array]:
             model.pending = logits
             yield logits[: rows - begin]
         model.stats.prefill_s += clock.lap()
-    model.stats.peak_device_bytes = peak_device_bytes(model.device)
+    model.count_fetched()
+    model.stats.peak_device_bytes = peak_device_bytes(*model.devices)
 
 
 class _Clock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def steering(model: Model, vectors: Mapping[int, np.ndarray | Array], then: Hook
 
     def hidden(depth: int, x: Array, positions: np.ndarray) -> Array:
         if depth in placed:
-            x = x + placed[depth]
+            x = x + jax.device_put(placed[depth], x.sharding)
         return x if then is None else then.at(depth, x, positions)
 
     if then is None:
@@ -97,12 +98,16 @@ def attention_step(layout: Layout, config: Config, kind: str, length: int) -> Ca
     architecture = models.get(config.architecture)
     form = architecture.attention_form(config, kind)
 
-    @jax.jit
-    def attended(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Array:
+    def part(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Array:
         weights = models.unpack(buffers, layout)
         q, _, _ = architecture.attend_inputs(weights, x, positions, config, kind)
         sinks = architecture.attention_sinks(weights, config)
         return layers.attention_weights(q, kv, positions, **form._asdict(), length=length, sinks=sinks)
+
+    @jax.jit
+    def attended(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Any:
+        inside = models.BYTES, models.WHOLE, models.BY_HEADS, models.WHOLE
+        return models.spread(part, config.mesh, inside, models.BY_HEADS)(buffers, x, kv, positions)
 
     return attended
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from airjax.engine.generation import prefill, score
@@ -90,7 +89,8 @@ def capture(
             raise ValueError(f"a layer must be between 0 and {model.config.n_layers - 1}, got {layer}")
     rows: dict[int, list[np.ndarray]] = {depth: [] for depth in hidden}
     seen: dict[int, np.ndarray] = {
-        layer: np.zeros((model.config.n_heads, len(ids), len(ids)), np.float32) for layer in attention
+        layer: np.zeros((model.config.n_heads * model.config.shards, len(ids), len(ids)), np.float32)
+        for layer in attention
     }
 
     def keep(depth: int, x: Array, positions: np.ndarray) -> Array:
@@ -149,7 +149,7 @@ def logit_lens(
         for begin in range(0, len(ids), _LENS_ROWS):
             x = hidden[depth][begin : begin + _LENS_ROWS]
             padded = np.pad(x, ((0, _LENS_ROWS - len(x)), (0, 0)))
-            logits = unembed(model.globals, jax.device_put(padded, model.everywhere))
+            logits = unembed(model.globals, model.put(padded))
             entropy, _, _, tokens, logprobs = describe(logits, np.zeros(_LENS_ROWS, np.int32), top)
             parts.append([np.asarray(part)[: len(x)] for part in (tokens, logprobs, entropy)])
         shown.append([np.concatenate(column) for column in zip(*parts, strict=True)])

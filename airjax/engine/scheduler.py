@@ -38,7 +38,7 @@ from airjax.engine.pages import Pages
 from airjax.engine.request import MAX_TOP_LOGPROBS, Constraint, Event, Finish, Request
 from airjax.engine.sequence import BatchSequence, BatchStats, Flight, Kept, Rows
 from airjax.engine.stats import peak_device_bytes
-from airjax.engine.step import next_rows, sum_rows
+from airjax.engine.step import last_rows, next_rows, sum_rows
 from airjax.plan import KV_PAGE
 from airjax.sampling import Transform
 from airjax.types import Array
@@ -61,6 +61,8 @@ class Scheduler:
         `batch_invariant`, since the rows of a draft share a call.
       draft_model: guesses beside lookup: open for as many sequences, and what translates its tokens, None if nothing
         has to; it stays open.
+      first_pages: pages of the KV cache to begin with; each time that there are more, programs are compiled anew. None
+        for few, and at most as many as the plan allows.
 
     Attributes:
       stats: what was measured.
@@ -74,6 +76,7 @@ class Scheduler:
         batch_invariant: bool = False,
         draft_max: int = 0,
         draft_model: tuple[Model, Vocabulary | None] | None = None,
+        first_pages: int | None = None,
     ) -> None:
         plan = model.plan
         self.model = model
@@ -81,6 +84,7 @@ class Scheduler:
         self.max_batch = plan.max_batch
         self._rows_per_call = 1 if batch_invariant else self.max_batch
         self._sampler = sampler
+        self._first_pages = first_pages
         self._mask_words = -(-model.config.vocab_size // 32)
         self._open_state()
         self._slots = list(range(self.max_batch - 1, -1, -1))
@@ -128,7 +132,7 @@ class Scheduler:
         Raises:
           ValueError: it cannot be run.
         """
-        self._check(request)
+        self.check(request)
         sequence = BatchSequence(next(self._numbers), request, list(request.ids))
         self._waiting.append(sequence)
         return sequence.number
@@ -170,20 +174,33 @@ class Scheduler:
             failed = [sequence for sequence in batch if sequence.slot >= 0]
             events += [self._fail(sequence, f"the sweep failed: {error}") for sequence in failed]
             self._start_over()
+        # What is in flight may still be at work.
+        self.model.count_fetched(keep=int(self._flight is not None))
+        self._count()
         self.stats.busy_s += time.perf_counter() - start
         return events
 
-    def rows_of(self, count: int) -> int:
-        """Rows of the call that takes `count` sequences: few distinct numbers, so few programs.
+    def rows_of(self, count: int, width: int = 1) -> int:
+        """Rows of the call that takes `width` tokens of `count` sequences: few distinct numbers, so few programs.
 
-        On a CPU a row more costs as much as the first; a GPU's kernels hardly notice up to 8, and little up to 32.
+        On a CPU a row more costs as much as the first; a GPU's kernels hardly notice up to 8, and little up to 32, of
+        decoding sequences. Prompts keep it busy.
         """
-        if self.model.device.platform == "cpu":
+        if width > 1 or self.model.device.platform == "cpu":
             return 1 << (count - 1).bit_length()
         rows = 1
         while rows < count:
             rows *= 8 if rows < 8 else 4
         return rows
+
+    @property
+    def lanes(self) -> list[Scheduler]:
+        """The schedulers that there are: this one."""
+        return [self]
+
+    def between(self) -> contextlib.AbstractContextManager[None]:
+        """Between two steps: whenever its one thread is not in one."""
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         """Drops all requests and frees the cache."""
@@ -198,11 +215,18 @@ class Scheduler:
     def _open_state(self) -> None:
         """Empty pages, and rows of the sampler's state."""
         limit = self.model.plan.kv_tokens // KV_PAGE
-        self._pages = Pages(min(_FIRST_PAGES, limit), limit)
+        # As with the cache of one sequence, see `new_state`.
+        first = _FIRST_PAGES if self._first_pages is None else self._first_pages
+        self._pages = Pages(limit if self.model.plan.streamed else min(first, limit), limit)
         self._state: PagedState = new_pages(self.model, self._pages.count)
         self._draws = Draws(self.model, self._sampler, self.max_batch)
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Refuses a request that cannot be run.
+
+        Raises:
+          ValueError: it says why.
+        """
         config, context = self.model.config, self.model.plan.context
         if not request.ids:
             raise ValueError("the prompt is empty: give at least one token")
@@ -358,16 +382,18 @@ class Scheduler:
                 self._fill(sequence, int((group.positions[row] >= 0).sum()))
         for sequence in drafted:
             self._fill(sequence, 1)
-        self._count()
         events = self._pool(members, xs, placed)
         alone = len(groups) == 1 and not masks and not drafted
         if alone and all(s.pending == 0 and s.slot >= 0 for s in members[0]):
-            out = self._launch(xs[0], rows[0], members[0], None)
-            events += self._land(Flight(list(members[0]), groups[0], placed[0], xs[0], rows[0], out))
+            x, own = self._last(xs[0], rows[0])
+            out = self._launch(x, own, members[0], None)
+            group, on_device = self._decoding(groups[0], placed[0], len(x))
+            events += self._land(Flight(list(members[0]), group, on_device, x, own, out))
         else:
             for x, sequences, arguments in zip(xs, members, rows, strict=False):
                 finished = [(row, s) for row, s in enumerate(sequences) if s.pending == 0 and s.slot >= 0]
                 if finished:
+                    x, arguments = self._last(x, arguments)
                     events += self._draw(x, finished, arguments, masks)
             if drafted:
                 events += self._check_drafts(xs[-1], drafted, checks)
@@ -416,7 +442,7 @@ class Scheduler:
                     slots[row], counts[row] = sequence.slot, sequence.drawn + at
                     tokens[row] = sequence.draft[at - 1] if at else sequence.ids[-1]
             checks.append((np.full(rows, at, np.int32), slots, tokens, counts))
-        return [Rows(*each) for each in jax.device_put(checks, self.model.everywhere)]
+        return [Rows(*each) for each in self.model.put(checks)]
 
     def _check_drafts(
         self, x: Array, sequences: Sequence[BatchSequence], checks: Sequence[Rows]
@@ -469,7 +495,7 @@ class Scheduler:
         has a row in one sweep too many, which writes behind what it leaves.
         """
         plan = self.model.plan
-        if plan.streamed or plan.expert_slots or plan.host_embedding:
+        if not self.model.runs_ahead:
             return False
         if self._drafts is not None and not self._drafts.asleep:
             return False
@@ -498,13 +524,12 @@ class Scheduler:
         old = flight.group
         pages = table_of([sequence.pages for sequence in flight.sequences], len(old.positions))
         if pages.shape != old.table.shape or (pages != old.table).any():
-            table = jax.device_put(pages, self.model.everywhere)
+            table = self.model.put(pages)
         # Of positions that are on the device the host needs to know only which rows are padding.
         group = Group(ids, np.minimum(old.positions[:, :1], 0), pages)
         (x,) = shared_sweep(self.model, [group], self._state, [(positions, table)])
         for sequence in flight.sequences:
             sequence.filled += 1
-        self._count()
         out = self._launch(x, Rows(*rows), flight.sequences, None)
         return Flight(flight.sequences, group, (positions, table), x, Rows(*rows), out)
 
@@ -524,7 +549,7 @@ class Scheduler:
 
     def _group(self, sequences: Sequence[BatchSequence], width: int) -> Group:
         """The tokens of one call: the next `width` of each sequence, or as many as it has, its draft included."""
-        rows = self.rows_of(len(sequences))
+        rows = self.rows_of(len(sequences), width)
         ids = np.zeros((rows, width), np.int32)
         positions = np.full((rows, width), -1, np.int32)
         for row, sequence in enumerate(sequences):
@@ -543,7 +568,25 @@ class Scheduler:
             if sequence.pending == (group.positions[row] >= 0).sum():
                 slots[row], tokens[row], counts[row] = sequence.slot, sequence.ids[-1], sequence.drawn
         last = np.maximum((group.positions >= 0).sum(axis=1).astype(np.int32) - 1, 0)
-        return Rows(*jax.device_put((last, slots, tokens, counts), self.model.everywhere))
+        return Rows(*self.model.put((last, slots, tokens, counts)))
+
+    def _last(self, x: Array, rows: Rows) -> tuple[Array, Rows]:
+        """The last positions of a call of prompts, as if they were a decoding call."""
+        if x.shape[1] == 1:
+            return x, rows
+        x, *own = last_rows(x, *rows, self.rows_of(len(x)), np.int32(self._draws.spare))
+        return x, Rows(*own)
+
+    def _decoding(
+        self, group: Group, placed: tuple[Array, Array], rows: int
+    ) -> tuple[Group, tuple[Array, Array]]:
+        """A call of prompts as the decoding call of `rows` sequences that the next one follows."""
+        if group.positions.shape[1] == 1:
+            return group, placed
+        positions = np.full((rows, 1), -1, np.int32)
+        positions[: len(group.positions), 0] = group.positions.max(axis=1)
+        on_device = self.model.put(positions)
+        return group._replace(positions=positions), (on_device, placed[1])
 
     def _draw(
         self,
@@ -558,11 +601,11 @@ class Scheduler:
         return self._read(x, finished, rows, out, failed, allowed)
 
     def _launch(
-        self, x: Array, rows: Rows, sequences: Iterable[BatchSequence], allowed: np.ndarray | None
+        self, x: Array, rows: Rows, sequences: Sequence[BatchSequence], allowed: np.ndarray | None
     ) -> Any:
         """Dispatches the draws of a call."""
         top = MAX_TOP_LOGPROBS if any(sequence.request.top_logprobs for sequence in sequences) else 0
-        return self._draws.launch(x, rows, allowed, top)
+        return self._draws.launch(x, rows, [sequence.slot for sequence in sequences], allowed, top)
 
     def _read(
         self,
@@ -672,8 +715,8 @@ class Scheduler:
     def _count(self) -> None:
         stats, run = self.stats, self.model.stats
         stats.sweeps, stats.bytes_streamed, stats.wait_s = run.sweeps, run.bytes_streamed, run.wait_s
-        stats.experts = run.experts
-        stats.peak_device_bytes = peak_device_bytes(self.model.device)
+        stats.experts, stats.links = run.experts, run.links
+        stats.peak_device_bytes = peak_device_bytes(*self.model.devices)
 
 
 def _mask(constraint: Constraint) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 
 from airjax.engine.batch import Group
 from airjax.engine.request import Request
+from airjax.engine.stats import LinkStats
 from airjax.streaming import PoolStats
 from airjax.types import Array, LayerKV
 
@@ -29,6 +30,7 @@ class BatchStats:
       preemptions: how often a sequence had to leave its pages to older ones.
       peak_device_bytes: peak of device memory since the process began; None where the backend does not tell.
       experts: what the pool of experts counted; None without one.
+      links: of each of several devices, by its number.
     """
 
     prompt_tokens: int = 0
@@ -43,6 +45,7 @@ class BatchStats:
     preemptions: int = 0
     peak_device_bytes: int | None = None
     experts: PoolStats | None = None
+    links: dict[int, LinkStats] = field(default_factory=dict)
 
 
 @dataclass

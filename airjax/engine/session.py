@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from airjax.engine import hosts
 from airjax.engine.generation import Draw, generate
 from airjax.engine.hooks import Hook
 from airjax.engine.model import Model
@@ -166,18 +167,24 @@ def read_cache(model: Model, session: Session) -> list[list[np.ndarray]]:
     """The newest rows that each layer holds of a session, the oldest first.
 
     Returns:
-      For each layer the leaves of its cache, `[n, B, K, ...]` each: those of the last n of its `filled` positions.
+      For each layer the leaves of its cache, `[n, B, K, ...]` each: those of the last n of its `filled` positions. Of
+      heads that several devices have there is one.
     """
+    if hosts.several():
+        raise ValueError(
+            "a session's cache can't be read where several hosts have parts of it: run on one host"
+        )
     model.wait()
     state = session.state
     out = []
     for layer, slots in enumerate(model.plan.kv_slots):
         at = np.arange(max(0, session.written - slots), session.filled) % slots
         if state.shuttle is not None:
-            out.append(state.shuttle.read(layer, at))
+            rows = state.shuttle.read(layer, at)
         else:
             leaves = jax.tree.leaves(state.kv[layer])
-            out.append([np.moveaxis(np.asarray(leaf), 2, 0)[at] for leaf in leaves])
+            rows = [np.moveaxis(np.asarray(leaf), 2, 0)[at] for leaf in leaves]
+        out.append([part[:, :, :: model.config.kv_copies] for part in rows])
     return out
 
 
@@ -192,6 +199,8 @@ def write_cache(model: Model, state: State, filled: int, rows: Sequence[Sequence
         held = min(len(rows[layer][0]), slots)
         at = np.arange(filled - held, filled) % slots
         newest = [part[len(part) - held :] for part in rows[layer]]
+        if model.config.kv_copies > 1:
+            newest = [np.repeat(part, model.config.kv_copies, axis=2) for part in newest]
         written = max(written, filled - held + slots if held < filled else filled)
         if state.shuttle is not None:
             state.shuttle.write(layer, at, newest)
@@ -202,7 +211,7 @@ def write_cache(model: Model, state: State, filled: int, rows: Sequence[Sequence
         for leaf, new in zip(leaves, newest, strict=True):
             cache = np.zeros((*leaf.shape[:2], room, *leaf.shape[3:]), leaf.dtype)
             cache[:, :, at] = np.moveaxis(new, 0, 2)
-            placed.append(jax.device_put(cache, model.by_heads))
+            placed.append(jax.device_put(cache, model.cache_at(layer)))
         for leaf in leaves:
             leaf.delete()
         state.kv[layer] = jax.tree.unflatten(tree, placed)

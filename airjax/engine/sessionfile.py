@@ -47,6 +47,7 @@ def save(model: Model, session: Session, path: str | os.PathLike[str]) -> None:
         "version": _VERSION,
         "model": fingerprint(model.gguf),
         "kv_dtype": model.config.kv_dtype,
+        "long_rope": model.config.long_rope,
         "ids": list(map(int, session.ids)),
         "key": np.asarray(jax.random.key_data(session.key)).tolist(),
         "key_impl": str(jax.random.key_impl(session.key)),
@@ -137,6 +138,11 @@ def _check_fits(model: Model, header: dict[str, Any], path: str | os.PathLike[st
             f"{path}: the session's cache is stored as {header['kv_dtype']}, this engine's as {kv_dtype}: "
             f"pass kv_dtype={header['kv_dtype']!r}"
         )
+    if header.get("long_rope", False) != model.config.long_rope:
+        raise SessionError(
+            f"{path}: the session's keys were turned for a {'short' if model.config.long_rope else 'long'} context, "
+            f"but for {model.plan.context} positions this model turns them otherwise: open it with the context of then"
+        )
     if len(header["ids"]) > model.plan.context:
         raise SessionError(
             f"{path}: the session has {len(header['ids'])} tokens but the context holds {model.plan.context}: "
@@ -163,9 +169,10 @@ def _check_shapes(model: Model, rows: list[list[np.ndarray]], filled: int, count
     if not 0 <= filled <= count or not count or len(rows) != model.config.n_layers:
         raise ValueError
     config = model.config
-    row: Any = layers.rows_struct((1, config.all_kv_heads, config.head_dim), config.kv_dtype)
-    template = jax.tree.leaves(LayerKV(row, row))
     for parts, kind, slots in zip(rows, model.kinds, model.plan.kv_slots, strict=True):
+        heads, width = config.all_kv_shape(kind)
+        row: Any = layers.rows_struct((1, heads // config.kv_copies, width), config.kv_dtype)
+        template = jax.tree.leaves(LayerKV(row, row))
         window = model.architecture.window(model.config, kind)
         needed = min(filled, window or slots)
         if len(parts) != len(template):

@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from airjax.gguf import GGUF, Extent, Layout, Manifest, Slot, Span
-from airjax.models import AXIS, DecoderConfig, cut_of
+from airjax.gguf import GGUF, Extent, Layout, Manifest, Slot, Span, TensorInfo
+from airjax.models import BYTES, VOCABULARY_CUT, Cut, DecoderConfig, cut_of
 from airjax.streaming import PinnedMemory
 from airjax.streaming.ring import Buffers
 
@@ -30,14 +29,12 @@ class Piece(NamedTuple):
     Attributes:
       name: full name in the file.
       slot: where it lies in the device's buffers.
-      parts: as in `Cut`.
-      columns: as in `Cut`.
+      cut: of the whole tensor.
     """
 
     name: str
     slot: Slot
-    parts: tuple[int, ...]
-    columns: bool
+    cut: Cut
 
 
 class ShardedLayer(NamedTuple):
@@ -74,11 +71,12 @@ def _cut_layer(
     pieces, packed = [], []
     for name in names:
         info = gguf.tensors[name]
-        cut = cut_of(name.removeprefix(prefix), config)
-        shape, divided = list(info.shape), count if cut.parts else 1
-        shape[-1 if cut.columns else 0] //= divided
-        nbytes = info.nbytes // divided
-        piece = Piece(name, Slot(info.type, tuple(shape), len(sizes), 0, nbytes), cut.parts, cut.columns)
+        cut = cut_of(name.removeprefix(prefix), config, count)
+        shape, axis = list(info.shape), -1 if cut.columns else 0
+        if cut.parts:
+            shape[axis] = sum(cut.sizes(count))
+        nbytes = info.nbytes * shape[axis] // info.shape[axis]
+        piece = Piece(name, Slot(info.type, tuple(shape), len(sizes), 0, nbytes), cut)
         if len(cut.parts) == 1 and not cut.columns and nbytes >= _OWN_TRANSFER_BYTES:
             pieces.append(piece)
             sizes.append(nbytes)
@@ -92,13 +90,59 @@ def _cut_layer(
     return ShardedLayer(tuple(pieces), Layout(slots, (*sizes, offset)))
 
 
-def local_manifest(manifest: Manifest, layers: Sequence[ShardedLayer]) -> Manifest:
-    """The manifest of one device's part; its layers' extents have sizes, but no place in the file."""
+def local_manifest(gguf: GGUF, manifest: Manifest, layers: Sequence[ShardedLayer], count: int) -> Manifest:
+    """The manifest of one device's part; the extents of what is cut have sizes, but no place in the file."""
     spans = tuple(
         Span(span.name, tuple(Extent(-1, 0, size) for size in layer.layout.sizes), layer.layout)
         for span, layer in zip(manifest.layers, layers, strict=True)
     )
-    return Manifest(spans, manifest.globals)
+    globals_ = dict(manifest.globals)
+    for name in VOCABULARY_CUT:
+        info = gguf.tensors.get(name)
+        if info is not None and info.shape[0] % count == 0:
+            nbytes = info.nbytes // count
+            slot = Slot(info.type, (info.shape[0] // count, *info.shape[1:]), 0, 0, nbytes)
+            globals_[name] = Span(name, (Extent(-1, 0, nbytes),), Layout(((name, slot),), (nbytes,)))
+    return Manifest(spans, globals_)
+
+
+def is_cut(span: Span) -> bool:
+    """Whether each device has a part of a span of `local_manifest`."""
+    return any(extent.shard < 0 for extent in span.extents)
+
+
+def own_ranges(
+    gguf: GGUF, layers: Sequence[ShardedLayer], mesh: Mesh, streamed: Sequence[int]
+) -> list[np.ndarray]:
+    """What crosses the links to this process's devices from the file's mapping, as whole pages that don't overlap."""
+    pages: list[tuple[int, int, int]] = []  # file, first byte, end
+    for layer in streamed:
+        for piece in layers[layer].pieces:
+            if piece.slot.extent < len(layers[layer].layout.sizes) - 1:
+                info = gguf.tensors[piece.name]
+                for number, _ in local_devices(mesh):
+                    begin = info.offset + piece_start(piece, info, mesh.size, number)
+                    extent = Extent(info.shard, begin, piece.slot.nbytes)
+                    pages.append((info.shard, extent.page_start, extent.page_end))
+    ranges: list[tuple[int, int, int]] = []
+    for shard, begin, end in sorted(pages):
+        if ranges and ranges[-1][0] == shard and begin <= ranges[-1][2]:
+            shard, begin, before = ranges.pop()
+            end = max(before, end)
+        ranges.append((shard, begin, end))
+    return [gguf.maps[shard][begin:end] for shard, begin, end in ranges]
+
+
+def put_rows(gguf: GGUF, name: str, mesh: Mesh) -> Buffers:
+    """Each device's rows of a tensor outside the layers, to stay there."""
+    info = gguf.tensors[name]
+    rows, nbytes = gguf.raw(name), info.nbytes // mesh.size
+    parts = [
+        jax.device_put(rows[number * nbytes : (number + 1) * nbytes], device)
+        for number, device in local_devices(mesh)
+    ]
+    sharding = NamedSharding(mesh, BYTES)
+    return (jax.make_array_from_single_device_arrays((info.nbytes,), sharding, parts),)
 
 
 def local_devices(mesh: Mesh) -> list[tuple[int, jax.Device]]:
@@ -137,7 +181,7 @@ class Shards:
         self._mesh = mesh
         self._registered = list(registered)
         self._devices = local_devices(mesh)
-        self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+        self._sharding = NamedSharding(mesh, BYTES)
         self._packed: dict[tuple[int, int], PinnedMemory] = {}
         try:
             for layer in streamed:
@@ -148,6 +192,10 @@ class Shards:
         except BaseException:
             self.close()
             raise
+
+    def ready(self, item: int) -> bool:
+        """Always: nothing is read ahead."""
+        return True
 
     def put(self, item: int) -> Buffers:
         """Starts the transfers of a layer to all devices at once."""
@@ -184,9 +232,9 @@ class Shards:
         views = []
         for piece in self._layers[layer].pieces:
             if piece.slot.extent < len(self._layers[layer].layout.sizes) - 1:
-                info, nbytes = self._gguf.tensors[piece.name], piece.slot.nbytes
-                start = info.offset + number * nbytes
-                views.append(self._gguf.maps[info.shard][start : start + nbytes])
+                info = self._gguf.tensors[piece.name]
+                start = info.offset + piece_start(piece, info, self._mesh.size, number)
+                views.append(self._gguf.maps[info.shard][start : start + piece.slot.nbytes])
         kept = self._packed.get((layer, number))
         if kept is not None:
             return [*views, kept.array]
@@ -203,20 +251,21 @@ class Shards:
 
     def _part(self, piece: Piece, number: int) -> np.ndarray:
         """The bytes of a device's part."""
-        raw, info = self._gguf.raw(piece.name), self._gguf.tensors[piece.name]
-        if not piece.parts:
+        raw, info, cut = self._gguf.raw(piece.name), self._gguf.tensors[piece.name], piece.cut
+        if not cut.parts:
             return raw
-        count = self._mesh.size
-        block, block_bytes = GGML_QUANT_SIZES[info.type]
-        rows = raw.reshape(-1, info.shape[-1] // block * block_bytes)
-        if piece.columns:
-            width = rows.shape[1] // count
-            return rows[:, number * width : (number + 1) * width].reshape(-1)
-        if len(info.shape) == 1:
+        sizes, starts = cut.sizes(self._mesh.size), cut.starts(self._mesh.size, number)
+        if cut.columns:
             rows = raw.reshape(info.shape[0], -1)
-        cut, first = [], 0
-        for part in piece.parts:
-            each = part // count
-            cut.append(rows[first + number * each : first + (number + 1) * each])
-            first += part
-        return np.concatenate(cut).reshape(-1)
+            # Exact: borders are those of blocks.
+            first, size = (rows.shape[1] * weights // info.shape[1] for weights in (starts[0], sizes[0]))
+            return rows[:, first : first + size].reshape(-1)
+        rows = raw.reshape(info.shape[0], -1)
+        return np.concatenate(
+            [rows[first : first + size] for first, size in zip(starts, sizes, strict=True)]
+        ).reshape(-1)
+
+
+def piece_start(piece: Piece, info: TensorInfo, count: int, number: int) -> int:
+    """Of a device's rows, which lie in one piece in the file: the first byte, from the tensor's own."""
+    return info.nbytes // info.shape[0] * piece.cut.starts(count, number)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
@@ -10,6 +10,14 @@ import jax
 from airjax.streaming import PoolStats
 
 FinishReason = Literal["", "stop", "length", "context", "grammar"]
+
+
+@dataclass
+class LinkStats:
+    """What one of several devices' links carried, and how long that device waited for it."""
+
+    bytes_streamed: int = 0
+    wait_s: float = 0.0
 
 
 @dataclass
@@ -32,6 +40,7 @@ class Stats:
       finish_reason: why the generation ended: "stop", "length", "context", "grammar" (it allowed no token), or ""
         while it runs.
       experts: what the pool of experts counted; None for a model whose experts are not streamed one by one.
+      links: of each of several devices, by its number; weights alone.
     """
 
     prompt_tokens: int = 0
@@ -51,6 +60,7 @@ class Stats:
     peak_device_bytes: int | None = None
     finish_reason: FinishReason = ""
     experts: PoolStats | None = None
+    links: dict[int, LinkStats] = field(default_factory=dict)
 
     @property
     def busy_s(self) -> float:
@@ -97,10 +107,10 @@ class Stats:
         return self.wait_s / self.busy_s if self.busy_s and self.bytes_streamed else None
 
 
-def peak_device_bytes(device: jax.Device) -> int | None:
-    """Peak device memory of this process, where the backend tells."""
-    stats = device.memory_stats()
-    return stats.get("peak_bytes_in_use") if stats else None
+def peak_device_bytes(*devices: jax.Device) -> int | None:
+    """Peak device memory of this process, where the backend tells; of several devices the largest."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    return max((peak for peak in peaks if peak is not None), default=None)
 
 
 def has_compact_allocator(device: jax.Device) -> bool:

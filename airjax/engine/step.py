@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+import numpy as np
 
 from airjax import layers, models, quants, sampling
 from airjax.gguf import GGMLType, Layout
-from airjax.models import Buffers, Config
+from airjax.models import BY_HEADS, BYTES, WHOLE, Buffers, Config, spread
 from airjax.plan import EMBEDDING
 from airjax.streaming import to_cache
 from airjax.types import Array, KVCache, LayerKV, PagedKV, Tree, TreeKV
@@ -22,16 +23,6 @@ GlobalLayouts = tuple[tuple[str, Layout], ...]
 
 # Decoding on a CPU with 512-bit vectors gains 3 to 10 %; LLVM prefers half of that, and a GPU does not read it.
 jit = functools.partial(jax.jit, compiler_options={"xla_cpu_prefer_vector_width": 512})
-
-_WHOLE, _BYTES, _HEADS = PartitionSpec(), PartitionSpec(models.AXIS), PartitionSpec(None, models.AXIS)
-
-
-def spread(function: Callable[..., Any], config: Config, inside: Any, outside: Any) -> Callable[..., Any]:
-    """The function of one device's part on all devices of the configuration's mesh; itself without a mesh."""
-    if config.mesh is None:
-        return function
-    # Sums over the devices are the function's own; what it returns whole is equal on all of them.
-    return jax.shard_map(function, mesh=config.mesh, in_specs=inside, out_specs=outside, check_vma=False)
 
 
 @functools.cache
@@ -55,7 +46,7 @@ def block_step(
         if tree is not None:
             x, written = part(buffers, x, TreeKV(kv, tree), positions)
             return x, written.kv
-        whole = spread(part, config, (_BYTES, _WHOLE, _HEADS, _WHOLE), (_WHOLE, _HEADS))
+        whole = spread(part, config.mesh, (BYTES, WHOLE, BY_HEADS, WHOLE), (WHOLE, BY_HEADS))
         return whole(buffers, x, kv, positions)
 
     return block
@@ -78,7 +69,7 @@ def paged_block_step(layout: Layout, config: Config, kind: str) -> Callable[...,
 
     @functools.partial(jit, donate_argnames="pages")
     def block(buffers: Buffers, x: Array, pages: LayerKV, table: Array, positions: Array) -> Any:
-        whole = spread(part, config, (_BYTES, _WHOLE, _HEADS, _WHOLE, _WHOLE), (_WHOLE, _HEADS))
+        whole = spread(part, config.mesh, (BYTES, WHOLE, BY_HEADS, WHOLE, WHOLE), (WHOLE, BY_HEADS))
         return whole(buffers, x, pages, table, positions)
 
     return block
@@ -95,20 +86,23 @@ def run_step(
       config: of the model.
 
     Returns:
-      jitted `([buffers], x [B, T, D], [kv], positions [B, T]) -> (x, [kv])`; the caches are donated.
+      jitted `([buffers], x [B, T, D], [kv], positions [B, T]) -> (x, [kv])`; x and the caches are donated: a graph
+      whose arguments lie where they lay is replayed as it is, one with others is first written anew by the host.
     """
     architecture = models.get(config.architecture)
 
-    @functools.partial(jit, donate_argnames="kvs")
-    def run(
-        buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array
-    ) -> tuple[Array, list[LayerKV]]:
+    def parts(buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array) -> Any:
         written: list[Any] = []
         for (layout, kind, length), part, kv in zip(blocks, buffers, kvs, strict=True):
             weights = models.unpack(part, layout)
             x, new = architecture.block(weights, x, kv, positions, config, kind, length)
             written.append(new)
         return x, written
+
+    @functools.partial(jit, donate_argnames=("x", "kvs"))
+    def run(buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array) -> Any:
+        whole = spread(parts, config.mesh, (BYTES, WHOLE, BY_HEADS, WHOLE), (WHOLE, BY_HEADS))
+        return whole(buffers, x, kvs, positions)
 
     return run
 
@@ -120,10 +114,7 @@ def paged_run_step(
     """`run_step` for a batch: jitted `([buffers], x [B, T, D], [pages], table, positions) -> (x, [pages])`."""
     architecture = models.get(config.architecture)
 
-    @functools.partial(jit, donate_argnames="pages")
-    def run(
-        buffers: list[Buffers], x: Array, pages: list[LayerKV], table: Array, positions: Array
-    ) -> tuple[Array, list[LayerKV]]:
+    def parts(buffers: list[Buffers], x: Array, pages: list[LayerKV], table: Array, positions: Array) -> Any:
         written = []
         for (layout, kind), part, own in zip(blocks, buffers, pages, strict=True):
             weights = models.unpack(part, layout)
@@ -131,6 +122,11 @@ def paged_run_step(
             assert isinstance(kv, PagedKV)
             written.append(kv.pages)
         return x, written
+
+    @functools.partial(jit, donate_argnames="pages")
+    def run(buffers: list[Buffers], x: Array, pages: list[LayerKV], table: Array, positions: Array) -> Any:
+        whole = spread(parts, config.mesh, (BYTES, WHOLE, BY_HEADS, WHOLE, WHOLE), (WHOLE, BY_HEADS))
+        return whole(buffers, x, pages, table, positions)
 
     return run
 
@@ -145,24 +141,28 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
     """
     architecture = models.get(config.architecture)
 
-    @jit
-    def block(
-        buffers: Buffers, x: Array, piece: Array, positions: Array, tree: Tree | None = None
-    ) -> tuple[Array, LayerKV]:
+    def part(buffers: Buffers, x: Array, piece: Array, positions: Array, tree: Tree | None = None) -> Any:
         weights = models.unpack(buffers, layout)
-        kv = to_cache(piece, shuttled_row(config, len(x)))
+        kv = to_cache(piece, shuttled_row(config, kind, len(x)))
         cache: KVCache = kv if tree is None else TreeKV(kv, tree)
         x, written = architecture.block(weights, x, cache, positions, config, kind, kv.k.shape[2])
         rows = written.kv if isinstance(written, TreeKV) else written
         assert isinstance(rows, LayerKV)
         return x, layers.read_rows(rows, positions if tree is None else tree.slots)
 
+    @jit
+    def block(buffers: Buffers, x: Array, piece: Array, positions: Array, tree: Tree | None = None) -> Any:
+        if tree is not None:
+            return part(buffers, x, piece, positions, tree)
+        whole = spread(part, config.mesh, (BYTES, WHOLE, BYTES, WHOLE), (WHOLE, BY_HEADS))
+        return whole(buffers, x, piece, positions)
+
     return block
 
 
-def shuttled_row(config: Config, batch: int) -> Any:
-    """Shapes and dtypes `[B, K, H]` of the keys of one position, as the shuttle takes them."""
-    return layers.rows_struct((batch, config.n_kv_heads, config.head_dim), config.kv_dtype)
+def shuttled_row(config: Config, kind: str, batch: int) -> Any:
+    """Shapes and dtypes `[B, K, H]` of the keys of one position of a kind of layer, as the shuttle takes them."""
+    return layers.rows_struct((batch, *config.kv_shape(kind)), config.kv_dtype)
 
 
 @functools.cache
@@ -195,11 +195,10 @@ def host_embed_step(type: GGMLType, config: Config) -> Callable[..., Array]:
 @functools.cache
 def unembed_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]:
     """jitted `(globals, x [..., D]) -> logits [..., V]`."""
-    architecture = models.get(config.architecture)
 
     @jit
     def unembed(buffers: Globals, x: Array) -> Array:
-        return architecture.unembed(unpack_globals(buffers, layouts), x, config)
+        return logits_of(buffers, layouts, x, config)
 
     return unembed
 
@@ -217,9 +216,39 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any, second: bool =
       embedding stays on the host. With `second` a sixth result is the token `[B]` that comes next: that of the same
       draw without the first, or where the sampler allows no other the next most probable one.
     """
+    return jit(_drawing(layouts, config, apply, second))
+
+
+@functools.cache
+def draw_in_place_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[..., Any]:
+    """`draw_step` from a single row `[B, 1, D]`, with an embedding on the device: x and the numbers are donated.
+
+    So the new ones lie where the old ones lay, and a GPU replays the next sweep's graph as it is.
+
+    Returns:
+      as `draw_step`, jitted, and as the last output the hidden states drawn from, `[B, 1, D]`.
+    """
+    drawing = _drawing(layouts, config, apply)
+
+    @functools.partial(jit, donate_argnames=("x", "numbers"))
+    def draw(
+        buffers: Globals,
+        x: Array,
+        row: Array,
+        state: Any,
+        token: Array,
+        keys: Array,
+        numbers: tuple[Array, Array],
+        allowed: Array | None,
+    ) -> Any:
+        return (*drawing(buffers, x, row, state, token, keys, numbers, allowed), x)
+
+    return draw
+
+
+def _drawing(layouts: GlobalLayouts, config: Config, apply: Any, second: bool = False) -> Callable[..., Any]:
     architecture = models.get(config.architecture)
 
-    @jit
     def draw(
         buffers: Globals,
         x: Array,
@@ -232,7 +261,7 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any, second: bool =
     ) -> Any:
         weights = unpack_globals(buffers, layouts)
         last = jnp.take_along_axis(x, row[:, None, None], axis=1)[:, 0]  # [B, D]
-        logits = architecture.unembed(weights, last, config)  # [B, V]
+        logits = logits_of(buffers, layouts, last, config)  # [B, V]
         masked = logits if allowed is None else sampling.mask_tokens(logits, allowed)
         filtered, state = apply(masked, state, token)
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, numbers[0])
@@ -247,6 +276,37 @@ def draw_step(layouts: GlobalLayouts, config: Config, apply: Any, second: bool =
         return (*out, _second(logits, filtered, drawn, keys)) if second else out
 
     return draw
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def last_rows(
+    x: Array, last: Array, slots: Array, tokens: Array, counts: Array, rows: int, spare: int
+) -> Any:
+    """One position of each sequence of a call of prompts, in the form of a decoding call of `rows` sequences.
+
+    So the draws, whose program is large, are compiled for decoding calls alone.
+
+    Args:
+      x: `[B, T, D]`.
+      last: `[B]`, the position.
+      slots: `[B]`, with the two that follow, as `draw_rows_step` takes them; as many rows as are missing are added.
+      tokens: `[B]`.
+      counts: `[B]`.
+      rows: at least B.
+      spare: slot of the added rows.
+
+    Returns:
+      `x [rows, 1, D]`, zeros `[rows]`, slots, tokens, counts.
+    """
+    taken = jnp.take_along_axis(x, last[:, None, None], axis=1)  # [B, 1, D]
+    missing = rows - len(x)
+    return (
+        jnp.pad(taken, ((0, missing), (0, 0), (0, 0))),
+        jnp.zeros(rows, jnp.int32),
+        jnp.pad(slots, (0, missing), constant_values=spare),
+        jnp.pad(tokens, (0, missing), constant_values=-1),
+        jnp.pad(counts, (0, missing)),
+    )
 
 
 def _second(logits: Array, filtered: Array, drawn: Array, keys: Array) -> Array:
@@ -274,7 +334,6 @@ def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int)
       per slot and is donated. `allowed` is None or packed bits `[B, W]`. A token is -1 where nothing can be drawn. The
       entropy is the model's own, 0 where `top` is 0. The draws of a sequence are those of `draw_step`.
     """
-    architecture = models.get(config.architecture)
 
     @functools.partial(jit, donate_argnames="state")
     def draw(
@@ -288,24 +347,65 @@ def draw_rows_step(layouts: GlobalLayouts, config: Config, apply: Any, top: int)
         count: Array,
         allowed: Array | None,
     ) -> Any:
-        weights = unpack_globals(buffers, layouts)
-        last = jnp.take_along_axis(x, row[:, None, None], axis=1)[:, 0]  # [B, D]
-        logits = architecture.unembed(weights, last, config)  # [B, V]
-        own = jax.nn.log_softmax(logits)
+        logits = _row_logits(buffers, layouts, config, x, row)
         masked = logits if allowed is None else sampling.mask_tokens(logits, allowed)
         filtered, rows = apply(masked, jax.tree.map(lambda leaf: leaf[slot], state), token)
         drawn = sampling.draw(filtered, jax.vmap(jax.random.fold_in)(keys[slot], count))
-        top_logprobs, top_ids = jax.lax.top_k(own, top)
-        logprob = jnp.take_along_axis(own, jnp.maximum(drawn, 0)[:, None], axis=1)[:, 0]
-        entropy = jnp.zeros(len(own))
-        if top:
-            entropy = -jnp.sum(jnp.where(own > -jnp.inf, jnp.exp(own) * own, 0.0), axis=1)
         # A row without a draw keeps its state as it was, so that the draw can be replayed for the error message.
         to = jnp.where(drawn < 0, len(keys), slot)
         state = jax.tree.map(lambda leaf, new: leaf.at[to].set(new, mode="drop"), state, rows)
-        return (drawn, logprob, top_ids, top_logprobs, entropy), state
+        return _told(logits, drawn, top), state
 
     return draw
+
+
+@functools.cache
+def scaled_rows_step(layouts: GlobalLayouts, config: Config, top: int) -> Callable[..., Any]:
+    """`draw_rows_step` for sequences whose samplers have a temperature and nothing else: the same tokens.
+
+    A sampler asks the device what of it is on; on a GPU the host waits for each such answer, and could not dispatch
+    the next sweep before this one has ended.
+
+    Returns:
+      jitted `(globals, x [B, T, D], row [B], slot [B], temperatures [Slots], keys [Slots], count [B], allowed) ->
+      (token [B], logprob [B], top ids [B, top], their logprobs, entropy [B])`.
+    """
+
+    @jit
+    def draw(
+        buffers: Globals,
+        x: Array,
+        row: Array,
+        slot: Array,
+        temperatures: Array,
+        keys: Array,
+        count: Array,
+        allowed: Array | None,
+    ) -> Any:
+        logits = _row_logits(buffers, layouts, config, x, row)
+        masked = logits if allowed is None else sampling.mask_tokens(logits, allowed)
+        scaled = sampling.scale(masked, temperatures[slot])
+        drawn = sampling.draw(scaled, jax.vmap(jax.random.fold_in)(keys[slot], count))
+        return _told(logits, drawn, top)
+
+    return draw
+
+
+def _row_logits(buffers: Globals, layouts: GlobalLayouts, config: Config, x: Array, row: Array) -> Array:
+    """Logits `[B, V]` of one position of each sequence."""
+    last = jnp.take_along_axis(x, row[:, None, None], axis=1)[:, 0]  # [B, D]
+    return logits_of(buffers, layouts, last, config)
+
+
+def _told(logits: Array, drawn: Array, top: int) -> tuple[Array, ...]:
+    """Tokens `[B]`, their log-probabilities, the `top` most probable `[B, top]` and theirs, the entropy `[B]`."""
+    own = jax.nn.log_softmax(logits)
+    top_logprobs, top_ids = jax.lax.top_k(own, top)
+    logprob = jnp.take_along_axis(own, jnp.maximum(drawn, 0)[:, None], axis=1)[:, 0]
+    entropy = jnp.zeros(len(own))
+    if top:
+        entropy = -jnp.sum(jnp.where(own > -jnp.inf, jnp.exp(own) * own, 0.0), axis=1)
+    return drawn, logprob, top_ids, top_logprobs, entropy
 
 
 @functools.cache
@@ -315,11 +415,10 @@ def top_step(layouts: GlobalLayouts, config: Config, top: int) -> Callable[..., 
     Returns:
       jitted `(globals, x [B, 1, D]) -> (ids [B, top], logprobs [B, top], entropy [B])`.
     """
-    architecture = models.get(config.architecture)
 
     @jit
     def best(buffers: Globals, x: Array) -> tuple[Array, Array, Array]:
-        own = jax.nn.log_softmax(architecture.unembed(unpack_globals(buffers, layouts), x[:, 0], config))
+        own = jax.nn.log_softmax(logits_of(buffers, layouts, x[:, 0], config))
         entropy = -jnp.sum(jnp.where(own > -jnp.inf, jnp.exp(own) * own, 0.0), axis=-1)
         logprobs, ids = jax.lax.top_k(own, top)
         return ids, logprobs, entropy
@@ -358,10 +457,53 @@ def next_rows(drawn: Array, rows: Any, positions: Array, spare: int) -> tuple[Ar
     return jnp.maximum(drawn, 0)[:, None], after, jnp.where(past < 0, past, past + 1)
 
 
+def pack_row(row: Any) -> np.ndarray:
+    """A pytree of `[1, ...]` arrays on the host as bytes, one after another: one transfer instead of one for each."""
+    leaves = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(row)]
+    return np.concatenate([leaf.reshape(-1).view(np.uint8) for leaf in leaves])
+
+
 @functools.partial(jax.jit, donate_argnames="state")
-def put_row(state: Any, row: Any, slot: Array) -> Any:
-    """Puts one sequence's row, with a leading axis of 1, into a pytree with a row per slot, which is donated."""
-    return jax.tree.map(lambda leaf, new: leaf.at[slot].set(new[0]), state, row)
+def put_row(state: Any, packed: Array, slot: Array) -> Any:
+    """Puts what `pack_row` gave into a pytree with a row per slot, which is donated."""
+    leaves, tree = jax.tree.flatten(state)
+    new, offset = [], 0
+    for leaf in leaves:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            bits = jax.random.key_data(leaf)
+            own, offset = _taken(packed, offset, bits)
+            new.append(leaf.at[slot].set(jax.random.wrap_key_data(own, impl=jax.random.key_impl(leaf))))
+        else:
+            own, offset = _taken(packed, offset, leaf)
+            new.append(leaf.at[slot].set(own))
+    return jax.tree.unflatten(tree, new)
+
+
+def _taken(packed: Array, offset: int, like: Array) -> tuple[Array, int]:
+    """A row of the form of those of `like`, from its bytes; and where the next one begins."""
+    shape, dtype = like.shape[1:], like.dtype
+    nbytes = math.prod(shape) * dtype.itemsize
+    part = packed[offset : offset + nbytes]
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return part.reshape(shape).astype(bool), offset + nbytes
+    cells = (-1,) if dtype.itemsize == 1 else (-1, dtype.itemsize)
+    return jax.lax.bitcast_convert_type(part.reshape(cells), dtype).reshape(shape), offset + nbytes
+
+
+def logits_of(buffers: Globals, layouts: GlobalLayouts, x: Array, config: Config) -> Array:
+    """Hidden states `[..., D]` to logits `[..., V]`: each device makes those of its part of the vocabulary."""
+    architecture = models.get(config.architecture)
+    cut = config.mesh is not None and any(
+        name in models.VOCABULARY_CUT and layout.tensors[0][1].shape[0] < config.vocab_size
+        for name, layout in layouts
+    )
+
+    def logits(buffers: Globals, x: Array) -> Array:
+        part: Array = architecture.unembed(unpack_globals(buffers, layouts), x, config)
+        return jax.lax.all_gather(part, models.AXIS, axis=part.ndim - 1, tiled=True) if cut else part
+
+    lie = {name: BYTES if cut and name in models.VOCABULARY_CUT else WHOLE for name, _ in layouts}
+    return spread(logits, config.mesh, (lie, WHOLE), WHOLE)(buffers, x)
 
 
 def unpack_globals(buffers: Globals, layouts: GlobalLayouts) -> models.Weights:

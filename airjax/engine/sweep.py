@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,14 @@ import numpy as np
 
 from airjax import layers
 from airjax.engine.experts import attend_and_route, run_experts
+from airjax.engine.fetched import run_fetched
 from airjax.engine.hooks import Hook, attention_step
 from airjax.engine.long import long_layer
 from airjax.engine.model import Model
-from airjax.engine.step import block_step, run_step, shuttled_block_step
-from airjax.models import Buffers
+from airjax.engine.passing import Passing
+from airjax.engine.pipeline import Passage
+from airjax.engine.stages import call, needs
+from airjax.engine.step import block_step, run_step, shuttled_block_step, shuttled_row
 from airjax.quants.kernels import MOST_ROWS
 from airjax.streaming import Shuttle
 from airjax.types import Array, LayerKV, Tree
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
 
 _SMALLEST_LENGTH = 256
+# Layers with experts of a pool that share a call: such a layer is many kernels, so long runs take long to compile.
+_FETCHED_RUN = 16
 
 
 @dataclass
@@ -51,14 +57,16 @@ class State:
 
 
 def new_state(model: Model, batch: int = 1) -> State:
-    """An empty cache for `batch` sequences, as the plan says; on the device it grows with what it holds."""
+    """An empty cache for `batch` sequences, as the plan says; on the device it grows with what it holds.
+
+    But where layers are streamed memory is tight, and buffers that come and go leave gaps in it: it is taken at once.
+    """
     config, plan = model.config, model.plan
     if plan.shuttle:
-        row = (batch, config.n_kv_heads, config.head_dim)
         shuttle = Shuttle(
             plan.kv_slots,
-            layers.rows_struct(row, config.kv_dtype),
-            model.device,
+            [shuttled_row(config, kind, batch) for kind in model.kinds],
+            model.by_bytes,
             plan.kv_pieces,
             plan.kv_block,
             pin=model.device.platform != "cpu",
@@ -66,9 +74,11 @@ def new_state(model: Model, batch: int = 1) -> State:
         )
         return State(batch, shuttle=shuttle)
     kv = []
-    for slots in plan.kv_slots:
-        shape = (batch, config.all_kv_heads, min(slots, _SMALLEST_LENGTH), config.head_dim)
-        kv.append(layers.empty_cache(shape, config.kv_dtype, model.by_heads))
+    for layer, (slots, kind) in enumerate(zip(plan.kv_slots, model.kinds, strict=True)):
+        heads, width = config.all_kv_shape(kind)
+        first = slots if plan.streamed else min(slots, _SMALLEST_LENGTH)
+        shape = (batch, heads, first, width)
+        kv.append(layers.empty_cache(shape, config.kv_dtype, model.cache_at(layer)))
     return State(batch, kv=kv)
 
 
@@ -80,6 +90,7 @@ def sweep(
     device_positions: Array | None = None,
     hook: Hook | None = None,
     tree: Tree | None = None,
+    passage: Passage | None = None,
 ) -> Array:
     """For each layer, in order: take its weights from the prefetcher, run the block, keep the new KV.
 
@@ -93,6 +104,7 @@ def sweep(
       hook: sees the layers pass by; then each is a call of its own.
       tree: of rows that form one, on the host; not with experts that come through a pool, nor over a cache that
         comes in pieces.
+      passage: through the stages of a pipeline, with the positions; None for one made here.
 
     Returns:
       The hidden states after the last layer, `[B, T, D]`.
@@ -102,9 +114,27 @@ def sweep(
       GGUFError: the file changed since it was opened.
       ReadError: a reader thread failed.
     """
+    if passage is None:
+        if device_positions is None:
+            device_positions = model.put(positions)
+        passage = Passage(model, device_positions)
+    with passage:
+        x = _pass(model, x, state, positions, passage, hook, tree)
+    model.count_sweep(state)
+    return x
+
+
+def _pass(
+    model: Model,
+    x: Array,
+    state: State,
+    positions: np.ndarray,
+    passage: Passage,
+    hook: Hook | None,
+    tree: Tree | None,
+) -> Array:
+    """Takes the hidden states through all layers."""
     model.gguf.check_unchanged()
-    if device_positions is None:
-        device_positions = jax.device_put(positions, model.everywhere)
     if hook is not None:
         if hook.attention and state.shuttle is not None:
             raise ValueError(
@@ -120,15 +150,20 @@ def sweep(
         state.shuttle.begin_sweep(_uploads(state.shuttle, lengths, places))
     layer = 0
     while layer < len(steps):
+        (x,), device_positions = passage.at(layer, [x])
         end = run_end(model, state, layer, positions) if hook is None else layer
         if end > layer:
             x = _run(model, x, state, range(layer, end), lengths, device_positions)
+            watch_run(model, x, range(layer, end))
             layer = end
             continue
         step = steps[layer]
-        weights = model.weights.take(layer)
+        weights, wait = model.weights.take(layer, x), settles(model, layer, positions)
         before = x
-        if model.pool_holds(layer):
+        if model.device_fetches(layer):
+            x = _run(model, x, state, range(layer, layer + 1), lengths, device_positions)
+        elif model.pool_holds(layer):
+            assert not isinstance(weights, Passing)
             kv = grown(state.kv[layer], lengths[layer])
             routed, state.kv[layer] = attend_and_route(
                 model, layer, weights, before, kv, device_positions, lengths[layer]
@@ -136,56 +171,55 @@ def sweep(
             (x,) = run_experts(model, layer, [routed], [positions])
         elif state.shuttle is None:
             kv = grown(state.kv[layer], lengths[layer])
-            x, state.kv[layer] = step(weights, before, kv, device_positions, *form)
+            keep: set[int] = set()
+            if hook is not None and layer in hook.attention:
+                keep = needs(weights, _attention_step(model, layer, lengths), before, kv, device_positions)
+            x, state.kv[layer] = call(
+                weights, step, before, kv, device_positions, *form, wait=wait, keep=keep
+            )
         else:
             if lengths[layer] > state.shuttle.block:
-                x, rows = long_layer(model, state.shuttle, layer, weights, before, device_positions)
+                x, rows = long_layer(model, state.shuttle, layer, weights, before, device_positions, wait)
             else:
                 for piece in state.shuttle.pieces(layer):  # there is one
-                    x, rows = step(weights, before, piece.kv, device_positions, *form)
+                    x, rows = call(weights, step, before, piece.kv, device_positions, *form, wait=wait)
                     state.shuttle.release(x)
             state.shuttle.keep(layer, rows, places)
         model.pending = x
         if model.timeline is not None:
-            model.timeline.watch("compute", f"layer {layer}", x)
+            model.timeline.watch(model.lane(layer), f"layer {layer}", x)
         if hook is not None:
             if layer in hook.attention:
-                _show_attention(model, state, hook, layer, weights, before, lengths[layer], positions)
+                attend = _attention_step(model, layer, lengths)
+                seen = call(weights, attend, before, state.kv[layer], device_positions)
+                # The layer's weights may be overwritten once they are released.
+                jax.block_until_ready(seen)
+                assert hook.attended is not None
+                hook.attended(layer, seen, positions)
             x = hook.at(layer + 1, x, positions)
-        model.weights.release(layer, weights, before, done=x)
-        settle(model, layer, positions, x)
+        model.weights.release(layer, weights, done=x)
+        if wait:
+            jax.block_until_ready(x)
         layer += 1
-    model.count_sweep(state)
     return x
 
 
-def _show_attention(
-    model: Model,
-    state: State,
-    hook: Hook,
-    layer: int,
-    weights: Buffers,
-    before: Array,
-    length: int,
-    positions: np.ndarray,
-) -> None:
-    step = attention_step(model.manifest.layers[layer].layout, model.config, model.kinds[layer], length)
-    seen = step(weights, before, state.kv[layer], positions)
-    # The layer's weights may be overwritten once they are released.
-    jax.block_until_ready(seen)
-    assert hook.attended is not None
-    hook.attended(layer, seen, positions)
+def _attention_step(model: Model, layer: int, lengths: list[int]) -> Callable[..., Array]:
+    return attention_step(
+        model.manifest.layers[layer].layout, model.config, model.kinds[layer], lengths[layer]
+    )
 
 
-def settle(model: Model, layer: int, positions: np.ndarray, x: Array) -> None:
-    """Waits for a layer of more than one row where layers are streamed: no two of them hold their workspace at once.
+def settles(model: Model, layer: int, positions: np.ndarray) -> bool:
+    """Whether to wait for a layer: of more than one row where layers are streamed no two hold their workspace at once.
 
     The link, whose next transfers are under way, does not notice, and the device hardly: such a layer takes
     far longer than its dispatch. The kernels need no such workspace for the rows that they take.
     """
     kernels = model.weights.relaid(layer) and positions.size <= MOST_ROWS
-    if model.plan.streamed and positions.size > 1 and not kernels:
-        jax.block_until_ready(x)
+    # XLA's CPU backend may run out of threads, where several programs wait in them for sums over the devices.
+    alone = model.config.mesh is not None and model.device.platform == "cpu"
+    return alone or (bool(model.plan.streamed) and positions.size > 1 and not kernels)
 
 
 def run_end(
@@ -199,11 +233,13 @@ def run_end(
     dispatched ahead: then the device stands still until the host has prepared the whole call.
     """
     end = first
-    last = model.config.n_layers if most is None else min(first + most, model.config.n_layers)
+    if model.pool is not None:
+        most = min(most or _FETCHED_RUN, _FETCHED_RUN)
+    last = model.stage_end(first) if most is None else min(first + most, model.stage_end(first))
     alone = model.timeline is not None and model.timeline.each_layer
     if (
         not model.plan.streamed
-        and model.pool is None
+        and (model.pool is None or model.pool.on_device)
         and state.shuttle is None
         and positions.shape[1] == 1
         and not alone
@@ -216,23 +252,24 @@ def run_end(
 def _run(
     model: Model, x: Array, state: State, run: range, lengths: list[int], device_positions: Array
 ) -> Array:
-    step = run_step(
-        tuple((model.manifest.layers[layer].layout, model.kinds[layer], lengths[layer]) for layer in run),
-        model.config,
-    )
-    buffers = [model.weights.take(layer) for layer in run]
     kvs = [grown(state.kv[layer], lengths[layer]) for layer in run]
-    x, kvs = step(buffers, x, kvs, device_positions)
+    if model.pool is not None:
+        x, kvs = run_fetched(model, run, x, kvs, None, device_positions, lengths)
+    else:
+        step = run_step(
+            tuple((model.manifest.layers[layer].layout, model.kinds[layer], lengths[layer]) for layer in run),
+            model.config,
+        )
+        x, kvs = step([model.weights.take(layer) for layer in run], x, kvs, device_positions)
     state.kv[run.start : run.stop] = kvs
     model.pending = x
-    watch_run(model, x, run)
     return x
 
 
 def watch_run(model: Model, x: Array, run: range) -> None:
     """Records the call of a run of layers, if somebody looks."""
     if model.timeline is not None:
-        model.timeline.watch("compute", f"layers {run.start}-{run.stop - 1}", x)
+        model.timeline.watch(model.lane(run.start), f"layers {run.start}-{run.stop - 1}", x)
 
 
 def lengths_at(model: Model, positions: np.ndarray) -> list[int]:

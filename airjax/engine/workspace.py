@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from airjax import layers, models, sampling
+from airjax import layers, models, sampling, streaming
 from airjax.engine.batch import table_of
 from airjax.engine.experts import finish_step, route_step
+from airjax.engine.fetched import Block, run_step
 from airjax.engine.long import attend_step, begin_step, end_step
+from airjax.engine.shards import is_cut
+from airjax.engine.stages import staged
 from airjax.engine.step import (
     block_step,
     draw_rows_step,
@@ -25,7 +28,7 @@ from airjax.engine.step import (
 from airjax.gguf import ExpertSpan, Layout, Manifest
 from airjax.models import Config
 from airjax.plan import EMBEDDING, KV_PAGE, Plan
-from airjax.streaming import piece_struct
+from airjax.streaming import Form, Sources, piece_struct
 from airjax.types import LayerKV
 
 
@@ -67,7 +70,7 @@ def compiled_workspace(
                 used = _long(layout, config, kind, slots, plan, x, positions)
             else:
                 step, cache = _block(layout, config, kind, slots, plan, sequences)
-                used = _workspace(step, _buffers(layout, config.shards), x, *cache, positions)
+                used = _workspace_of(step, layout, config.shards, x, *cache, positions)
             # The input of the block before is still waited for while the next one is dispatched.
             largest = max(largest, used + 2 * _nbytes(x))
     return largest
@@ -77,17 +80,18 @@ def _block(
     layout: Layout, config: Config, kind: str, slots: int, plan: Plan, sequences: int
 ) -> tuple[Any, tuple[Any, ...]]:
     """The step of a layer as the plan runs it, and what it takes between `x` and the positions."""
+    heads, width = config.all_kv_shape(kind)
     if plan.max_batch:
-        pages = (plan.kv_tokens // KV_PAGE, config.all_kv_heads, KV_PAGE, config.head_dim)
+        pages = (plan.kv_tokens // KV_PAGE, heads, KV_PAGE, width)
         table = table_of([range(-(-plan.context // KV_PAGE))], sequences)
         return paged_block_step(layout, config, kind), (
             _cache(pages, config),
             _array(table.shape, jnp.int32),
         )
     if plan.shuttle:
-        piece = piece_struct(slots, shuttled_row(config, sequences))
+        piece = piece_struct(slots * config.shards, shuttled_row(config, kind, sequences))
         return shuttled_block_step(layout, config, kind), (piece,)
-    shape = (sequences, config.all_kv_heads, slots, config.head_dim)
+    shape = (sequences, heads, slots, width)
     return block_step(layout, config, kind, slots), (_cache(shape, config),)
 
 
@@ -106,6 +110,8 @@ def _by_expert(
     kv, table = cache if plan.max_batch else (cache[0], None)
     length = None if plan.max_batch else slots
     buffers = _buffers(layout)
+    if plan.device_fetch:
+        return _fetched(layout, config, kind, length, span, plan, (x, [kv], table, positions))
     route = route_step(layout, layout, config, kind, length)
     routed, _ = jax.eval_shape(route, buffers, buffers, x, kv, table, positions)
     pool, units = _array((max(plan.expert_slots), span.slot_bytes), jnp.uint8), span.experts * config.n_layers
@@ -113,6 +119,27 @@ def _by_expert(
     return _workspace(route, buffers, buffers, x, kv, table, positions) + _workspace(
         finish_step(span.slots, layout, config), *place, buffers, routed, None, None
     )
+
+
+def _fetched(
+    layout: Layout,
+    config: Config,
+    kind: str,
+    length: int | None,
+    span: ExpertSpan,
+    plan: Plan,
+    rest: tuple[Any, ...],
+) -> int:
+    """Workspace of a layer whose experts the device fetches."""
+    parts = tuple((slot.offset, slot.nbytes) for slot in span.slots)
+    form = Form(0, span.experts, parts, max(plan.expert_slots), span.slot_bytes)
+    state = jax.eval_shape(
+        lambda: streaming.empty([(form.slots, form.slot_bytes)], form.experts, config.n_layers)
+    )
+    tensors = tuple(_array((span.experts * nbytes,), jnp.uint8) for _, nbytes in parts)
+    source: Any = jax.eval_shape(Sources, _array((1 + len(parts),), jnp.int32), tensors)
+    step = run_step((Block(layout, kind, length, form, span.slots),), config)
+    return _workspace(step, state, [source], [_buffers(layout)], *rest)
 
 
 def _long(
@@ -125,25 +152,29 @@ def _long(
     positions: jax.ShapeDtypeStruct,
 ) -> int:
     """Workspace of a layer whose cache comes in pieces."""
-    buffers = _buffers(layout)
+    buffers = _buffers(layout, config.shards)
     begin, attend = begin_step(layout, config, kind), attend_step(config, kind, slots)
     q, partial, rows = jax.eval_shape(begin, buffers, x, positions)
-    piece = piece_struct(plan.kv_block, shuttled_row(config, x.shape[0]))
-    waiting = sum(_nbytes(leaf) for leaf in jax.tree.leaves((q, partial, rows)))
+    piece = piece_struct(plan.kv_block * config.shards, shuttled_row(config, kind, x.shape[0]))
+    # Each device has its own heads.
+    waiting = sum(_nbytes(leaf) for leaf in jax.tree.leaves((q, partial, rows))) // config.shards
     return max(
-        _workspace(begin, buffers, x, positions),
+        _workspace_of(begin, layout, config.shards, x, positions),
         _workspace(attend, q, partial, piece, _array((), jnp.int32), positions) + waiting,
-        _workspace(end_step(layout, config), buffers, x, partial) + waiting,
+        _workspace_of(end_step(layout, config, kind), layout, config.shards, x, partial, positions) + waiting,
     )
 
 
 def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
     """Workspace of the embedding of a chunk and of a draw."""
     architecture = models.get(config.architecture)
-    left_out = {"rope_freqs.weight", EMBEDDING if plan.host_embedding else ""}
+    left_out = {f"{name}.weight" for name in models.ROPE_DIVISORS}
+    if plan.host_embedding:
+        left_out.add(EMBEDDING)
     names = [name for name in manifest.globals if name in architecture.global_specs(config)]
     layouts = tuple((name, manifest.globals[name].layout) for name in names if name not in left_out)
-    buffers = {name: _buffers(layout) for name, layout in layouts}
+    shards = {name: config.shards if is_cut(manifest.globals[name]) else 1 for name in names}
+    buffers = {name: _buffers(layout, shards[name]) for name, layout in layouts}
     embed = 0
     if not plan.host_embedding:
         embed = _workspace(embed_step(layouts, config), buffers, _array((1, plan.prefill_chunk), jnp.int32))
@@ -163,6 +194,16 @@ def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
         numbers = _array((), jnp.int32), _array((1, 1), jnp.int32)
         used = _workspace(step, buffers, x, tokens, state, tokens, keys, numbers, None)
     return max(embed, used + _nbytes(x))
+
+
+def _workspace_of(step: Any, layout: Layout, shards: int, *args: Any) -> int:
+    """Of a layer's step, which goes in stages where the layer is cut: then what waits between stages counts too."""
+    if not layout.pieces:
+        return _workspace(step, _buffers(layout, shards), *args)
+    return max(
+        _workspace(stage.run, *stage.arguments(_buffers(layout))) + stage.waiting_bytes
+        for stage in staged(step, layout, *args).stages.values()
+    )
 
 
 def _workspace(step: Any, *args: Any) -> int:

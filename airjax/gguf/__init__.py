@@ -8,6 +8,7 @@ from airjax.gguf.errors import GGUFError as GGUFError
 from airjax.gguf.fingerprint import fingerprint as fingerprint
 from airjax.gguf.header import Metadata as Metadata
 from airjax.gguf.header import TensorInfo as TensorInfo
+from airjax.gguf.manifest import OF_FIRST_LAYER as OF_FIRST_LAYER
 from airjax.gguf.manifest import ExpertSlot as ExpertSlot
 from airjax.gguf.manifest import ExpertSpan as ExpertSpan
 from airjax.gguf.manifest import Extent as Extent

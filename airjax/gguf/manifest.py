@@ -13,8 +13,12 @@ from airjax.gguf.header import TensorInfo
 from airjax.gguf.reader import GGUF
 
 PAGE_BYTES = 4096
+# Tensors below this share of a piece, such as norms and biases, don't pass through the device with the pieces.
+_SMALL_SHARE = 64
 # Of the parts of an expert on the device.
 _PART_ALIGNMENT = 128
+# Tensors outside the layers that only the first one reads.
+OF_FIRST_LAYER = {"position_embd.weight", "token_embd_norm.weight", "token_embd_norm.bias"}
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)", re.DOTALL)
 
 
@@ -42,10 +46,13 @@ class Layout(NamedTuple):
     Attributes:
       tensors: short name and slot, sorted by name.
       sizes: bytes of each flat buffer.
+      pieces: which buffers are pieces that may pass through the device one after another, where the layer is cut into
+        such; the others, with norms and biases, are small and stay.
     """
 
     tensors: tuple[tuple[str, Slot], ...]
     sizes: tuple[int, ...]
+    pieces: tuple[int, ...] = ()
 
 
 class Extent(NamedTuple):
@@ -178,7 +185,11 @@ def split_experts(
 
 
 def build_manifest(
-    gguf: GGUF, align: int = 64, max_gap: int = 65536, without: Set[str] = frozenset()
+    gguf: GGUF,
+    align: int = 64,
+    max_gap: int = 65536,
+    without: Set[str] = frozenset(),
+    piece_bytes: int | None = None,
 ) -> Manifest:
     """Groups the tensors of a file into spans.
 
@@ -188,6 +199,8 @@ def build_manifest(
         at such an address too. XLA's CPU backend takes an array without a copy from 64 on.
       max_gap: tensors of a layer that lie closer than this share a range; the gap is carried along.
       without: short names of tensors of the layers that are left out.
+      piece_bytes: a layer that is larger is cut between tensors into pieces of at most so much, if its tensors allow;
+        None for no cuts.
 
     Raises:
       GGUFError: the layers are not numbered from 0 without a gap.
@@ -209,6 +222,8 @@ def build_manifest(
             own = layers.setdefault(int(match[1]), [])
             if match[2] not in without:
                 own.append((match[2], info))
+        elif info.name in OF_FIRST_LAYER:
+            layers.setdefault(0, []).append((info.name, info))
         else:
             others[info.name] = _span(info.name, [(info.name, info)], align, max_gap)
     for number, layer in enumerate(sorted(layers)):
@@ -216,8 +231,13 @@ def build_manifest(
             raise GGUFError(
                 f"{gguf.path}: layer {number} has no tensors but layer {layer} has: download the file again"
             )
-    spans = tuple(_span(f"blk.{layer}", layers[layer], align, max_gap) for layer in sorted(layers))
-    return Manifest(spans, others)
+    spans = []
+    for layer in sorted(layers):
+        span = _span(f"blk.{layer}", layers[layer], align, max_gap)
+        if piece_bytes is not None and span.nbytes > piece_bytes:
+            span = _span(span.name, layers[layer], align, max_gap, piece_bytes)
+        spans.append(span)
+    return Manifest(tuple(spans), others)
 
 
 def guessing_layers(gguf: GGUF) -> int:
@@ -228,9 +248,17 @@ def guessing_layers(gguf: GGUF) -> int:
     return count
 
 
-def _span(name: str, tensors: Iterable[tuple[str, TensorInfo]], align: int, max_gap: int) -> Span:
+def _span(
+    name: str,
+    tensors: Iterable[tuple[str, TensorInfo]],
+    align: int,
+    max_gap: int,
+    piece_bytes: int | None = None,
+) -> Span:
     extents: list[Extent] = []
     slots: list[tuple[str, Slot]] = []
+    pieces: list[int] = []
+    small_bytes = 0 if piece_bytes is None else piece_bytes // _SMALL_SHARE
     for short, info in sorted(tensors, key=lambda item: (item[1].shard, item[1].offset)):
         last = extents[-1] if extents else None
         near = (
@@ -238,13 +266,22 @@ def _span(name: str, tensors: Iterable[tuple[str, TensorInfo]], align: int, max_
             and last.shard == info.shard
             and info.offset - last.start - last.nbytes <= max_gap
         )
+        small = info.nbytes < small_bytes
+        if last is not None and piece_bytes is not None:
+            limit = small_bytes if small else piece_bytes
+            near &= small == (len(extents) - 1 not in pieces)
+            near &= info.offset + info.nbytes - last.start <= limit
         if last is None or not near:
             start = info.offset - info.offset % align
             last = Extent(info.shard, start, 0)
             extents.append(last)
+            if piece_bytes is not None and not small:
+                pieces.append(len(extents) - 1)
         extents[-1] = last._replace(nbytes=info.offset + info.nbytes - last.start)
         slots.append(
             (short, Slot(info.type, info.shape, len(extents) - 1, info.offset - last.start, info.nbytes))
         )
-    layout = Layout(tuple(sorted(slots)), tuple(extent.nbytes for extent in extents))
+    sizes = tuple(extent.nbytes for extent in extents)
+    # One piece is no cut.
+    layout = Layout(tuple(sorted(slots)), sizes, tuple(pieces) if len(pieces) > 1 else ())
     return Span(name, tuple(extents), layout)

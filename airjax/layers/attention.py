@@ -17,7 +17,7 @@ class AttentionForm(NamedTuple):
     """What an architecture fixes of `attention`; static.
 
     Attributes:
-      scale, window, softcap: as `attention` has them.
+      scale, window, softcap, chunked, alibi: as `attention` has them.
       dtype: of the products.
     """
 
@@ -25,12 +25,31 @@ class AttentionForm(NamedTuple):
     window: int
     softcap: float
     dtype: np.dtype
+    chunked: bool = False
+    alibi: float = 0.0
 
 
 # Finite, so that a padding row (which sees no key at all) stays free of NaN.
 MASKED = -1e30
 # Scores of one tile of new tokens; more new tokens than that go one tile after another.
 SCORES_BYTES = 64 << 20
+
+
+def alibi_slopes(heads: int, alibi: float) -> np.ndarray | None:
+    """How much each head takes off a score for each position between, float32 `[N]`; None where `alibi` is 0."""
+    if not alibi:
+        return None
+    whole = 1 << (heads.bit_length() - 1)
+    powers = [alibi * (n + 1) / whole for n in range(whole)]
+    powers += [alibi * (2 * n + 1) / (2 * whole) for n in range(heads - whole)]
+    return np.exp2(-np.array(powers)).astype(np.float32)
+
+
+def first_seen(positions: Array, window: int, chunked: bool) -> Array | None:
+    """The first position that the tokens at `positions` see, of the same shape; None where they see all."""
+    if not window:
+        return None
+    return positions // window * window if chunked else positions - window + 1
 
 
 def _slots(positions: Array, size: int) -> Array:
@@ -97,7 +116,10 @@ def attention(
     *,
     scale: float,
     window: int = 0,
+    chunked: bool = False,
+    first: Array | None = None,
     softcap: float = 0.0,
+    alibi: float = 0.0,
     length: int | None = None,
     dtype: np.dtype | None = None,
     sinks: Array | None = None,
@@ -113,7 +135,11 @@ def attention(
       positions: `[B, T]` int32, negative for padding rows (their output is meaningless, but finite).
       scale: factor of the scores before the softmax.
       window: a token sees itself and the `window - 1` before it; 0 for all before it.
+      chunked: windows stand side by side: a token sees what its own holds, up to itself (Llama 4).
+      first: the first position that each token sees, `[B, T]`; None for what follows from the window.
       softcap: scores become softcap * tanh(scores / softcap); 0 for none.
+      alibi: scores fall with the distance of a key, of the last head by 2 to the minus `alibi` for each position; 0 for
+        none. Press et al., Train Short, Test Long: Attention with Linear Biases, 2022.
       length: only the first `length` slots are looked at (static); every position is below it then.
       dtype: of the products; None for the cache's own.
       sinks: a score for each head that takes its part of the softmax and gives nothing, float32 `[N]` (gpt-oss).
@@ -127,15 +153,18 @@ def attention(
     batch, new, heads, width = q.shape
     kv_heads = keys.shape[1]
     if visible is None:
-        visible = _visible(positions, keys.shape[2], kv.k.shape[2], window)
+        first = first_seen(positions, window, chunked) if first is None else first
+        visible = _visible(positions, keys.shape[2], kv.k.shape[2], first, alibi)
+    slopes = alibi_slopes(heads, alibi)
 
     grouped = q.reshape(batch, new, kv_heads, heads // kv_heads, width).astype(keys.dtype)
 
     def attend(queries: Array, seen: Array) -> Array:
-        return _attend(queries, keys, values, seen, scale, softcap, sinks)
+        return _attend(queries, keys, values, seen, scale, softcap, slopes, sinks)
 
     if new == 1:
-        return _attend_one(grouped[:, 0], keys, values, visible[:, 0], scale, softcap, sinks).reshape(q.shape)
+        one = _attend_one(grouped[:, 0], keys, values, visible[:, 0], scale, softcap, slopes, sinks)
+        return one.reshape(q.shape)
     tile = tile_rows(batch * heads * keys.shape[2] * 4, new)
     if tile == new:
         out = attend(grouped, visible)
@@ -154,7 +183,9 @@ def attention_weights(
     *,
     scale: float,
     window: int = 0,
+    chunked: bool = False,
     softcap: float = 0.0,
+    alibi: float = 0.0,
     length: int | None = None,
     dtype: np.dtype | None = None,
     sinks: Array | None = None,
@@ -167,26 +198,36 @@ def attention_weights(
     keys = decode(jax.tree.map(lambda part: part[:, :, :length], kv.k), dtype)
     batch, new, heads, width = q.shape
     grouped = q.reshape(batch, new, keys.shape[1], -1, width).astype(keys.dtype)
-    visible = _visible(positions, keys.shape[2], kv.k.shape[2], window)
-    weights = _weights(grouped, keys, visible, scale, softcap, sinks)
+    first = first_seen(positions, window, chunked)
+    visible = _visible(positions, keys.shape[2], kv.k.shape[2], first, alibi)
+    weights = _weights(grouped, keys, visible, scale, softcap, alibi_slopes(heads, alibi), sinks)
     return weights.reshape(batch, heads, new, keys.shape[2])
 
 
-def _visible(positions: Array, slots: int, size: int, window: int) -> Array:
-    """Which of the first `slots` slots of a cache of `size` the tokens at `positions` `[B, T]` see: `[B, T, S]`."""
+def _visible(positions: Array, slots: int, size: int, first: Array | None, alibi: float) -> Array:
+    """Which of the first `slots` slots of a cache of `size` the tokens at `positions` `[B, T]` see: `[B, T, S]`.
+
+    With `alibi` how far they are, int32, negative where they are not seen.
+    """
     # Where each slot's content comes from: the newest position that maps to it, negative if none yet.
     last = jnp.max(positions, axis=1)[:, None]  # [B, 1]
     slot = jnp.arange(slots, dtype=jnp.int32)[None]
     key_positions = last - (last - slot) % size  # [B, S]
     query = positions[:, :, None]  # [B, T, 1]
     visible = (key_positions[:, None] >= 0) & (key_positions[:, None] <= query)
-    if window:
-        visible &= key_positions[:, None] > query - window
-    return visible
+    if first is not None:
+        visible &= key_positions[:, None] >= first[:, :, None]
+    return jnp.where(visible, query - key_positions[:, None], -1) if alibi else visible
 
 
 def _weights(
-    q: Array, keys: Array, visible: Array, scale: float, softcap: float, sinks: Array | None
+    q: Array,
+    keys: Array,
+    visible: Array,
+    scale: float,
+    softcap: float,
+    slopes: np.ndarray | None,
+    sinks: Array | None,
 ) -> Array:
     """`[B, T, K, G, H]` and `[B, K, S, H]` to `[B, K, G, T, S]`."""
     scores = jnp.einsum(
@@ -196,7 +237,8 @@ def _weights(
         preferred_element_type=jnp.float32,
         precision=product_precision(keys.dtype),
     )
-    scores = masked_scores(scores, visible[:, None, None], scale, softcap)
+    slopes = None if slopes is None else slopes.reshape(*scores.shape[1:3], 1, 1)
+    scores = masked_scores(scores, visible[:, None, None], scale, softcap, slopes)
     if sinks is None:
         return jax.nn.softmax(scores, axis=-1)
     sink = jnp.broadcast_to(sinks.reshape(*scores.shape[1:3], 1, 1), (*scores.shape[:-1], 1))
@@ -210,9 +252,10 @@ def _attend(
     visible: Array,
     scale: float,
     softcap: float,
+    slopes: np.ndarray | None,
     sinks: Array | None,
 ) -> Array:
-    weights = _weights(q, keys, visible, scale, softcap, sinks).astype(values.dtype)
+    weights = _weights(q, keys, visible, scale, softcap, slopes, sinks).astype(values.dtype)
     return jnp.einsum(
         "bkgts,bksh->btkgh",
         weights,
@@ -229,6 +272,7 @@ def _attend_one(
     visible: Array,
     scale: float,
     softcap: float,
+    slopes: np.ndarray | None,
     sinks: Array | None,
 ) -> Array:
     """`_attend` of one new token, `[B, K, G, H]`, in products that take the cache as it lies in memory.
@@ -248,7 +292,8 @@ def _attend_one(
         return x.reshape(batch * kv_heads, *x.shape[2:])
 
     scores = dot(merged(q), merged(keys), (((2,), (2,)), ((0,), (0,))))  # [B * K, G, S]
-    scores = masked_scores(scores, jnp.repeat(visible, kv_heads, axis=0)[:, None], scale, softcap)
+    slopes = None if slopes is None else np.tile(slopes.reshape(kv_heads, group, 1), (batch, 1, 1))
+    scores = masked_scores(scores, jnp.repeat(visible, kv_heads, axis=0)[:, None], scale, softcap, slopes)
     largest = _largest(scores)
     if sinks is not None:
         sink = jnp.tile(sinks.reshape(kv_heads, group, 1), (batch, 1, 1))  # [B * K, G, 1]
@@ -277,10 +322,14 @@ def _largest(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(largest, jnp.float32)
 
 
-def masked_scores(scores: Array, visible: Array, scale: float, softcap: float) -> Array:
+def masked_scores(
+    scores: Array, visible: Array, scale: float, softcap: float, slopes: np.ndarray | None
+) -> Array:
     scores = scores * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
+    if slopes is not None:  # then distances stand in the place of what is visible
+        scores, visible = scores - slopes * visible, visible >= 0
     return jnp.where(visible, scores, MASKED)
 
 

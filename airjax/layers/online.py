@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from airjax.layers.attention import (
     MASKED,
     AttentionForm,
+    alibi_slopes,
+    first_seen,
     masked_scores,
     product_precision,
     split_rows,
@@ -49,7 +51,7 @@ def attend_part(
       kv: `[B, K, S, H]` each.
       key_positions: where each key stands, `[B, S]` int32, negative for none.
       positions: `[B, T]` int32, negative for padding rows.
-      form: scale, window, softcap, dtype of the products.
+      form: scale, windows, softcap, alibi, dtype of the products.
     """
     keys, values = decode(kv.k, form.dtype), decode(kv.v, form.dtype)
     batch, new, heads, width = q.shape
@@ -92,13 +94,17 @@ def _attend(
 ) -> Partial:
     query = positions[:, :, None]  # [B, T, 1]
     visible = (key_positions[:, None] >= 0) & (key_positions[:, None] <= query)  # [B, T, S]
-    if form.window:
-        visible &= key_positions[:, None] > query - form.window
-    visible = visible[:, None, None]
+    first = first_seen(query, form.window, form.chunked)
+    if first is not None:
+        visible &= key_positions[:, None] >= first
+    slopes = alibi_slopes(q.shape[2] * q.shape[3], form.alibi)
+    slopes = None if slopes is None else slopes.reshape(*q.shape[2:4], 1, 1)
+    seen = visible if slopes is None else jnp.where(visible, query - key_positions[:, None], -1)
+    visible, seen = visible[:, None, None], seen[:, None, None]
     einsum = functools.partial(
         jnp.einsum, preferred_element_type=jnp.float32, precision=product_precision(keys.dtype)
     )
-    scores = masked_scores(einsum("btkgh,bksh->bkgts", q, keys), visible, form.scale, form.softcap)
+    scores = masked_scores(einsum("btkgh,bksh->bkgts", q, keys), seen, form.scale, form.softcap, slopes)
     largest = jnp.max(scores, axis=-1, keepdims=True, initial=MASKED)
     # Where nothing is visible the masked scores are the largest.
     weights = jnp.where(visible, jnp.exp(scores - largest), 0)

@@ -48,7 +48,9 @@ def attention(
     *,
     scale: float,
     window: int = 0,
+    chunked: bool = False,
     softcap: float = 0.0,
+    alibi: float = 0.0,
     length: int | None = None,
     dtype: np.dtype | None = None,
     sinks: Array | None = None,
@@ -59,36 +61,49 @@ def attention(
       q: `[B, T, N, H]`, N a multiple of K.
       kv: a cache with a row of slots per sequence, or one in pages whose table covers every position.
       positions: `[B, T]` int32, negative for padding rows; the others of a row rise one by one.
-      scale, window, softcap, length, dtype, sinks: as in `contiguous.attention`; pages have no `length`, their table
-        is cut.
+      scale, window, chunked, softcap, alibi, length, dtype, sinks: as in `contiguous.attention`; pages have no
+        `length`, their table is cut.
 
     Returns:
       `[B, T, N, H]` float32.
     """
+    first = contiguous.first_seen(positions, window, chunked)
     if isinstance(kv, PagedKV):
-        kv, positions = gather(kv, positions, window)
+        kv, positions, first = gather(kv, positions, first, window)
         length = None
     return contiguous.attention(
-        q, kv, positions, scale=scale, window=window, softcap=softcap, length=length, dtype=dtype, sinks=sinks
+        q,
+        kv,
+        positions,
+        scale=scale,
+        first=first,
+        softcap=softcap,
+        alibi=alibi,
+        length=length,
+        dtype=dtype,
+        sinks=sinks,
     )
 
 
-def gather(kv: PagedKV, positions: Array, window: int) -> tuple[LayerKV, Array]:
-    """The pages that new tokens at `positions` `[B, T]` can see as one row of slots per sequence, and the positions
-    within it."""
+def gather(
+    kv: PagedKV, positions: Array, first: Array | None, window: int
+) -> tuple[LayerKV, Array, Array | None]:
+    """The pages that new tokens at `positions` `[B, T]` can see as one row of slots per sequence; positions, and the
+    first seen, within it."""
     size = kv.pages.k.shape[2]
     table = kv.table
-    if window:
+    if first is not None:
         # Only the pages that the window of the first new token reaches.
-        first = jnp.min(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
-        first = jnp.where(jnp.any(positions >= 0, axis=1, keepdims=True), first, 0)
+        new = jnp.min(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
+        new = jnp.where(jnp.any(positions >= 0, axis=1, keepdims=True), new, 0)
         columns = min(table.shape[1], -(-(window + positions.shape[1] - 1) // size) + 1)
-        start = jnp.clip((first - window + 1) // size, 0, table.shape[1] - columns)  # [B, 1]
+        start = jnp.clip((new - window + 1) // size, 0, table.shape[1] - columns)  # [B, 1]
         table = jnp.take_along_axis(table, start + jnp.arange(columns, dtype=jnp.int32), axis=1)
         positions = jnp.where(positions >= 0, positions - start * size, -1)
+        first = first - start * size
 
     def rows(pages: Array) -> Array:  # [P, K, page, H] to [B, K, S, H]
         taken = jnp.take(pages, table, axis=0).swapaxes(1, 2)
         return taken.reshape(*taken.shape[:2], -1, taken.shape[-1])
 
-    return jax.tree.map(rows, kv.pages), positions
+    return jax.tree.map(rows, kv.pages), positions, first

@@ -38,7 +38,9 @@ def attention(
     *,
     scale: float,
     window: int = 0,
+    chunked: bool = False,
     softcap: float = 0.0,
+    alibi: float = 0.0,
     length: int | None = None,
     dtype: np.dtype | None = None,
     sinks: Array | None = None,
@@ -49,7 +51,7 @@ def attention(
       q: `[B, T, N, H]`.
       kv: what `write_rows` gave.
       positions: `[B, T]` int32, negative for padding rows; of a tree those of the text, which siblings share.
-      scale, window, softcap, length, dtype, sinks: as in `paged.attention`.
+      scale, window, chunked, softcap, alibi, length, dtype, sinks: as in `paged.attention`.
 
     Returns:
       `[B, T, N, H]` float32.
@@ -61,14 +63,18 @@ def attention(
             positions,
             scale=scale,
             window=window,
+            chunked=chunked,
             softcap=softcap,
+            alibi=alibi,
             length=length,
             dtype=dtype,
             sinks=sinks,
         )
+    assert not (chunked or alibi), "what a tree's rows see follows from positions alone"
     rows, slots = kv.kv, kv.tree.slots
     if isinstance(rows, PagedKV):
-        rows, moved = paged.gather(rows, slots, window)
+        first = contiguous.first_seen(slots, window, False)
+        rows, moved, _ = paged.gather(rows, slots, first, window)
         positions, slots = jnp.where(slots >= 0, positions + moved - slots, -1), moved
         length = None
     size = rows.k.shape[2]

@@ -11,27 +11,51 @@ import dataclasses
 from airjax.gguf import GGUF, GGUFError
 from airjax.models import (
     arcee,
+    baichuan,
+    bailingmoe,
+    bailingmoe2,
+    bloom,
+    chatglm,
+    codeshell,
     cohere2,
     command_r,
+    dbrx,
+    deepseek,
     deepseek2,
+    dots1,
     ernie4_5,
+    ernie4_5_moe,
     exaone,
     exaone4,
+    exaone_moe,
     falcon,
+    gemma,
     gemma2,
     gemma3,
+    gemma4,
     glm4,
     glm4moe,
+    gpt2,
     gpt_oss,
     gptneox,
     granite,
+    granitemoe,
+    hunyuan_dense,
+    hunyuan_moe,
     internlm2,
     llama,
+    llama4,
+    minicpm,
+    minimax_m2,
     mistral3,
+    mpt,
     nemotron,
+    olmo,
     olmo2,
+    olmoe,
     phi2,
     phi3,
+    qwen,
     qwen2,
     qwen2moe,
     qwen3,
@@ -39,7 +63,9 @@ from airjax.models import (
     seed_oss,
     smollm3,
     stablelm,
+    starcoder,
     starcoder2,
+    xverse,
 )
 from airjax.models.architecture import AXIS as AXIS
 from airjax.models.architecture import Architecture as Architecture
@@ -49,7 +75,9 @@ from airjax.models.architecture import TensorSpec as TensorSpec
 from airjax.models.architecture import Weights as Weights
 from airjax.models.architecture import check_tensors as check_tensors
 from airjax.models.architecture import unpack as unpack
+from airjax.models.decoder import ROPE_DIVISORS as ROPE_DIVISORS
 from airjax.models.decoder import DecoderConfig as DecoderConfig
+from airjax.models.decoder import for_context
 from airjax.models.experts import EXPERT_MATRICES as EXPERT_MATRICES
 from airjax.models.experts import GATHERED_BYTES as GATHERED_BYTES
 from airjax.models.experts import biases as biases
@@ -59,33 +87,68 @@ from airjax.models.experts import decoded_experts as decoded_experts
 from airjax.models.experts import expert_products as expert_products
 from airjax.models.experts import route as route
 from airjax.models.experts import shared as shared
+from airjax.models.experts import shared_apart as shared_apart
+from airjax.models.experts import with_kernels as with_kernels
+from airjax.models.passing import held_at_once as held_at_once
+from airjax.models.passing import passing_order as passing_order
+from airjax.models.sharding import BY_HEADS as BY_HEADS
+from airjax.models.sharding import BY_HEADS_LAST as BY_HEADS_LAST
+from airjax.models.sharding import BYTES as BYTES
+from airjax.models.sharding import VOCABULARY_CUT as VOCABULARY_CUT
+from airjax.models.sharding import WHOLE as WHOLE
+from airjax.models.sharding import Cut as Cut
 from airjax.models.sharding import check_cuts as check_cuts
 from airjax.models.sharding import cut_of as cut_of
 from airjax.models.sharding import local_config as local_config
+from airjax.models.sharding import spread as spread
 
 _MODULES = (
     arcee,
+    baichuan,
+    bailingmoe,
+    bailingmoe2,
+    bloom,
+    chatglm,
+    codeshell,
     cohere2,
     command_r,
+    dbrx,
+    deepseek,
     deepseek2,
+    dots1,
     ernie4_5,
+    ernie4_5_moe,
     exaone,
     exaone4,
+    exaone_moe,
     falcon,
+    gemma,
     gemma2,
     gemma3,
+    gemma4,
     glm4,
     glm4moe,
+    gpt2,
     gpt_oss,
     gptneox,
     granite,
+    granitemoe,
+    hunyuan_dense,
+    hunyuan_moe,
     internlm2,
     llama,
+    llama4,
+    minicpm,
+    minimax_m2,
     mistral3,
+    mpt,
     nemotron,
+    olmo,
     olmo2,
+    olmoe,
     phi2,
     phi3,
+    qwen,
     qwen2,
     qwen2moe,
     qwen3,
@@ -93,28 +156,58 @@ _MODULES = (
     seed_oss,
     smollm3,
     stablelm,
+    starcoder,
     starcoder2,
+    xverse,
 )
-# The names that files give: these two have a hyphen.
-_HYPHENATED = {"command_r": "command-r", "gpt_oss": "gpt-oss"}
+# The names that files give where they have a hyphen.
+_HYPHENATED = {
+    "command_r": "command-r",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "exaone_moe": "exaone-moe",
+    "gpt_oss": "gpt-oss",
+    "hunyuan_dense": "hunyuan-dense",
+    "hunyuan_moe": "hunyuan-moe",
+    "minimax_m2": "minimax-m2",
+}
 _ARCHITECTURES: dict[str, Architecture] = {
     _HYPHENATED.get(name, name): module.ARCHITECTURE
     for name, module in ((module.__name__.rpartition(".")[2], module) for module in _MODULES)
 }
-# Of those that gguf names: layers of another kind than attention stand between or in the place of attention.
-_OTHER_KINDS = {
-    "arwkv7",
-    "falcon-h1",
-    "granitehybrid",
-    "jamba",
-    "kimi-linear",
-    "lfm2",
-    "lfm2moe",
-    "mamba",
-    "mamba2",
+# Why others of those that gguf names can't be run.
+_REASONS = {
+    "has state-space, linear-attention or convolution layers": (
+        *(
+            "arwkv7",
+            "falcon-h1",
+            "granitehybrid",
+            "jamba",
+            "kimi-linear",
+            "lfm2",
+            "lfm2moe",
+            "mamba",
+            "mamba2",
+        ),
+        *(
+            "nemotron_h",
+            "nemotron_h_moe",
+            "plamo2",
+            "qwen35",
+            "qwen35moe",
+            "qwen3next",
+            "rwkv6",
+            "rwkv6qwen2",
+        ),
+        "rwkv7",
+    ),
+    "has a rope in sections, of images": ("hunyuan_vl", "paddleocr", "qwen2vl", "qwen3vl", "qwen3vlmoe"),
+    "has layers that share embeddings and keys with others": ("gemma3n",),
+    "is no decoder-only language model": (
+        *("bert", "clip", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llama-embed"),
+        *("modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "t5", "t5encoder", "wavtokenizer-dec"),
+    ),
+    "writes its text by diffusion": ("dream", "llada", "llada-moe", "rnd1"),
 }
-_OTHER_KINDS |= {"nemotron_h", "nemotron_h_moe", "plamo2", "qwen35", "qwen35moe", "qwen3next"}
-_OTHER_KINDS |= {"rwkv6", "rwkv6qwen2", "rwkv7"}
 
 
 def get(architecture: str) -> Architecture:
@@ -122,30 +215,29 @@ def get(architecture: str) -> Architecture:
     return _ARCHITECTURES[architecture]
 
 
-def from_gguf(gguf: GGUF, compute_dtype: str, kv_dtype: str = "auto") -> tuple[Architecture, Config]:
+def from_gguf(
+    gguf: GGUF, compute_dtype: str, kv_dtype: str = "auto", context: int | None = None
+) -> tuple[Architecture, Config]:
     """Finds the architecture of a file, reads its configuration and checks its tensor table.
 
     Args:
       gguf: the open file.
       compute_dtype: "float32", "bfloat16" or "float16".
       kv_dtype: one of `layers.KV_DTYPES`, or "auto" for the compute dtype.
+      context: positions of the KV cache, where the rope depends on it; None for few.
 
     Raises:
       GGUFError: the architecture is unknown, or the file does not fit it. No tensor data is read.
     """
     name = gguf.get("general.architecture", str)
-    if name in _OTHER_KINDS:
-        raise GGUFError(
-            f"{gguf.path}: architecture {name!r} has state-space or linear-attention layers, which can't be run: "
-            f"airjax runs {', '.join(sorted(_ARCHITECTURES))}"
-        )
     if name not in _ARCHITECTURES:
+        reason = next((f" {reason} and" for reason, names in _REASONS.items() if name in names), "")
         raise GGUFError(
-            f"{gguf.path}: architecture {name!r} can't be run: airjax runs {', '.join(sorted(_ARCHITECTURES))}"
+            f"{gguf.path}: architecture {name!r}{reason} can't be run: airjax runs {', '.join(sorted(_ARCHITECTURES))}"
         )
     architecture = get(name)
     config = architecture.config_from_gguf(gguf, compute_dtype)
     if kv_dtype != "auto":
         config = dataclasses.replace(config, kv_dtype=kv_dtype)
     check_tensors(gguf, architecture, config)
-    return architecture, config
+    return architecture, for_context(config, context or 0)

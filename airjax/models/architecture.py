@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from airjax import layers, quants
-from airjax.gguf import GGUF, GGUFError, Layout, guessing_layers
+from airjax.gguf import GGUF, OF_FIRST_LAYER, GGUFError, Layout, guessing_layers
 from airjax.types import Array, KVCache
 
 # Of the mesh of tensor parallelism.
@@ -35,7 +35,8 @@ class Config:
 
     `compute_dtype` is the dtype of products ("float32", "bfloat16", "float16"), `kv_dtype` the form of the KV cache
     (one of `layers.KV_DTYPES`), `experts` an `experts.Experts` where the feed-forward part is a mixture of them. With a
-    `mesh` the sizes are those of one device's part; see `sharding`.
+    `mesh` the sizes are those of one device's part; see `sharding`. `kv_copies` neighbours have the same KV heads.
+    `long_rope` says that the rope is that of long contexts, where a model has two.
     """
 
     architecture: str
@@ -52,16 +53,27 @@ class Config:
     kv_dtype: str
     experts: Any = field(default=None, kw_only=True)
     mesh: Any = field(default=None, kw_only=True)
+    kv_copies: int = field(default=1, kw_only=True)
+    long_rope: bool = field(default=False, kw_only=True)
 
-    @property
-    def all_kv_heads(self) -> int:
-        """Of all devices."""
-        return self.n_kv_heads * self.shards
+    def kv_shape(self, kind: str) -> tuple[int, int]:
+        """Heads of keys and values, and their width, in a kind of layer; the heads of one device."""
+        return self.n_kv_heads, self.head_dim
+
+    def all_kv_shape(self, kind: str) -> tuple[int, int]:
+        """The same with the heads of all devices, copies included."""
+        heads, width = self.kv_shape(kind)
+        return heads * self.shards, width
 
     @property
     def shards(self) -> int:
         """On how many devices each layer lies."""
         return 1 if self.mesh is None else int(self.mesh.size)
+
+    @property
+    def shards_here(self) -> int:
+        """On how many devices of this process."""
+        return 1 if self.mesh is None else len(self.mesh.local_devices)
 
 
 class Architecture(Protocol):
@@ -93,6 +105,10 @@ class Architecture(Protocol):
         self, weights: Weights, x: Array, positions: Array, config: Any, kind: str
     ) -> tuple[Array, Array, Array]:
         """What comes before attention in `block`: queries, keys and values."""
+        ...
+
+    def begun(self, weights: Weights, x: Array, positions: Array, config: Any, kind: str) -> Array:
+        """What `attend_output` adds to: the input of `block`, but for a first layer that changes it before."""
         ...
 
     def attend_output(self, weights: Weights, x: Array, attended: Array, config: Any) -> Array:
@@ -168,7 +184,11 @@ def project_many(x: Array, weights: Weights, names: Sequence[str], config: Confi
 
 
 def common_sizes(
-    gguf: GGUF, compute_dtype: str, eps: str = "layer_norm_rms_epsilon", head_dim: int | None = None
+    gguf: GGUF,
+    compute_dtype: str,
+    eps: str = "layer_norm_rms_epsilon",
+    head_dim: int | None = None,
+    kv_heads: int | None = None,
 ) -> dict[str, Any]:
     """The fields of `Config` from the metadata every decoder-only file has.
 
@@ -177,6 +197,7 @@ def common_sizes(
       compute_dtype: as in `Config`.
       eps: the name that the file has for the constant of its norms.
       head_dim: of the cache's rows, where it is not that of keys and values in the file.
+      kv_heads: of keys and values, where the file has a number for each layer.
 
     Raises:
       GGUFError: a key is missing, or a value makes no model.
@@ -194,7 +215,7 @@ def common_sizes(
 
     heads = key("attention.head_count")
     d_model = key("embedding_length")
-    kv_heads = key("attention.head_count_kv", heads)
+    kv_heads = key("attention.head_count_kv", heads) if kv_heads is None else kv_heads
     if heads % kv_heads:
         raise GGUFError(
             f"{gguf.path}: {arch}.attention.head_count must be a multiple of head_count_kv, "
@@ -250,7 +271,9 @@ def check_tensors(gguf: GGUF, architecture: Architecture, config: Config) -> Non
     specs = dict(architecture.global_specs(config))
     for layer in range(config.n_layers):
         block = architecture.block_specs(config, layer)
-        specs |= {f"blk.{layer}.{name}": spec for name, spec in block.items()}
+        specs |= {
+            name if name in OF_FIRST_LAYER else f"blk.{layer}.{name}": spec for name, spec in block.items()
+        }
     for name, spec in specs.items():
         info = gguf.tensors.get(name)
         if info is None:

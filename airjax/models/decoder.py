@@ -6,6 +6,7 @@ LLaMA, 2023, has the plain form; what departs from it is named at the fields.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from airjax.models.architecture import (
 from airjax.models.experts import ROUTER, expert_specs, feed_forward
 from airjax.types import Array, KVCache
 
-_UNROTATED = " unrotated"
+_FIRST, _UNROTATED = " first", " unrotated"
+# Tensors outside the layers that are read with the metadata.
+ROPE_DIVISORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,23 @@ class DecoderConfig(Config):
     Attributes:
       rope_frequencies: of the rotated pairs of a head; the rest of a head passes unchanged.
       rope_frequencies_local: of layers with a sliding window, where they have others (Gemma 3, OLMo 3).
+      rope_frequencies_long: those of contexts longer than `short_context`, where they have others (Phi 3).
       rope_scale: factor of the rotated elements (YaRN's attention factor), but for those layers.
       rope_interleaved: pairs are neighbours, else halves.
       unrotated_every: each so manyth layer has no rope (SmolLM3); 0 for none.
       sliding_window: of local layers; 0 for none.
+      local_kv_heads, local_head_dim: of those layers, where they are others; 0 for the same (Gemma 4).
+      chunked: the windows stand side by side (Llama 4).
       global_every: each so manyth layer sees the whole context, the others the window; 0 for none of them.
-      norm: "rms", or "layer" for the form that takes the mean away and may have a bias.
+      norm: "rms", or "layer" for the form that takes the mean away and may have a bias; "plain layer" without weights.
       qk_norm: queries and keys are normed by the "head" (Qwen 3), by the head with weights for "each head"
-        (Command R+), or the "whole" of them at once (OLMo 2).
+        (Command R+), or the "whole" of them at once (OLMo 2); "plain" without weights, where they are turned (Llama 4).
+      qk_norm_late: after rope, else before it (Hunyuan).
       parallel: attention and feed-forward take the same input, and both are added to it (Falcon).
       attention_norm: name of the norm before attention.
       pre_norms: norms before attention and feed-forward.
       post_norms: norms after them, before they are added.
+      qkv_bound: queries, keys and values are kept between it and its negative; 0 for not (OLMo).
       fused_qkv: queries, keys and values come from one matrix.
       fused_gate: gate and up come from one matrix, `ffn_up`.
       gated: the feed-forward part has a gate, else the activation is of `ffn_up` itself.
@@ -57,6 +65,10 @@ class DecoderConfig(Config):
       attention_softcap: of the scores; 0 for none (Gemma 2).
       attention_growth: how queries grow with the logarithm of their position (Llama 4, Ministral 3); 0 for not at all.
       attention_growth_length: in steps of so many positions.
+      attention_growth_unrotated: of layers without rope alone, with positions counted from 1 (Llama 4).
+      alibi: scores fall with the distance, of the last head by 2 to the minus this; 0 for not (MPT, BLOOM).
+      learned_positions: of so many positions there is an embedding, which is added (GPT-2); 0 for none.
+      embedding_norm: the embedding is normed (BLOOM).
       logit_softcap: of the logits; 0 for none.
       embedding_scale: factor of the embedding.
       residual_scale: factor of what is added to the hidden states (Granite).
@@ -68,17 +80,24 @@ class DecoderConfig(Config):
     rope_frequencies: tuple[float, ...]
     attention_scale: float
     rope_frequencies_local: tuple[float, ...] = ()
+    rope_frequencies_long: tuple[float, ...] = ()
+    short_context: int = 0
     rope_scale: float = 1.0
     rope_interleaved: bool = False
     unrotated_every: int = 0
     sliding_window: int = 0
+    local_kv_heads: int = 0
+    local_head_dim: int = 0
+    chunked: bool = False
     global_every: int = 0
-    norm: Literal["rms", "layer"] = "rms"
-    qk_norm: Literal["", "head", "each head", "whole"] = ""
+    norm: Literal["rms", "layer", "plain layer"] = "rms"
+    qk_norm: Literal["", "head", "each head", "whole", "plain"] = ""
+    qk_norm_late: bool = False
     parallel: bool = False
     attention_norm: str = "attn_norm"
     pre_norms: bool = True
     post_norms: bool = False
+    qkv_bound: float = 0.0
     fused_qkv: bool = False
     fused_gate: bool = False
     gated: bool = True
@@ -86,12 +105,22 @@ class DecoderConfig(Config):
     attention_softcap: float = 0.0
     attention_growth: float = 0.0
     attention_growth_length: int = 1
+    attention_growth_unrotated: bool = False
+    alibi: float = 0.0
+    learned_positions: int = 0
+    embedding_norm: bool = False
     logit_softcap: float = 0.0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
     sinks: bool = False
     feed_forward_name: str = "ffn_norm"
+
+    def kv_shape(self, kind: str) -> tuple[int, int]:
+        """Heads of keys and values, and their width, in a kind of layer; the heads of one device."""
+        if not kind.startswith("local"):
+            return self.n_kv_heads, self.head_dim
+        return self.local_kv_heads or self.n_kv_heads, self.local_head_dim or self.head_dim
 
 
 @dataclass(frozen=True)
@@ -115,7 +144,10 @@ class Decoder:
             **_norm_specs({"output_norm": (config.d_model,)}, config),
             "output.weight": TensorSpec((config.vocab_size, config.d_model), optional=True),
             "output.bias": TensorSpec((config.vocab_size,), optional=True),
-            "rope_freqs.weight": TensorSpec((len(config.rope_frequencies),), optional=True),
+            **{
+                f"{name}.weight": TensorSpec((len(config.rope_frequencies),), optional=True)
+                for name in ROPE_DIVISORS
+            },
         }
 
     def block_specs(self, config: DecoderConfig, layer: int) -> dict[str, TensorSpec]:
@@ -140,10 +172,14 @@ class Decoder:
             norms |= {"attn_q_norm": (q,), "attn_k_norm": (kv,)}
         elif config.qk_norm == "head":
             norms |= {"attn_q_norm": (config.head_dim,), "attn_k_norm": (config.head_dim,)}
-        elif config.qk_norm:
+        elif config.qk_norm == "each head":
             norms |= {"attn_q_norm": (config.n_heads, config.head_dim)}
             norms |= {"attn_k_norm": (config.n_kv_heads, config.head_dim)}
+        if config.embedding_norm and layer == 0:
+            norms["token_embd_norm"] = (d,)
         specs = _norm_specs(norms, config)
+        if config.learned_positions and layer == 0:
+            specs["position_embd.weight"] = TensorSpec((config.learned_positions, d))
         if config.sinks:
             specs["attn_sinks.weight"] = TensorSpec((config.n_heads,))
         for name, shape in matrices.items():
@@ -155,7 +191,9 @@ class Decoder:
         """Whether a layer sees the whole context, and whether it turns its queries and keys."""
         local = config.sliding_window and (not config.global_every or (layer + 1) % config.global_every)
         unrotated = config.unrotated_every and (layer + 1) % config.unrotated_every == 0
-        return ("local" if local else "global") + (_UNROTATED if unrotated else "")
+        begins = layer == 0 and (config.learned_positions or config.embedding_norm)
+        kind = ("local" if local else "global") + (_FIRST if begins else "")
+        return kind + (_UNROTATED if unrotated else "")
 
     def window(self, config: DecoderConfig, kind: str) -> int:
         """The attention window of a kind of layer, 0 for the whole context."""
@@ -173,6 +211,8 @@ class Decoder:
             window=self.window(config, kind),
             softcap=config.attention_softcap,
             dtype=np.dtype(config.compute_dtype),
+            chunked=config.chunked,
+            alibi=config.alibi,
         )
 
     def attention_sinks(self, weights: Weights, config: DecoderConfig) -> Array | None:
@@ -184,25 +224,42 @@ class Decoder:
     ) -> tuple[Array, Array, Array]:
         """The first part of `block`: queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, after rope."""
         batch, new, _ = x.shape
-        h = self.attention_input(weights, x, config)
+        h = self.attention_input(weights, self.begun(weights, x, positions, config, kind), config)
         if config.fused_qkv:
             width, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
             q, k, v = jnp.split(project(h, weights, "attn_qkv", config), (width, width + kv), axis=-1)
         else:
             q, k, v = project_many(h, weights, ("attn_q", "attn_k", "attn_v"), config)
+        if config.qkv_bound:
+            q, k, v = (jnp.clip(y, -config.qkv_bound, config.qkv_bound) for y in (q, k, v))
         if config.qk_norm == "whole":
             q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
         q, k, v = (y.reshape(batch, new, -1, config.head_dim) for y in (q, k, v))
-        if config.qk_norm in ("head", "each head"):
+        by_head, rotated = config.qk_norm in ("head", "each head"), not kind.endswith(_UNROTATED)
+        if by_head and not config.qk_norm_late:
             q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
-        if not kind.endswith(_UNROTATED):
+        if rotated:
             local = config.rope_frequencies_local if kind == "local" else ()
             frequencies = np.asarray(local or config.rope_frequencies, np.float32)
             scale = 1.0 if local else config.rope_scale
             q, k = (layers.rope(y, positions, frequencies, config.rope_interleaved, scale) for y in (q, k))
-        if config.attention_growth:
+        if by_head and config.qk_norm_late:
+            q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
+        if config.qk_norm == "plain" and rotated:
+            q, k = (layers.rms_norm(y, jnp.ones(()), config.norm_eps) for y in (q, k))
+        if config.attention_growth and not (rotated and config.attention_growth_unrotated):
             q = q * _growth(positions, config)[..., None, None]
         return q, k, v
+
+    def begun(self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str) -> Array:
+        """What is added to `x`: in the first layer the embedding as it is normed, and with that of its position."""
+        if _FIRST not in kind:
+            return x
+        if config.embedding_norm:
+            x = _norm(x, weights, "token_embd_norm", config)
+        if config.learned_positions:
+            x = x + quants.take_rows(weights["position_embd.weight"], jnp.maximum(positions, 0))
+        return x
 
     def attention_input(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """What attention takes of hidden states."""
@@ -259,7 +316,9 @@ class Decoder:
         form = self.attention_form(config, kind)
         sinks = self.attention_sinks(weights, config)
         attended = layers.attention(q, kv, positions, **form._asdict(), length=length, sinks=sinks)
-        return self.attend_output(weights, x, attended, config), kv
+        return self.attend_output(
+            weights, self.begun(weights, x, positions, config, kind), attended, config
+        ), kv
 
     def unembed(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """Hidden states `[..., D]` to logits `[..., V]` float32."""
@@ -299,7 +358,7 @@ def rope_fields(gguf: GGUF, sizes: dict[str, Any], base: float = 10_000.0) -> di
     base = gguf.get(f"{arch}.rope.freq_base", float, base)
     scaling = gguf.get(f"{arch}.rope.scaling.type", str, "none")
     factor = gguf.get(f"{arch}.rope.scaling.factor", float, 1.0)
-    factors = _rope_factors(gguf, width)
+    factors = _rope_factors(gguf, "rope_freqs", width)
     if scaling == "yarn" and factor > 1:
         original = gguf.get(f"{arch}.rope.scaling.original_context_length", int)
         given = gguf.get(f"{arch}.rope.scaling.attn_factor", float, 1.0)
@@ -310,9 +369,12 @@ def rope_fields(gguf: GGUF, sizes: dict[str, Any], base: float = 10_000.0) -> di
             "rope_frequencies": tuple(frequencies.tolist()),
             "rope_scale": given * (1 + 0.1 * math.log(factor)),
         }
+    if "rope_factors_long.weight" in gguf.tensors:
+        return _longrope_fields(gguf, arch, width, base)
     if scaling not in ("none", "linear", "yarn"):
         raise GGUFError(
-            f"{path}: {arch}.rope.scaling.type {scaling!r} can't be run: none, linear and yarn can"
+            f"{path}: {arch}.rope.scaling.type {scaling!r} can't be run: none, linear and yarn can, "
+            "and longrope with its factors"
         )
     linear = factor if scaling == "linear" else 1.0
     return {"rope_frequencies": tuple(layers.rope_frequencies(width, base, linear, factors).tolist())}
@@ -346,16 +408,50 @@ def window_fields(gguf: GGUF, sizes: dict[str, Any], every: int) -> dict[str, An
     return {"sliding_window": window, "global_every": every}
 
 
-def _rope_factors(gguf: GGUF, width: int) -> tuple[float, ...]:
-    info = gguf.tensors.get("rope_freqs.weight")
+def for_context(config: Config, context: int) -> Config:
+    """The configuration for a cache of so many positions: a rope of two sets of frequencies takes one of them."""
+    if not isinstance(config, DecoderConfig) or not config.short_context < context:
+        return config
+    if not config.rope_frequencies_long:
+        return config
+    return dataclasses.replace(config, rope_frequencies=config.rope_frequencies_long, long_rope=True)
+
+
+def _longrope_fields(gguf: GGUF, arch: str, width: int, base: float) -> dict[str, Any]:
+    """Divisors for short contexts and for long ones: Ding et al., LongRoPE, 2024."""
+    short, long = (_rope_factors(gguf, f"rope_factors_{name}", width) for name in ("short", "long"))
+    if not short:
+        raise GGUFError(
+            f"{gguf.path}: tensor rope_factors_short.weight is missing beside rope_factors_long.weight: "
+            "convert the model again"
+        )
+    original = gguf.get(f"{arch}.rope.scaling.original_context_length", int)
+    if original < 1:
+        raise GGUFError(
+            f"{gguf.path}: {arch}.rope.scaling.original_context_length must be at least 1, got {original}"
+        )
+    frequencies, others = (
+        tuple(layers.rope_frequencies(width, base, 1.0, own).tolist()) for own in (short, long)
+    )
+    scale = gguf.get(f"{arch}.rope.scaling.attn_factor", float, 1.0)
+    return {
+        "rope_frequencies": frequencies,
+        "rope_frequencies_long": others,
+        "short_context": original,
+        "rope_scale": scale or 1.0,
+    }
+
+
+def _rope_factors(gguf: GGUF, name: str, width: int) -> tuple[float, ...]:
+    name = f"{name}.weight"
+    info = gguf.tensors.get(name)
     if info is None:
         return ()
     if info.type != GGMLType.F32 or info.shape != (width // 2,):
         raise GGUFError(
-            f"{gguf.path}: tensor rope_freqs.weight must be F32 of shape ({width // 2},), "
-            f"got {info.type.name} {info.shape}"
+            f"{gguf.path}: tensor {name} must be F32 of shape ({width // 2},), got {info.type.name} {info.shape}"
         )
-    return tuple(gguf.raw("rope_freqs.weight").view(np.float32).tolist())
+    return tuple(gguf.raw(name).view(np.float32).tolist())
 
 
 def _added(x: Array, update: Array, weights: Weights, norm: str, config: DecoderConfig) -> Array:
@@ -379,11 +475,14 @@ def _feed_forward(h: Array, weights: Weights, config: DecoderConfig) -> Array:
 
 def _growth(positions: Array, config: DecoderConfig) -> Array:
     """Factor of the queries at each position: 1 in the first step, then more with the logarithm of the step."""
-    step = jnp.maximum(positions, 0) // config.attention_growth_length
+    first = 1 if config.attention_growth_unrotated else 0
+    step = (jnp.maximum(positions, 0) + first) // config.attention_growth_length
     return 1 + config.attention_growth * jnp.log(1 + step.astype(jnp.float32))
 
 
 def _norm_specs(norms: dict[str, tuple[int, ...]], config: DecoderConfig) -> dict[str, TensorSpec]:
+    if config.norm == "plain layer":
+        return {}
     specs = {f"{name}.weight": TensorSpec(shape) for name, shape in norms.items()}
     if config.norm == "layer":
         specs |= {f"{name}.bias": TensorSpec(shape, optional=True) for name, shape in norms.items()}
@@ -391,6 +490,8 @@ def _norm_specs(norms: dict[str, tuple[int, ...]], config: DecoderConfig) -> dic
 
 
 def _norm(x: Array, weights: Weights, name: str, config: DecoderConfig) -> Array:
+    if config.norm == "plain layer":
+        return layers.layer_norm(x, jnp.ones(()), None, config.norm_eps)
     weight = vector(weights, f"{name}.weight")
     if config.norm == "rms":
         return layers.rms_norm(x, weight, config.norm_eps)

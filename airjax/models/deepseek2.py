@@ -18,7 +18,7 @@ from airjax import layers, quants
 from airjax.gguf import GGUF, GGUFError
 from airjax.models.architecture import TensorSpec, Weights, common_sizes, project, vector
 from airjax.models.decoder import Decoder, DecoderConfig, rope_fields
-from airjax.models.experts import read_experts
+from airjax.models.experts import read_experts, shared_width
 from airjax.types import Array
 
 
@@ -74,8 +74,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> LatentConfig:
     experts = None
     if gguf.get("deepseek2.expert_count", int, 0):
         experts = read_experts(gguf, sizes, normalized=False, width="expert_feed_forward_length")
-        shared = experts.d_ff * int(gguf.get("deepseek2.expert_shared_count", int, 0))
-        experts = dataclasses.replace(experts, shared_d_ff=shared)
+        experts = dataclasses.replace(experts, shared_d_ff=shared_width(gguf, experts))
     return LatentConfig(
         **sizes,
         **rope,

@@ -10,7 +10,7 @@ import dataclasses
 from airjax.gguf import GGUF
 from airjax.models.architecture import common_sizes
 from airjax.models.decoder import Decoder, DecoderConfig, rope_fields
-from airjax.models.experts import read_experts
+from airjax.models.experts import read_experts, shared_width
 
 
 def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
@@ -19,7 +19,6 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
     experts = read_experts(
         gguf, sizes, normalized=True, width="expert_feed_forward_length", scoring="sigmoid"
     )
-    shared = experts.d_ff * gguf.get("glm4moe.expert_shared_count", int, 0)
     return DecoderConfig(
         **sizes,
         **rope_fields(gguf, sizes),
@@ -27,7 +26,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
         # The small model has no such norms.
         qk_norm="head" if "blk.0.attn_q_norm.weight" in gguf.tensors else "",
         feed_forward_name="post_attention_norm",
-        experts=dataclasses.replace(experts, shared_d_ff=shared),
+        experts=dataclasses.replace(experts, shared_d_ff=shared_width(gguf, experts)),
     )
 
 

@@ -7,6 +7,8 @@ from airjax.quants.experts import matmul_each as matmul_each
 from airjax.quants.experts import stacked as stacked
 from airjax.quants.matmul import matmul as matmul
 from airjax.quants.matmul import matmul_many as matmul_many
+from airjax.quants.mixture import mixture_products as mixture_products
+from airjax.quants.mixture import takes as takes
 from airjax.quants.packed import PackedTensor as PackedTensor
 from airjax.quants.packed import pack as pack
 from airjax.quants.packed import packable as packable
@@ -17,4 +19,5 @@ from airjax.quants.qtensor import dequantize as dequantize
 from airjax.quants.qtensor import row_bytes as row_bytes
 from airjax.quants.qtensor import supported as supported
 from airjax.quants.qtensor import view as view
+from airjax.quants.selftest import mixture_usable as mixture_usable
 from airjax.quants.selftest import usable as usable

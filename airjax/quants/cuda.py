@@ -63,14 +63,14 @@ def compile_ptx(source: str, capability: str) -> str:
         options = [b"--std=c++17", f"--gpu-architecture=compute_{capability.replace('.', '')}".encode()]
         failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         if failed:
-            log = _text(nvrtc, "ProgramLog", program).strip().splitlines()
+            log = _output(nvrtc, "ProgramLog", program).strip().splitlines()
             raise CudaError(f"NVRTC refused the kernel for {capability}: {os.linesep.join(log[:5])}")
-        return _text(nvrtc, "PTX", program)
+        return _output(nvrtc, "PTX", program)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _text(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> str:
+def _output(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> str:
     size = ctypes.c_size_t()
     if nvrtc[f"nvrtcGet{what}Size"](program, ctypes.byref(size)):
         raise CudaError(f"NVRTC gave no {what}")
@@ -78,6 +78,12 @@ def _text(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> str:
     if nvrtc[f"nvrtcGet{what}"](program, buffer):
         raise CudaError(f"NVRTC gave no {what}")
     return buffer.value.decode()
+
+
+@functools.cache
+def text(name: str) -> str:
+    """A file of CUDA C++ beside this one."""
+    return (Path(__file__).parent / name).read_text()
 
 
 def capability(device: jax.Device) -> str:
@@ -90,6 +96,7 @@ def launch(
     name: str,
     results: Sequence[jax.ShapeDtypeStruct],
     *operands: Array,
+    written: Sequence[Array] = (),
     blocks: int,
     threads: int,
 ) -> list[Array]:
@@ -97,17 +104,24 @@ def launch(
 
     Args:
       ptx: from `compile_ptx`.
-      name: of the kernel. Its parameters are pointers: the operands, then the results.
+      name: of the kernel. Its parameters are pointers: the operands, what is written in place, then the results.
       results: shapes and dtypes of what it writes.
-      operands: row-major arrays.
+      operands: row-major arrays, all different: XLA passes equal ones once.
+      written: arrays that it changes in place; no copy is made if nothing else needs them as they were.
       blocks: size of the grid.
       threads: of a block.
+
+    Returns:
+      The results, then the arrays that were written in place.
     """
     sizes = {"grid_x": blocks, "grid_y": 1, "grid_z": 1, "block_x": threads, "block_y": 1, "block_z": 1}
-    call = jax.ffi.ffi_call(_TARGET, list(results))
+    changed = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in written]
+    aliases = {len(operands) + n: len(results) + n for n in range(len(changed))}
+    call = jax.ffi.ffi_call(_TARGET, [*results, *changed], input_output_aliases=aliases)
     return list(
         call(
             *operands,
+            *written,
             name=name,
             kernel_type="ptx",
             kernel_data=ptx,

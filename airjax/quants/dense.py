@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,16 +11,17 @@ import numpy as np
 
 from airjax.types import Array
 
-# Weights that are decoded at once: 128 MiB in 16 bits.
-_TILE_WEIGHTS = 64 << 20
+# Weights that are decoded at once: 64 MiB in 16 bits.
+_TILE_WEIGHTS = 32 << 20
 
 
+@functools.cache
 def decoded_tiles(n_out: int, n_in: int) -> int:
-    """In how many tiles of rows a matrix is decoded, so that each stays below a limit if its rows can be split."""
-    tiles = 1
-    while n_out // tiles * n_in > _TILE_WEIGHTS and n_out % (32 * tiles) == 0:
-        tiles *= 2
-    return tiles
+    """In how many tiles of whole 16 rows a matrix is decoded, so that each stays below a limit if the rows allow."""
+    needed = -(-n_out * n_in // _TILE_WEIGHTS)
+    fitting = (tiles for tiles in range(needed, 2 * needed + 1) if n_out % (16 * tiles) == 0)
+    fewer = (tiles for tiles in range(needed, 1, -1) if n_out % (16 * tiles) == 0)
+    return next(fitting, None) or next(fewer, 1)
 
 
 def decoded_product(
@@ -57,5 +59,12 @@ def decoded_product(
 
     if tiles == 1:
         return product(data)
-    ys = jax.lax.map(product, data.reshape(tiles, data.shape[0] // tiles, *data.shape[1:]))
-    return ys.swapaxes(0, 1).reshape(x.shape[0], n_out)
+    parts = data.reshape(tiles, data.shape[0] // tiles, *data.shape[1:])
+    width = n_out // tiles
+
+    # Written in place, so that there is no second copy in another order.
+    def add(tile: Array, y: Array) -> Array:
+        part = jax.lax.dynamic_index_in_dim(parts, tile, keepdims=False)
+        return jax.lax.dynamic_update_slice(y, product(part), (0, tile * width))
+
+    return jax.lax.fori_loop(0, tiles, add, jnp.zeros((x.shape[0], n_out), jnp.float32))

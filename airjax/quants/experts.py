@@ -46,9 +46,8 @@ def stacked(w: QTensor) -> Stacked:
         return Stacked(w.data.reshape(w.shape[0], -1), w.type, w.shape[1:])
     part = Stacked(w.buffer, w.type, w.shape[1:], w.offset)
     end = w.offset + w.shape[0] * part.nbytes
-    # Indices are 32-bit numbers, so a larger buffer is cut into rows first.
-    if w.buffer.size >= 2**31 or (w.offset == 0 and end == w.buffer.size):
-        return Stacked(w.buffer[w.offset : end].reshape(w.shape[0], -1), w.type, w.shape[1:])
+    if w.offset == 0 and end == w.buffer.size:
+        return Stacked(w.buffer.reshape(w.shape[0], -1), w.type, w.shape[1:])
     return part
 
 
@@ -62,12 +61,16 @@ def take(w: Stacked, index: Array) -> QTensor:
     Returns:
       `[P, *shape]`.
     """
-    nbytes = w.nbytes
+    nbytes, buffer, offset = w.nbytes, w.buffer, w.offset
+    if buffer.ndim == 1 and buffer.size >= 2**31:
+        # Indices are 32-bit numbers, so a larger buffer is cut into rows first.
+        count = (buffer.size - offset) // nbytes
+        buffer, offset = buffer[offset : offset + count * nbytes].reshape(count, nbytes), 0
 
     def one(at: Array) -> Array:
-        if w.buffer.ndim == 1:
-            return jax.lax.dynamic_slice(w.buffer, (w.offset + at * nbytes,), (nbytes,))
-        return jax.lax.dynamic_slice(w.buffer, (at, w.offset), (1, nbytes))[0]
+        if buffer.ndim == 1:
+            return jax.lax.dynamic_slice(buffer, (offset + at * nbytes,), (nbytes,))
+        return jax.lax.dynamic_slice(buffer, (at, offset), (1, nbytes))[0]
 
     width = row_bytes(w.type, w.shape[-1])
     data = jax.vmap(one)(index).reshape(*index.shape, *w.shape[:-1], width)

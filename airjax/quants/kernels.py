@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -144,7 +143,7 @@ def _source(
         "SUPERS": supers,
     }
     lines = [f"#define {name} {value}" for name, value in defines.items()]
-    lines.append(_body())
+    lines += [cuda.text("warps.cu"), cuda.text("product.cu")]
     pointers = ["const uint4* x", *(f"const char* w{i}" for i in range(len(formats)))]
     pointers += [f"float* y{i}" for i in range(len(formats))]
     bounds = f"__launch_bounds__({_WARPS * 32}, {tuned.blocks})"
@@ -163,8 +162,3 @@ def _source(
         )
     lines.append("}")
     return "\n".join(lines)
-
-
-@functools.cache
-def _body() -> str:
-    return (Path(__file__).parent / "product.cu").read_text()

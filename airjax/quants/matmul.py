@@ -68,13 +68,24 @@ def matmul_many(x: Array, ws: Sequence[QTensor | PackedTensor], *, dtype: np.dty
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     if rows.shape[0] > _FEW_ROWS or not all(groups_of(w) for w in plain):
         return [matmul(x, w, dtype=dtype) for w in plain]
-    ys = jax.lax.platform_dependent(
-        rows,
-        tuple(plain),
-        cpu=_all_by_integers,
-        default=lambda rows, ws: [_elsewhere(rows, w, dtype) for w in ws],
-    )
-    return [y.reshape(*x.shape[:-1], w.shape[0]) for y, w in zip(ys, ws, strict=True)]
+    # Those of one buffer together: another buffer may be there only later.
+    ys: dict[int, Array] = {}
+    for together in _by_buffer(plain):
+        found = jax.lax.platform_dependent(
+            rows,
+            tuple(plain[at] for at in together),
+            cpu=_all_by_integers,
+            default=lambda rows, ws: [_elsewhere(rows, w, dtype) for w in ws],
+        )
+        ys |= zip(together, found, strict=True)
+    return [ys[at].reshape(*x.shape[:-1], w.shape[0]) for at, w in enumerate(plain)]
+
+
+def _by_buffer(ws: Sequence[QTensor]) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for at, w in enumerate(ws):
+        groups.setdefault(-1 if w.buffer is None else id(w.buffer), []).append(at)
+    return list(groups.values())
 
 
 def groups_of(w: QTensor) -> bool:

@@ -1,6 +1,6 @@
 // y = x W^T for matrices of records (airjax/quants/packed.py), on the tensor cores of compute capability 8.0 and up.
 //
-// kernels.py appends the entry point, which calls `share` for each format, and defines
+// kernels.py puts warps.cu in front, appends the entry point, which calls `share` for each format, and defines
 //   ROWS      rows of x             COLUMN_TILES  ceil(ROWS / 8)
 //   SPLITS    bfloat16 terms that make up one activation
 //   ROW_TILES tiles of 16 rows of W that a block owns
@@ -9,14 +9,7 @@
 // The eight warps of a block take the records of its tiles in turn and add up their sums in a fixed order at the end.
 // Nothing in a row's sum depends on the other rows of x.
 
-typedef unsigned int u32;
 #define WARPS 8
-#define DEVICE __device__ __forceinline__
-
-// 128 in bfloat16: with q in its low bits it is 128 + q.
-#define MAGIC 0x43004300u
-
-enum Format { Q4_0, Q8_0, Q4_K, Q5_K, Q6_K };
 
 template <Format F> struct Sizes {
   static constexpr int low = F == Q8_0 ? 8 : 4;  // loads of 512 bytes
@@ -42,18 +35,6 @@ DEVICE uint4 load16(const void* at) {
 
 DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-DEVICE float half_low(u32 v) {
-  float f;
-  asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(f) : "r"(v));
-  return f;
-}
-
-DEVICE float half_high(u32 v) {
-  float f;
-  asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(f) : "r"(v));
-  return f;
-}
-
 template <Format F> DEVICE void load(Lane<F>& to, const char* record, int lane) {
   typedef Sizes<F> S;
   const int g = lane >> 2;
@@ -76,9 +57,7 @@ template <Format F> DEVICE u32 weights(const Lane<F>& from, int group, int h, in
   if (F == Q8_0) {
     u32 w = word(from.low[group], h * 2 + side);
     w = __byte_perm(w, 0, pair ? 0x4342 : 0x4140);  // bytes 0 and 1, or 2 and 3, in the low halves
-    u32 a = (w & 0x007F007Fu) | MAGIC, b = (w & 0x00800080u) ^ MAGIC, q;  // 128 + low bits; 128, or 256 if negative
-    asm("{.reg .b32 one; mov.b32 one, 0xBF80BF80; fma.rn.bf16x2 %0, %1, one, %2;}" : "=r"(q) : "r"(b), "r"(a));
-    return q;
+    return signed_bytes(w);
   }
   const u32 w = word(from.low[group / 2], (group & 1) * 2 + h);
   u32 q = ((w >> (side * 4 + pair * 8)) & 0x000F000Fu) | MAGIC;
@@ -106,12 +85,6 @@ template <Format F> DEVICE float factor(const Lane<F>& from, int group, int h, i
 // The small integer that dmin multiplies.
 template <Format F> DEVICE float minimum(const Lane<F>& from, int group, int h) {
   return (float)((word(from.scales[h], group / 2) >> ((group & 1) * 16 + 8)) & 255);
-}
-
-DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, const float (&c)[4]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
 // What takes the bias of `128 + q` away: -128, and -8 or -32 more where the format's own integers are signed.

@@ -42,6 +42,7 @@ _BLOCKS: dict[GGMLType, Callable[[Array], Groups]] = {
     GGMLType.IQ4_XS: codebooks.iq4_xs,
     GGMLType.TQ1_0: ternary.tq1_0,
     GGMLType.TQ2_0: ternary.tq2_0,
+    GGMLType.Q1_0: ternary.q1_0,
 }
 
 

@@ -1,6 +1,6 @@
-"""Blocks of weights -1, 0 and 1: TQ1_0 and TQ2_0.
+"""Blocks of weights -1, 0 and 1, and of -1 and 1 alone: TQ1_0, TQ2_0 and Q1_0.
 
-Source: the block structs of ggml, as gguf's numpy decoders read them.
+Source: the block structs of ggml, as gguf's numpy decoders read them (Q1_0: as ggml's own does, gguf names it only).
 Each function takes the bytes of whole blocks, uint8 `[..., blocks, block bytes]`.
 """
 
@@ -26,6 +26,13 @@ def tq2_0(b: Array) -> Groups:
     """64 bytes of four weights each, d."""
     parts = [(b[..., at : at + 32] >> shift) & 3 for at in (0, 32) for shift in (0, 2, 4, 6)]
     return _grouped(signed(jnp.concatenate(parts, axis=-1)) - 1, half(b[..., 64:66]))
+
+
+def q1_0(b: Array) -> Groups:
+    """d, then 16 bytes of eight weights each, the lowest bit first; a set bit is 1."""
+    bits = (b[..., 2:18, None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+    q = signed(bits.reshape(*b.shape[:-1], 128)) * 2 - 1
+    return Groups(q.reshape(*q.shape[:-2], -1, 32), jnp.repeat(half(b[..., 0:2]), 4, axis=-1), None)
 
 
 def digit(b: Array, place: int) -> Array:

@@ -1,6 +1,7 @@
 """Composable, pure samplers: transforms of logits, `chain`, and the draw of a token."""
 
 from airjax.sampling.adaptive import adaptive_p
+from airjax.sampling.alone import only_temperature
 from airjax.sampling.bias import banned_tokens, forced_tokens, logit_bias, min_new_tokens
 from airjax.sampling.culprit import DrawError, explain
 from airjax.sampling.draw import draw, log_prob
@@ -11,7 +12,7 @@ from airjax.sampling.ngram import no_repeat_ngram
 from airjax.sampling.other import Other, contrastive, guidance, put_other
 from airjax.sampling.penalties import output_penalties, penalties, repetition_penalty
 from airjax.sampling.standard import standard
-from airjax.sampling.temperature import dynamic_temperature, greedy, temperature
+from airjax.sampling.temperature import dynamic_temperature, greedy, scale, temperature
 from airjax.sampling.transform import Apply, State, Transform, chain
 from airjax.sampling.truncation import min_p, top_k, top_p
 from airjax.sampling.typical import epsilon_cutoff, eta_cutoff, top_n_sigma, typical_p
@@ -47,10 +48,12 @@ __all__ = [
     "min_p",
     "mirostat",
     "no_repeat_ngram",
+    "only_temperature",
     "output_penalties",
     "penalties",
     "put_other",
     "repetition_penalty",
+    "scale",
     "standard",
     "temperature",
     "top_k",

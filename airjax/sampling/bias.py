@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from airjax.sampling.active import where_active
-from airjax.sampling.parameter import Parameter, check_whole, per_sequence
+from airjax.sampling.parameter import Parameter, check_whole, per_sequence, placed
 from airjax.sampling.transform import State, Switched, Transform
 
 CAPACITY = 1024
@@ -46,7 +46,7 @@ def logit_bias(
 
     def init(context: np.ndarray | jax.Array, vocab_size: int) -> State:
         tokens = spread_ids("logit_bias", ids, context, vocab_size)
-        return tokens, jnp.asarray(np.broadcast_to(values, tokens.shape))
+        return tokens, placed(np.broadcast_to(values, tokens.shape), context)
 
     return Transform(init, Switched(_apply_logit_bias, _has_bias))
 
@@ -88,7 +88,7 @@ def forced_tokens(ids: Sequence[int] | Sequence[Sequence[int]], *, capacity: int
 
     def init(context: np.ndarray | jax.Array, vocab_size: int) -> State:
         tokens = spread_ids("forced_tokens", table, context, vocab_size)
-        return tokens, jnp.zeros(context.shape[0], jnp.int32)
+        return tokens, placed(np.zeros(context.shape[0], np.int32), context)
 
     return Transform(init, _apply_forced)
 
@@ -114,7 +114,8 @@ def min_new_tokens(n: Parameter, stop_ids: Sequence[int], *, capacity: int = 64)
 
     def init(context: np.ndarray | jax.Array, vocab_size: int) -> State:
         count = per_sequence(values, context, np.int32)
-        return count, spread_ids("stop_ids", table, context, vocab_size), jnp.zeros_like(count)
+        drawn = placed(np.zeros(context.shape[0], np.int32), context)
+        return count, spread_ids("stop_ids", table, context, vocab_size), drawn
 
     return Transform(init, _apply_min_new_tokens)
 
@@ -133,7 +134,9 @@ def pad_ids(name: str, rows: Sequence[Sequence[int]], capacity: int) -> np.ndarr
     return table
 
 
-def spread_ids(name: str, table: np.ndarray, context: np.ndarray | jax.Array, vocab_size: int) -> jax.Array:
+def spread_ids(
+    name: str, table: np.ndarray, context: np.ndarray | jax.Array, vocab_size: int
+) -> np.ndarray | jax.Array:
     """Checks ids against the vocabulary and spreads one row over the batch: int32 `[B, capacity]`.
 
     Raises:
@@ -145,7 +148,7 @@ def spread_ids(name: str, table: np.ndarray, context: np.ndarray | jax.Array, vo
         raise ValueError(f"{name} must be token ids in [0, {vocab_size}), got {table[outside][0]}")
     if len(table) not in (1, batch):
         raise ValueError(f"{name} has {len(table)} rows for a batch of {batch} sequences")
-    return jnp.asarray(np.broadcast_to(table, (batch, table.shape[1])).astype(np.int32))
+    return placed(np.broadcast_to(table, (batch, table.shape[1])).astype(np.int32), context)
 
 
 def _rows(ids: Sequence[int] | Sequence[Sequence[int]]) -> list[Sequence[int]]:
@@ -159,7 +162,7 @@ def _columns(ids: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _has_bias(state: State) -> jax.Array:
-    return jnp.any(state[0] >= 0, axis=1)
+    return (state[0] >= 0).any(axis=1)
 
 
 def _apply_logit_bias(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:

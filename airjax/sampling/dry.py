@@ -16,7 +16,7 @@ from airjax.sampling.history import (
     repeat_lengths,
     window,
 )
-from airjax.sampling.parameter import Parameter, check, check_whole, per_sequence
+from airjax.sampling.parameter import Parameter, check, check_whole, per_sequence, placed
 from airjax.sampling.transform import State, Switched, Transform
 
 MAX_EXPONENT = 88.7228391  # log of the largest float32
@@ -68,7 +68,7 @@ def dry(
             per_sequence(bases, context, np.float32),
             per_sequence(np.minimum(allowed, 2**24), context, np.int32),
             per_sequence(windows, context, np.int32),
-            jnp.asarray(np.tile(bits, (context.shape[0], 1))),
+            placed(np.tile(bits, (context.shape[0], 1)), context),
             newest(context, length),
         )
 

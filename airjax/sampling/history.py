@@ -30,7 +30,7 @@ def check_window(name: str, last_n: Parameter, history: int) -> np.ndarray:
     return np.where(values < 0, history, values)
 
 
-def newest(context: np.ndarray | jax.Array, length: int) -> jax.Array:
+def newest(context: np.ndarray | jax.Array, length: int) -> np.ndarray | jax.Array:
     """The last `length` tokens of each row of `context` `[B, N]`, -1 aside: int32 `[B, length]`, right-aligned."""
     batch, count = context.shape
     if isinstance(context, jax.Array):
@@ -42,7 +42,7 @@ def newest(context: np.ndarray | jax.Array, length: int) -> jax.Array:
     for row, tokens in zip(kept, context, strict=True):
         tail = tokens[tokens >= 0][-length:]
         row[length - len(tail) :] = tail
-    return jnp.asarray(kept)
+    return kept
 
 
 def push(history: jax.Array, token: jax.Array) -> jax.Array:

@@ -2,18 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 IMPL = "threefry2x32"
 
 
-def key_rows(key: jax.Array | None, batch: int) -> jax.Array:
+def key_rows(key: jax.Array | None, batch: int) -> np.ndarray | jax.Array:
     """One key per sequence as raw bits, uint32 `[B, 2]`; None gives zeros, for transforms that are off.
 
     Raises:
       ValueError: if `key` is no typed threefry key of shape `[]` or `[B]`.
     """
     if key is None:
-        return jnp.zeros((batch, 2), jnp.uint32)
+        return np.zeros((batch, 2), np.uint32)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (batch,)):
         raise ValueError(
             f"key must be one jax.random.key or {batch} of them, one per sequence, "

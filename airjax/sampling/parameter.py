@@ -51,9 +51,14 @@ def check_whole(name: str, value: Parameter, low: int) -> np.ndarray:
     return values
 
 
-def per_sequence(values: np.ndarray, context: np.ndarray | jax.Array, dtype: type) -> jax.Array:
+def per_sequence(values: np.ndarray, context: np.ndarray | jax.Array, dtype: type) -> np.ndarray | jax.Array:
     """Spreads checked values over the batch of `context` `[B, N]`: an array `[B]` of `dtype`."""
     batch = context.shape[0]
     if values.ndim == 1 and len(values) != batch:
         raise ValueError(f"a sampling parameter has {len(values)} values for a batch of {batch} sequences")
-    return jnp.asarray(np.broadcast_to(values, (batch,)).astype(dtype))
+    return placed(np.broadcast_to(values, (batch,)).astype(dtype), context)
+
+
+def placed(values: np.ndarray, context: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """Values of a state where their context is: beside one on the host nothing goes to the device by itself."""
+    return values if isinstance(context, np.ndarray) else jnp.asarray(values)

@@ -6,7 +6,7 @@ import numpy as np
 
 from airjax.sampling.active import where_active
 from airjax.sampling.history import HISTORY, check_history, check_window, count_tokens, newest, push, window
-from airjax.sampling.parameter import Parameter, check, per_sequence
+from airjax.sampling.parameter import Parameter, check, per_sequence, placed
 from airjax.sampling.transform import State, Switched, Transform
 
 
@@ -35,7 +35,7 @@ def repetition_penalty(r: Parameter) -> Transform:
     return Transform(init, _apply_repetition_penalty)
 
 
-def seen_tokens(context: np.ndarray | jax.Array, vocab_size: int) -> jax.Array:
+def seen_tokens(context: np.ndarray | jax.Array, vocab_size: int) -> np.ndarray | jax.Array:
     """Marks the tokens of each row of `context` `[B, N]`, -1 aside: bool `[B, V]`."""
     batch = context.shape[0]
     if isinstance(context, jax.Array):
@@ -43,7 +43,7 @@ def seen_tokens(context: np.ndarray | jax.Array, vocab_size: int) -> jax.Array:
     seen = np.zeros((batch, vocab_size), bool)
     rows, columns = np.nonzero(context >= 0)
     seen[rows, context[rows, columns]] = True
-    return jnp.asarray(seen)
+    return seen
 
 
 def _mark(seen: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ def _mark(seen: jax.Array, tokens: jax.Array) -> jax.Array:
 
 def _apply_repetition_penalty(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
     r, seen = state
-    seen = _mark(seen, token[:, None])
+    seen = _mark(jnp.asarray(seen), token[:, None])
     factor = r[:, None]  # [B, 1]
     penalised = jnp.where(logits > 0, logits / factor, logits * factor)
     return jnp.where(seen, penalised, logits), (r, seen)
@@ -143,8 +143,8 @@ def output_penalties(
         return (
             per_sequence(frequencies, context, np.float32),
             per_sequence(presences, context, np.float32),
-            jnp.zeros((batch,), bool),
-            jnp.full((batch, length), -1, jnp.int32),
+            placed(np.zeros((batch,), bool), context),
+            placed(np.full((batch, length), -1, np.int32), context),
         )
 
     return Transform(init, Switched(_apply_output_penalties, _output_penalties_on, _push_output))

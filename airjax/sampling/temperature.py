@@ -6,7 +6,7 @@ import numpy as np
 
 from airjax.sampling.active import where_active
 from airjax.sampling.parameter import Parameter, check, per_sequence
-from airjax.sampling.transform import State, Switched, Transform
+from airjax.sampling.transform import Apply, State, Switched, Transform
 from airjax.sampling.typical import entropy
 
 
@@ -80,6 +80,11 @@ def dynamic_temperature(t: Parameter, spread: Parameter = 0, exponent: Parameter
     return Transform(init, Switched(_apply_dynamic_temperature, _dynamic_temperature_on))
 
 
+def is_dynamic_temperature(apply: Apply) -> bool:
+    """Whether an `apply` is that of `dynamic_temperature`."""
+    return apply == Switched(_apply_dynamic_temperature, _dynamic_temperature_on)
+
+
 def keep_argmax(logits: jax.Array) -> jax.Array:
     """Mask `[B, V]` of the largest logit of each row; of several that tie, the first."""
     ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
@@ -107,25 +112,25 @@ def _dynamic_temperature_on(state: State) -> jax.Array:
 
 
 def _apply_temperature(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
-    return where_active(_temperature_on(state), lambda x: _scale(x, state), logits), state
+    return where_active(_temperature_on(state), lambda x: scale(x, state), logits), state
 
 
 def _apply_dynamic_temperature(logits: jax.Array, state: State, token: jax.Array) -> tuple[jax.Array, State]:
     t, spread, exponent = state
 
-    def scale(logits: jax.Array) -> jax.Array:
+    def by_entropy(logits: jax.Array) -> jax.Array:
         low, high = jnp.maximum(t - spread, 0), t + spread
         count = jnp.sum(logits > -jnp.inf, axis=-1)
         share = entropy(logits) / jnp.log(jnp.maximum(count, 2).astype(jnp.float32))
         dynamic = low + (high - low) * jnp.clip(share, 0, 1) ** exponent
         # A single token has no entropy to measure, and no temperature changes its probability.
-        return _scale(logits, jnp.where(spread > 0, jnp.where(count > 1, dynamic, 1), t))
+        return scale(logits, jnp.where(spread > 0, jnp.where(count > 1, dynamic, 1), t))
 
-    return where_active(_dynamic_temperature_on(state), scale, logits), state
+    return where_active(_dynamic_temperature_on(state), by_entropy, logits), state
 
 
-def _scale(logits: jax.Array, t: jax.Array) -> jax.Array:
-    """Divides logits `[B, V]` by `t` `[B]`; rows with 0 keep the largest alone."""
+def scale(logits: jax.Array, t: jax.Array) -> jax.Array:
+    """Divides logits `[B, V]` by `t` `[B]`; rows with 0 keep the largest alone, those with 1 their bits."""
     t = t[:, None]
     scaled = logits / jnp.where(t > 0, t, 1)
     return jnp.where((t > 0) | keep_argmax(logits), scaled, -jnp.inf)

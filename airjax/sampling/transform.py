@@ -39,7 +39,7 @@ class Transform(NamedTuple):
     Attributes:
       init: `init(context, vocab_size) -> state`. `context` is int32 `[B, N]`, the tokens that each sequence
         begins with, except its last one, padded with -1 on either side. A numpy context is read on the
-        host, so prompts of many lengths compile nothing; a jax one is traced.
+        host, so prompts of many lengths compile nothing, and gives a numpy state; a jax one is traced.
       apply: `apply(logits, state, token) -> (logits, state)`. `logits` is float32 `[B, V]`; `token` is int32
         `[B]`, the last token of each sequence, -1 where there is none. A token that is ruled out gets the
         logit -inf. `apply` is hashable, and equal for two transforms of the same structure, whatever

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from airjax.engine import Event
 from airjax.server.choice import Choice, Delta, Finish, TokenNote
-from airjax.server.errors import ApiError, JsonAnswer
+from airjax.server.errors import ApiError, JsonAnswer, to_json
+from airjax.server.order import Order
 from airjax.server.sse import DONE, KEEP_ALIVE, EventStream, event, while_connected
 from airjax.server.state import State
 from airjax.server.tools import Call
-from airjax.server.worker import Order, Run
+from airjax.server.worker import Run
+
+# A text that is in no answer, where the answer's own goes.
+_TEXT = "\0airjax\0"
 
 
 @dataclass
@@ -116,9 +120,8 @@ class Generation:
           ApiError: the engine failed, or time is up.
         """
         wholes = [Whole() for _ in self.choices]
-        async for got in self._deltas(self.state.options.request_timeout_s):
-            if got is not None:
-                index, delta = got
+        async for deltas in self._deltas(self.state.options.request_timeout_s):
+            for index, delta in deltas:
                 whole = wholes[index]
                 whole.text += delta.text
                 whole.notes += delta.notes
@@ -141,49 +144,81 @@ class Generation:
         """The stream."""
         head = {**self._head, "object": self.form.chunk_object}
         empty = {"usage": None} if include_usage else {}
+
+        def chunk_event(chunk: dict[str, Any]) -> bytes:
+            return event({**head, "choices": [chunk], **empty})
+
+        frames = [Frame(self.form, index, chunk_event) for index in range(len(self.choices))]
         try:
             for index in range(len(self.choices)):
                 opening = self.form.opening(index)
                 if opening is not None:
-                    yield event({**head, "choices": [opening], **empty})
-            async for got in self._deltas(self.state.options.keep_alive_s):
-                if got is None:
+                    yield chunk_event(opening)
+            async for deltas in self._deltas(self.state.options.keep_alive_s):
+                if not deltas:
                     yield KEEP_ALIVE
                     continue
-                for chunk in self.form.chunk(*got):
-                    yield event({**head, "choices": [chunk], **empty})
+                # What came together goes out together: each piece that is sent is a system call.
+                told = b"".join(piece for index, delta in deltas for piece in frames[index].pieces(delta))
+                if told:
+                    yield told
             if include_usage:
                 yield event({**head, "choices": [], "usage": self.usage})
             yield DONE
         except ApiError as error:  # the status has long been sent
             yield event(error.body)
 
-    async def _deltas(self, patience_s: float) -> AsyncIterator[tuple[int, Delta] | None]:
-        """What happens to the choices; None when nothing did for a while."""
+    async def _deltas(self, patience_s: float) -> AsyncIterator[list[tuple[int, Delta]]]:
+        """What happens to the choices; an empty list when nothing did for a while."""
         while self.run.open:
             left = self._deadline - time.monotonic()
-            try:
-                async with asyncio.timeout(max(min(patience_s, left), 0)):
-                    index, happened = await self.run.next()
-            except TimeoutError:
-                if time.monotonic() >= self._deadline:
-                    limit = self.state.options.request_timeout_s
-                    raise ApiError(504, f"the request took more than {limit:g} s", code="timeout") from None
-                yield None
-                continue
-            if index in self._ended:
-                continue
-            if happened.finish_reason == "grammar":
-                raise ApiError(
-                    400, "the grammar allows no token here: it cannot be satisfied", code="grammar"
-                )
-            if happened.token is None:
-                raise ApiError(500, happened.error or f"the generation ended: {happened.finish_reason}")
-            delta = self.choices[index].push(happened)
-            if delta.finish is not None:
-                self._ended.add(index)
-                self.run.cancel(index, "stop")
-            yield index, delta
+            found = await self.run.next(max(min(patience_s, left), 0)) if left > 0 else []
+            if not found and time.monotonic() >= self._deadline:
+                limit = self.state.options.request_timeout_s
+                raise ApiError(504, f"the request took more than {limit:g} s", code="timeout")
+            deltas = []
+            failure: ApiError | None = None
+            for index, happened in found:
+                if index in self._ended:
+                    continue
+                failure = why_failed(happened)
+                if failure is not None:
+                    break
+                delta = self.choices[index].push(happened)
+                if delta.finish is not None:
+                    self._ended.add(index)
+                    self.run.cancel(index, "stop")
+                deltas.append((index, delta))
+            if deltas or not found:
+                yield deltas
+            if failure is not None:
+                raise failure
+
+
+def why_failed(happened: Event) -> ApiError | None:
+    """The error that an event without a token is."""
+    if happened.finish_reason == "grammar":
+        return ApiError(400, "the grammar allows no token here: it cannot be satisfied", code="grammar")
+    if happened.token is None:
+        return ApiError(500, happened.error or f"the generation ended: {happened.finish_reason}")
+    return None
+
+
+class Frame:
+    """Events of one choice of a stream. All that say nothing but text differ in that text alone."""
+
+    def __init__(self, form: Form, index: int, chunk_event: Callable[[dict[str, Any]], bytes]) -> None:
+        self._form = form
+        self._index = index
+        self._event = chunk_event
+        [chunk] = form.chunk(index, Delta(_TEXT, (), (), None))
+        self._before, self._after = chunk_event(chunk).split(to_json(_TEXT))
+
+    def pieces(self, delta: Delta) -> list[bytes]:
+        """The events of a delta."""
+        if delta.finish is None and not delta.notes and not delta.calls:
+            return [self._before, to_json(delta.text), self._after] if delta.text else []
+        return [self._event(chunk) for chunk in self._form.chunk(self._index, delta)]
 
 
 async def respond(

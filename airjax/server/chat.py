@@ -102,7 +102,7 @@ async def chat_completions(request: Request) -> Response:
         state,
         ChatForm(bool(body.logprobs), 1 if body.parallel_tool_calls is False else None),
         orders,
-        [Choice(engine.tokenizer, (*body.stops, *ends), names) for _ in orders],
+        [Choice(engine.tokenizer, (*body.stops, *ends), names, bool(body.logprobs)) for _ in orders],
         per_prompt=len(orders),
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and body.stream_options.include_usage,

@@ -37,6 +37,7 @@ class Choice:
     """A choice as it grows.
 
     Attributes:
+      noted: whether anybody wants the log-probabilities of its tokens.
       tokens: how many were drawn.
       cached_tokens: of its prompt, that came from shared pages.
       accepted_tokens, rejected_tokens: of drafts, that were right, and that were not.
@@ -45,6 +46,7 @@ class Choice:
     tokenizer: Tokenizer
     stop: Sequence[str]
     tool_names: Sequence[str] = ()
+    noted: bool = False
     tokens: int = 0
     cached_tokens: int = 0
     accepted_tokens: int = 0
@@ -69,14 +71,14 @@ class Choice:
         text = "" if by_token else self._stream.push(event.token)
         text += self._stream.flush() if ended else ""
         start, self._decoded = self._decoded, self._decoded + len(text)
-        if not by_token:
+        if self.noted and not by_token:
             top = tuple((self.tokenizer.piece(token), logprob) for token, logprob in event.top)
             piece = self.tokenizer.piece(event.token)
             self._notes.append(TokenNote(piece, event.logprob, top, start, self._decoded))
         text = self._stops.push(text) + (self._stops.flush() if ended else "")
         self._given += len(text)
         stopped = self._stops.stopped
-        notes = self._take_notes(all_of_them=ended or stopped, cut=stopped)
+        notes = self._take_notes(all_of_them=ended or stopped, cut=stopped) if self.noted else ()
         stopped = stopped or event.finish_reason == "stop"
         finish: Finish | None = "stop" if stopped else "length" if ended else None
         calls: list[Call] = []

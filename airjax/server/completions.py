@@ -92,7 +92,11 @@ async def completions(request: Request) -> Response:
         state,
         CompletionForm(body.logprobs is not None, tuple(echo for echo in echoes for _ in range(count))),
         orders,
-        [Choice(engine.tokenizer, body.stops) for _ in orders],
+        # The likeliest of several are chosen by their tokens' log-probabilities.
+        [
+            Choice(engine.tokenizer, body.stops, noted=body.logprobs is not None or drawn > count)
+            for _ in orders
+        ],
         per_prompt=drawn,
         kept=count,
         stream=bool(body.stream),

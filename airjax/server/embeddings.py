@@ -11,12 +11,12 @@ from starlette.responses import Response
 
 from airjax.server.body import read_body
 from airjax.server.errors import ApiError, JsonAnswer
+from airjax.server.order import Order
 from airjax.server.orders import check_ids, encode_prompts
 from airjax.server.requests import EmbeddingRequest
 from airjax.server.sampler import Settings
 from airjax.server.sse import while_connected
 from airjax.server.state import State, state_of
-from airjax.server.worker import Order
 
 _MOST_INPUTS = 256
 
@@ -56,10 +56,10 @@ async def _embed(state: State, inputs: list[list[int]]) -> list[np.ndarray]:
         run = state.submit(orders)
         try:
             while run.open:
-                index, event = await run.next()
-                if event.hidden is None:
-                    raise ApiError(500, f"a text was not embedded: {event.error}")
-                found[index] = event.hidden / max(float(np.linalg.norm(event.hidden)), 1e-12)
+                for index, event in await run.next():
+                    if event.hidden is None:
+                        raise ApiError(500, f"a text was not embedded: {event.error}")
+                    found[index] = event.hidden / max(float(np.linalg.norm(event.hidden)), 1e-12)
         finally:
             run.close()
         vectors += [found[index] for index in range(len(part))]

@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -76,5 +77,4 @@ class JsonAnswer(Response):
 
 def to_json(content: Any) -> bytes:
     """Compact JSON in UTF-8."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")
+    return _ENCODER.encode(content).encode("utf-8", "backslashreplace")

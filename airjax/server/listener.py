@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -86,8 +87,30 @@ class Listener(uvicorn.Server):
         self.should_exit = True
 
 
+class _Connection(h11.Connection):
+    """h11's, but what is sent in the middle of a stream passes by its rules, which cost more than all else of it."""
+
+    _chunked = False
+
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]
+        """The bytes of an event."""
+        if self._chunked and type(event) is h11.Data:
+            data = bytes(event.data)
+            return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+        sent = super().send(event)
+        if type(event) is h11.Response:
+            self._chunked = sent is not None and b"transfer-encoding: chunked" in sent.lower()
+        elif type(event) is h11.EndOfMessage:
+            self._chunked = False
+        return sent
+
+
 class _Protocol(H11Protocol):
     """Hangs up on who does not say within some time what it wants."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn.__class__ = _Connection
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

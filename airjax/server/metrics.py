@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
+import itertools
 import time
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from airjax.engine import Scheduler
+from airjax.engine import Scheduler, Spread
 from airjax.plan import KV_PAGE
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 _WINDOW_S = 5.0
+
+
+class Seconds:
+    """A histogram that one thread adds to: without the lock of the library's own, which each token would take.
+
+    Attributes:
+      total: of all that was observed.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self._counts = [0] * (len(_SECONDS) + 1)
+
+    def observe(self, seconds: float) -> None:
+        """Adds one."""
+        self._counts[bisect.bisect_left(_SECONDS, seconds)] += 1
+        self.total += seconds
+
+    @property
+    def buckets(self) -> list[tuple[str, float]]:
+        """How many were at most so long, for each bound."""
+        bounds = [*map(str, map(float, _SECONDS)), "+Inf"]
+        return [
+            (bound, float(count))
+            for bound, count in zip(bounds, itertools.accumulate(self._counts), strict=True)
+        ]
 
 
 class Metrics(Collector):
@@ -30,26 +58,16 @@ class Metrics(Collector):
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("airjax_requests", "Answers.", ["route", "status"], registry=self.registry)
-        self.first_token_s = Histogram(
-            "airjax_time_to_first_token_seconds",
-            "From a request to its first token.",
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.between_tokens_s = Histogram(
-            "airjax_time_between_tokens_seconds",
-            "Between two tokens of one generation.",
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
+        self.first_token_s = Seconds()
+        self.between_tokens_s = Seconds()
         self.finished = Counter(
             "airjax_generations", "Ended generations by their reason.", ["reason"], registry=self.registry
         )
-        self._scheduler: Scheduler | None = None
+        self._scheduler: Scheduler | Spread | None = None
         self._recent: collections.deque[tuple[float, int, float, float]] = collections.deque(maxlen=4096)
         self.registry.register(self)
 
-    def watch(self, scheduler: Scheduler) -> None:
+    def watch(self, scheduler: Scheduler | Spread) -> None:
         """Reads this scheduler's numbers from now on."""
         self._scheduler = scheduler
 
@@ -63,6 +81,13 @@ class Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Called for each scrape."""
+        for name, text, seconds in (
+            ("to_first_token", "From a request to its first token.", self.first_token_s),
+            ("between_tokens", "Between two tokens of one generation.", self.between_tokens_s),
+        ):
+            yield HistogramMetricFamily(
+                f"airjax_time_{name}_seconds", text, buckets=seconds.buckets, sum_value=seconds.total
+            )
         if self._scheduler is None:
             return
         stats, scheduler = self._scheduler.stats, self._scheduler
@@ -85,6 +110,23 @@ class Metrics(Collector):
             ("kv_pages_limit", "Pages that there may be.", scheduler.pages_limit),
         ):
             yield GaugeMetricFamily(f"airjax_{name}", text, value=value)
+        for name, text, numbers in (
+            ("link_streamed_bytes", "Weights over each of several links.", "bytes_streamed"),
+            ("link_stall_seconds", "Time in which each of several devices waited for weights.", "wait_s"),
+        ):
+            family = CounterMetricFamily(f"airjax_{name}", text, labels=["device"])
+            for number, link in sorted(stats.links.items()):
+                family.add_metric([str(number)], getattr(link, numbers))
+            if stats.links:
+                yield family
+        if len(scheduler.lanes) > 1:
+            for name, text in (("running", "that take part in sweeps"), ("waiting", "that wait")):
+                gauge = GaugeMetricFamily(
+                    f"airjax_lane_{name}", f"Sequences {text}, of each batch.", labels=["lane"]
+                )
+                for number, lane in enumerate(scheduler.lanes):
+                    gauge.add_metric([str(number)], getattr(lane, name))
+                yield gauge
 
     @property
     def link_rate(self) -> float:

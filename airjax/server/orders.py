@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from airjax.api import Engine
 from airjax.server.errors import ApiError
+from airjax.server.order import Order
 from airjax.server.requests import Prompts
 from airjax.server.sampler import Settings
-from airjax.server.worker import Order
 from airjax.text import Grammar
 
 _MOST_CHOICES = 128

@@ -19,7 +19,7 @@ _WINDOW_BEATS = 20  # over which rates are taken
 _QUIET_BEATS = 10  # of so many beats in which nothing happens one is sent
 _QUEUE = 20
 _MOST_EVENTS = 8192
-_LANES = {"host to device": "link", "compute": "compute"}
+_LANES = {"host to device": "link", "link": "link", "compute": "compute"}
 
 
 class _Counts(NamedTuple):
@@ -86,7 +86,7 @@ class Pipeline:
             self._task = None
 
     async def _watch(self, timeline: Timeline | None) -> None:
-        await asyncio.wrap_future(self._worker.call(lambda engine: engine.model.watch(timeline)))
+        await asyncio.wrap_future(self._worker.call(lambda engine: engine.watch(timeline)))
 
     async def _beat(self, timeline: Timeline) -> None:
         counts: collections.deque[_Counts] = collections.deque(maxlen=_WINDOW_BEATS + 1)
@@ -137,7 +137,7 @@ def newest(timeline: Timeline) -> list[list[Any]]:
     """`[lane, first layer, last layer, start, end]` in seconds, the newest of each lane and layer that have ended."""
     found: dict[tuple[str, str], list[Any]] = {}
     for happened in timeline.take():
-        lane = _LANES.get(happened.lane)
+        lane = _LANES.get(happened.lane.rstrip(" 0123456789"))
         kind, _, numbers = happened.name.partition(" ")
         if lane is None or kind not in ("layer", "layers"):
             continue

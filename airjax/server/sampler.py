@@ -51,6 +51,12 @@ class Settings:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
 
+@functools.lru_cache(maxsize=64)
+def keyless_sampler(settings: Settings) -> sampling.Transform:
+    """`make_sampler` without a key; most requests have settings that were there before."""
+    return make_sampler(settings)
+
+
 def make_sampler(settings: Settings, key: jax.Array | None = None) -> sampling.Transform:
     """The sampler of a request: `sampling.standard`.
 

@@ -33,7 +33,12 @@ async def health(request: Request) -> Response:
     """200 when requests are answered; 503 with what is being done while the model is opened."""
     worker = state_of(request).worker
     if worker.state == "ready":
-        return JsonAnswer({"status": "ok"})
+        lanes = [{"running": running, "waiting": waiting} for running, waiting in worker.lanes]
+        plan = worker.engine.plan
+        several = (
+            {"parallel": plan.parallel, "devices": plan.devices, "batches": lanes} if plan.parallel else {}
+        )
+        return JsonAnswer({"status": "ok", **several})
     seconds = round(time.monotonic() - worker.started, 1)
     return JsonAnswer(
         {"status": worker.state, "stage": worker.stage, "elapsed_s": seconds}, 503, {"retry-after": "5"}

@@ -15,8 +15,9 @@ from starlette.requests import Request
 from airjax.api import Engine
 from airjax.server.errors import ApiError
 from airjax.server.metrics import Metrics
+from airjax.server.order import Order
 from airjax.server.pipeline import Pipeline
-from airjax.server.worker import NotReadyError, Order, QueueFullError, Run, Worker
+from airjax.server.worker import NotReadyError, QueueFullError, Run, Worker
 
 _T = TypeVar("_T")
 _LOG = logging.getLogger("airjax.server")

@@ -3,6 +3,16 @@
 Knows byte ranges and arrays; knows neither GGUF nor models.
 """
 
+from airjax.streaming.devicepool import DevicePool as DevicePool
+from airjax.streaming.held import Form as Form
+from airjax.streaming.held import Held as Held
+from airjax.streaming.held import Sources as Sources
+from airjax.streaming.held import assign as assign
+from airjax.streaming.held import begin_step as begin_step
+from airjax.streaming.held import empty as empty
+from airjax.streaming.held import fetch as fetch
+from airjax.streaming.held import view_of as view_of
+from airjax.streaming.links import Links as Links
 from airjax.streaming.pinned import PinnedMemory as PinnedMemory
 from airjax.streaming.pinned import PinningError as PinningError
 from airjax.streaming.pinned import cuda_driver as cuda_driver
@@ -25,6 +35,7 @@ from airjax.streaming.shuttle import to_cache as to_cache
 from airjax.streaming.sources import MappedSource as MappedSource
 from airjax.streaming.sources import ReadSource as ReadSource
 from airjax.streaming.timeline import Timeline as Timeline
+from airjax.streaming.turns import Turns as Turns
 from airjax.streaming.units import MappedUnits as MappedUnits
 from airjax.streaming.units import ReadUnits as ReadUnits
 from airjax.streaming.units import Stack as Stack

@@ -36,6 +36,12 @@ class _Driver:
     def register(self, address: int, nbytes: int, flags: int) -> None:
         self._in_context("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(nbytes), flags)
 
+    def device_address(self, address: int) -> int:
+        """The address under which the device sees registered memory."""
+        found = ctypes.c_uint64()
+        self._in_context("cuMemHostGetDevicePointer_v2", ctypes.byref(found), ctypes.c_void_p(address), 0)
+        return found.value
+
     def free_bytes(self) -> int:
         """Device memory that nobody has taken."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -123,6 +129,22 @@ class PinnedMemory:
         nbytes = mapping.nbytes + -mapping.nbytes % mmap.PAGESIZE
         cuda_driver().register(mapping.ctypes.data, nbytes, _PORTABLE | _READ_ONLY)
         return cls(mapping, mapping.ctypes.data, None)
+
+    @property
+    def device_address(self) -> int:
+        """Where the device sees the memory, which is registered.
+
+        Raises:
+          PinningError: the driver does not map it.
+        """
+        assert self._registered_at is not None
+        return cuda_driver().device_address(self._registered_at)
+
+    def __enter__(self) -> PinnedMemory:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Unregisters the memory. Views of it keep it alive, but no longer pinned."""

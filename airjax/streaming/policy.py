@@ -8,7 +8,7 @@ its logarithm as seen from time zero.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,15 +24,16 @@ class Policy(NamedTuple):
 
     half_life: float
 
-    def used(self, keys: np.ndarray, uses: np.ndarray | float, now: float) -> np.ndarray:
+    def used(self, keys: Any, uses: Any, now: Any, xp: Any = np) -> Any:
         """The keys after uses.
 
         Args:
           keys: before; `NEVER` for an expert that was not used yet.
           uses: how many uses, at least one.
           now: the time in sweeps.
+          xp: numpy, or jax.numpy inside jit.
         """
-        return np.logaddexp2(np.log2(uses) + now / self.half_life, keys)
+        return xp.logaddexp2(xp.log2(uses) + now / self.half_life, keys)
 
     def least(self, keys: np.ndarray, count: int) -> np.ndarray:
         """Indices of the `count` least worth, the least first; of equals the first."""

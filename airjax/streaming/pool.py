@@ -119,6 +119,8 @@ class Pool:
       wait_s: time in which the device had done all earlier work and waited for experts.
     """
 
+    on_device = False
+
     def __init__(
         self,
         shapes: Sequence[Shape],
@@ -309,7 +311,7 @@ class Pool:
         shape = self._shapes[kind]
         most = max(min(self._call_bytes // self._unit_bytes(layer), _LENGTHS[-1]), 1)
         at = 0
-        for runs in _calls(layer, experts, most):
+        for runs in calls(layer, experts, most):
             count = sum(run.length for run in runs)
             nbytes = count * self._unit_bytes(layer)
             while self._on_the_way and self._staged + nbytes > STAGED_BYTES:
@@ -340,7 +342,7 @@ class Pool:
         return self._policy.least(keys, count)
 
 
-def _calls(layer: int, experts: np.ndarray, most: int) -> list[list[Run]]:
+def calls(layer: int, experts: np.ndarray, most: int) -> list[list[Run]]:
     """Rising experts as calls of runs: many neighbours in a run, single ones several in a call."""
     calls: list[list[Run]] = []
     single: list[Run] = []

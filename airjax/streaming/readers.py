@@ -64,6 +64,7 @@ class RingReader:
       threads: how many reads are under way at once.
       direct: bypass the page cache where the file system allows it.
       timeline: records each read, if given.
+      names: of the items, for the timeline; None for their numbers.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class RingReader:
         threads: int = 4,
         direct: bool = True,
         timeline: Timeline | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         self._ranges = ranges
+        self._names = names
         self._order = tuple(order)
         self._timeline = timeline
         self._files = [_open(path, direct) for path in paths]
@@ -97,6 +100,11 @@ class RingReader:
         self._next = 0
         self._free_slots = collections.deque(range(slots))
         self._schedule()
+
+    def ready(self, item: int) -> bool:
+        """Whether `wait` would return, or raise, at once."""
+        filled = self._filled[0] if self._filled else None
+        return filled is None or filled.item != item or all(read.done() for read in filled.reads)
 
     def wait(self, item: int) -> list[np.ndarray]:
         """The host views of `item`, read completely. `recycle` must follow before the next `wait`.
@@ -164,13 +172,14 @@ class RingReader:
             item = self._order[self._next]
             self._next = (self._next + 1) % len(self._order)
             reads, at = [], 0
+            name = f"layer {item}" if self._names is None else self._names[item]
             for r in self._ranges[item]:
                 target = self._slots[slot].array[at : at + r.page_nbytes]
                 for start in range(0, r.page_nbytes, _CHUNK_BYTES):
                     part = target[start : start + _CHUNK_BYTES]
                     needed = min(max(r.start + r.nbytes - r.page_start - start, 0), part.nbytes)
                     where = (r.file, r.page_start + start, needed)
-                    reads.append(self._pool.submit(self._read, slot, part, *where, f"layer {item}"))
+                    reads.append(self._pool.submit(self._read, slot, part, *where, name))
                 at += r.page_nbytes
             self._filled.append(_Filled(item, slot, reads))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from airjax.streaming.pinned import PinnedMemory
 from airjax.streaming.timeline import Timeline
@@ -52,8 +54,9 @@ class Shuttle:
 
     Args:
       sizes: S of each layer.
-      row: shapes and dtypes `[B, K, H]` of the keys (or the values) of one position.
-      device: where the blocks run.
+      rows: shapes and dtypes `[B, K, H]` of the keys (or the values) of one position of each layer, on one device.
+      place: the device where the blocks run; or how flat buffers lie on a mesh, of whose devices each has its own
+        heads: then pieces are `[devices * S', row bytes]`, and rows `[B, devices * K, T, H]`.
       pieces: how many pieces may be alive on the device at once, at least 2.
       block: positions of a piece.
       pin: register the host memory with the driver (for a GPU).
@@ -67,8 +70,8 @@ class Shuttle:
     def __init__(
         self,
         sizes: Sequence[int],
-        row: Any,
-        device: jax.Device,
+        rows: Sequence[Any],
+        place: jax.Device | NamedSharding,
         pieces: int,
         block: int,
         *,
@@ -80,16 +83,25 @@ class Shuttle:
         self.wait_s = 0.0
         self.block = block
         self._sizes = tuple(sizes)
-        self._fields = _fields(row)
-        self._device = device
+        self._fields = [_fields(row) for row in rows]
+        self._place = place
+        here = jax.process_index()
+        self._devices = (
+            [device for device in place.mesh.devices.flat if device.process_index == here]
+            if isinstance(place, NamedSharding)
+            else [place]
+        )
         self._pieces = max(pieces, 2)
         self._pin = pin
         self._timeline = timeline
         self._memory: list[PinnedMemory] = []
-        self._host: dict[tuple[int, int], np.ndarray] = {}  # uint8 [S, row bytes], by layer and block
+        # uint8 [S, row bytes], by layer, block and number among this process's devices.
+        self._host: dict[tuple[int, int, int], np.ndarray] = {}
         # New rows come down by the copy engine, not through a staging buffer of the driver.
-        self._landing_place = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-        self._landing: dict[int, tuple[LayerKV, np.ndarray]] = {}
+        self._landing_places = [
+            jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host") for device in self._devices
+        ]
+        self._landing: dict[int, tuple[list[LayerKV], np.ndarray]] = {}
         self._to_put: collections.deque[_Range] = collections.deque()
         self._ahead: collections.deque[tuple[int, Piece]] = collections.deque()
         self._busy: collections.deque[tuple[Array, Any]] = collections.deque()
@@ -141,7 +153,8 @@ class Shuttle:
           positions: `[B, T]`, negative for padding rows.
         """
         self.bytes_down += rows.nbytes
-        landing = jax.device_put(rows, self._landing_place)
+        parts = [jax.tree.map(functools.partial(_on, device=device), rows) for device in self._devices]
+        landing = jax.device_put(parts, self._landing_places)
         if self._timeline is not None:
             self._timeline.watch("device to host", f"kv {layer}", landing, rows.nbytes)
         self._landing[layer] = (landing, positions)
@@ -149,20 +162,27 @@ class Shuttle:
     def read(self, layer: int, slots: np.ndarray) -> list[np.ndarray]:
         """The rows of some slots of a layer, by the leaves of the cache: `[n, B, K, ...]` each."""
         self._land(layer)
-        rows = [np.empty((len(slots), *field.part.shape), field.part.dtype) for field in self._fields]
-        for block, inside in self._by_block(slots):
-            host = self._block(layer, block)
-            for field, target in zip(self._fields, rows, strict=True):
-                target[inside] = _view(host, field)[slots[inside] % self.block]
-        return rows
+        parts = []
+        for part in range(len(self._devices)):
+            rows = [
+                np.empty((len(slots), *field.part.shape), field.part.dtype) for field in self._fields[layer]
+            ]
+            for block, inside in self._by_block(slots):
+                host = self._block(layer, block, part)
+                for field, target in zip(self._fields[layer], rows, strict=True):
+                    target[inside] = _view(host, field)[slots[inside] % self.block]
+            parts.append(rows)
+        return [np.concatenate(leaf, axis=2) for leaf in zip(*parts, strict=True)]
 
     def write(self, layer: int, slots: np.ndarray, rows: Sequence[np.ndarray]) -> None:
         """Puts what `read` gave into some slots of a layer."""
         self._land(layer)
-        for block, inside in self._by_block(slots):
-            host = self._block(layer, block)
-            for field, new in zip(self._fields, rows, strict=True):
-                _view(host, field)[slots[inside] % self.block] = new[inside]
+        parts = zip(*(np.split(leaf, len(self._devices), axis=2) for leaf in rows), strict=True)
+        for part, own in enumerate(parts):
+            for block, inside in self._by_block(slots):
+                host = self._block(layer, block, part)
+                for field, new in zip(self._fields[layer], own, strict=True):
+                    _view(host, field)[slots[inside] % self.block] = new[inside]
 
     def close(self) -> None:
         """Waits for what is on the way and frees the host memory."""
@@ -190,11 +210,22 @@ class Shuttle:
             layer, first, length = self._to_put.popleft()
             # Rows of the last sweep must be in the host cache before it goes up again.
             self._land(layer)
-            kv = put_snapshot(self._block(layer, first // self.block)[:length], self._device)
+            kv = self._put(layer, first // self.block, length)
             self.bytes_up += kv.nbytes
             if self._timeline is not None:
                 self._timeline.watch("host to device", f"kv {layer}", kv, kv.nbytes)
             self._ahead.append((layer, Piece(first, kv)))
+
+    def _put(self, layer: int, block: int, length: int) -> Array:
+        """Starts the way up of the first positions of a block, to all devices at once."""
+        parts = [
+            put_snapshot(self._block(layer, block, part)[:length], device)
+            for part, device in enumerate(self._devices)
+        ]
+        if not isinstance(self._place, NamedSharding):
+            return parts[0]
+        shape = self._place.mesh.size * length, self._fields[layer][-1].stop
+        return jax.make_array_from_single_device_arrays(shape, self._place, parts)
 
     def _land(self, layer: int) -> None:
         """Waits until the newest rows of a layer are in the host cache."""
@@ -202,32 +233,32 @@ class Shuttle:
         if landing is None:
             return
         rows, positions = landing
-        values = [np.asarray(leaf) for leaf in jax.tree.leaves(rows)]  # [B, K, T, H] each
-        for sequence, row_positions in enumerate(positions):
-            used = np.flatnonzero(row_positions >= 0)
-            slots = row_positions[used] % self._sizes[layer]
-            for block, inside in self._by_block(slots):
-                host = self._block(layer, block)
-                for field, new in zip(self._fields, values, strict=True):
-                    target = _view(host, field)
-                    target[slots[inside] % self.block, sequence] = new[sequence][:, used[inside]].swapaxes(
-                        0, 1
-                    )
+        for part, own_rows in enumerate(rows):
+            values = [np.asarray(leaf) for leaf in jax.tree.leaves(own_rows)]  # [B, K, T, H] each
+            for sequence, row_positions in enumerate(positions):
+                used = np.flatnonzero(row_positions >= 0)
+                slots = row_positions[used] % self._sizes[layer]
+                for block, inside in self._by_block(slots):
+                    host = self._block(layer, block, part)
+                    for field, new in zip(self._fields[layer], values, strict=True):
+                        target = _view(host, field)
+                        own = new[sequence][:, used[inside]]
+                        target[slots[inside] % self.block, sequence] = own.swapaxes(0, 1)
 
     def _by_block(self, slots: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Each block that holds some of the slots, and which of them, as a mask."""
         for block in np.unique(slots // self.block):
             yield int(block), slots // self.block == block
 
-    def _block(self, layer: int, block: int) -> np.ndarray:
-        """Host memory of a block of a layer, uint8 `[S, row bytes]`."""
-        if (layer, block) not in self._host:
+    def _block(self, layer: int, block: int, part: int) -> np.ndarray:
+        """Host memory of a block of a layer for one device, uint8 `[S, row bytes]`."""
+        if (layer, block, part) not in self._host:
             size = min(self.block, self._sizes[layer] - block * self.block)
-            row_bytes = self._fields[-1].stop
+            row_bytes = self._fields[layer][-1].stop
             memory = PinnedMemory.allocate(size * row_bytes, pin=self._pin)
             self._memory.append(memory)
-            self._host[layer, block] = memory.array[: size * row_bytes].reshape(size, row_bytes)
-        return self._host[layer, block]
+            self._host[layer, block, part] = memory.array[: size * row_bytes].reshape(size, row_bytes)
+        return self._host[layer, block, part]
 
 
 def to_cache(kv: Array, row: Any) -> LayerKV:
@@ -251,6 +282,12 @@ def to_cache(kv: Array, row: Any) -> LayerKV:
 def piece_struct(slots: int, row: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a piece of so many slots, for `to_cache`."""
     return jax.ShapeDtypeStruct((slots, _fields(row)[-1].stop), jnp.uint8)
+
+
+def _on(array: Array, device: jax.Device) -> Array:
+    """A device's part of an array."""
+    part: Array = next(shard.data for shard in array.addressable_shards if shard.device == device)
+    return part
 
 
 def _view(host: np.ndarray, field: _Field) -> np.ndarray:

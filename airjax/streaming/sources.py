@@ -39,6 +39,10 @@ class MappedSource:
         self._device = device
         self._registered = registered
 
+    def ready(self, item: int) -> bool:
+        """Always: a page that is not in memory yet is read by the transfer itself."""
+        return True
+
     def put(self, item: int) -> Buffers:
         """Starts the transfer; on the CPU backend the arrays alias the mapping."""
         return tuple(jax.device_put(view, self._device) for view in self._views[item])
@@ -64,6 +68,10 @@ class ReadSource:
     def __init__(self, reader: RingReader, device: jax.Device) -> None:
         self._reader = reader
         self._device = device
+
+    def ready(self, item: int) -> bool:
+        """Whether the item has been read, or failed to be."""
+        return self._reader.ready(item)
 
     def put(self, item: int) -> Buffers:
         """Waits until the item has been read, then starts its transfer.

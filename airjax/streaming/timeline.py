@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+# Of several devices each has a link and a lane of compute of its own: "link 1", "compute 1".
 LANES = ("disk", "host to device", "compute", "device to host")
 
 
@@ -77,16 +78,18 @@ class Timeline:
 
     def save(self, path: str | Path) -> None:
         """Writes the Trace Event Format, which Perfetto and chrome://tracing open."""
+        events = self.events()
+        lanes = [*LANES, *sorted({event.lane for event in events} - set(LANES))]
         rows: list[dict[str, Any]] = [
             {"ph": "M", "pid": 1, "tid": lane, "name": "thread_name", "args": {"name": name}}
-            for lane, name in enumerate(LANES)
+            for lane, name in enumerate(lanes)
         ]
-        for event in self.events():
+        for event in events:
             rows.append(
                 {
                     "ph": "X",
                     "pid": 1,
-                    "tid": LANES.index(event.lane),
+                    "tid": lanes.index(event.lane),
                     "name": event.name,
                     "ts": event.start_s * 1e6,
                     "dur": (event.end_s - event.start_s) * 1e6,

@@ -43,7 +43,7 @@ class RankedMerges:
             vocab.setdefault(letter, len(vocab))
         self._has_gaps = len(vocab) > self._vocab_size
         bpe = models.BPE(
-            vocab=vocab, merges=_split_merges(ids, merges, where), ignore_merges=pre_tokenizer.whole_words
+            vocab=vocab, merges=split_merges(ids, merges, where), ignore_merges=pre_tokenizer.whole_words
         )
         self._tokenizer = tokenizers.Tokenizer(bpe)
         cuts = [
@@ -58,7 +58,12 @@ class RankedMerges:
         return [token for token in ids if token < self._vocab_size] if self._has_gaps else ids
 
 
-def _split_merges(ids: Mapping[str, int], merges: list[str], where: str) -> list[tuple[str, str]]:
+def split_merges(ids: Mapping[str, int], merges: list[str], where: str) -> list[tuple[str, str]]:
+    """The two tokens of each merge.
+
+    Raises:
+      TextError: a merge is not two tokens whose join is a token.
+    """
     pairs: dict[tuple[str, str], None] = {}  # a merge given twice counts at its first place
     for index, merge in enumerate(merges):
         cut = merge.find(" ", 1)

@@ -32,9 +32,14 @@ _LIBRARY_TOKENIZERS: weakref.WeakKeyDictionary[Tokenizer, llguidance.LLTokenizer
 
 
 class Grammar:
-    """A compiled grammar over one tokenizer's vocabulary; it makes a constraint for each sequence."""
+    """A compiled grammar over one tokenizer's vocabulary; it makes a constraint for each sequence.
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+    Attributes:
+      form: what it was compiled from, in the library's notation; `from_form` takes it.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, form: str) -> None:
+        self.form = form
         self._matcher = matcher
         self._vocab_size = vocab_size
 
@@ -158,7 +163,15 @@ def compile(
     matcher = llguidance.LLMatcher(_library_tokenizer(tokenizer), form, log_level=0)
     if matcher.is_error():
         raise TextError(f"{where}{_explain(matcher.get_error(), source, regex is not None)}")
-    return Grammar(matcher, tokenizer.vocab_size)
+    return Grammar(matcher, tokenizer.vocab_size, form)
+
+
+def from_form(tokenizer: Tokenizer, form: str) -> Grammar:
+    """A grammar from the `form` of one that was compiled, perhaps in another process."""
+    import llguidance
+
+    matcher = llguidance.LLMatcher(_library_tokenizer(tokenizer), form, log_level=0)
+    return Grammar(matcher, tokenizer.vocab_size, form)
 
 
 def _json_form(schema: str | dict[str, Any] | bool, where: str) -> str:

@@ -73,6 +73,23 @@ _GPT4O = PreTokenizer((_cased(_CONTRACTIONS + "?", r"\p{N}{1,3}"),))
 _QWEN35 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _LINES
 _BAILING = f"{_CONTRACTIONS}|{_LETTERS}|{_DIGIT}|{_SYMBOLS}[\\r\\n]*|\\s*[\\r\\n]|{_BLANKS}"
 _SEED = f"{_CONTRACTIONS}|{_LETTERS}|{_DIGIT}|" + r" ?[^\s\p{L}\p{N}\r\n]+|" + _LINES
+_EXAONE_MOE = (
+    _CONTRACTIONS
+    + r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}|"
+    + _SYMBOLS
+    + r"[\r\n/]?|\s*[\r\n]|"
+    + _BLANKS
+)
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+
+
+def _cased_with_marks(but: str, symbols: str) -> str:
+    """Words that end where lower case turns to upper, marks included, and those of another script left out."""
+    start, upper, lower = r"[^\r\n\p{L}\p{N}]?", f"[{_UPPER}{but}]", f"[{_LOWER}{but}]"
+    words = f"{start}{upper}*{lower}+{_CONTRACTIONS}?|{start}{upper}+{lower}*{_CONTRACTIONS}?"
+    return f"{words}|\\p{{N}}{{1,3}}|{_SYMBOLS}{symbols}*|{_LINES}"
+
+
 # All but blanks and the full stops and commas of several scripts.
 _SENTENCES = r" ?[^(\s|.,!?\x{2026}\x{3002}\x{FF0C}\x{3001}\x{0964}\x{06D4}\x{060C})]+"
 
@@ -107,6 +124,10 @@ _NAMES: dict[PreTokenizer, tuple[str, ...]] = {
     PreTokenizer((r"\p{N}+", "(?=([0-9]{3})+(?![0-9]))")): ("superbpe",),
     PreTokenizer((_BAILING,)): ("bailingmoe", "bailingmoe2", "llada-moe"),
     PreTokenizer((_SEED,)): ("seed-coder",),
+    PreTokenizer((_EXAONE_MOE,)): ("exaone-moe",),
+    PreTokenizer((r"\p{Han}+|" + _cased_with_marks(r"&&[^\p{Han}]", r"[\r\n]"),)): ("kimi-k2",),
+    PreTokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", _cased_with_marks("", r"[\r\n/]"))): ("tiny_aya", "cohere2moe"),
+    PreTokenizer((r"\p{N}{1,3}", _modern(r"\p{N}+")), whole_words=True): ("minicpm5",),
 }
 
 PRETOKENIZERS: dict[str, PreTokenizer] = {name: rule for rule, names in _NAMES.items() for name in names}

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from airjax.text.byte_bpe import BYTE_OF_LETTER, RankedMerges
+from airjax.text.char_bpe import CharacterMerges
 from airjax.text.errors import TextError
 from airjax.text.fields import PREFIX, read_flag, read_numbers, read_string, read_strings
 from airjax.text.pretokenizers import PRETOKENIZERS
@@ -17,6 +18,14 @@ from airjax.text.spm import SPACE, ScoredMerges
 from airjax.text.stream import TextStream
 from airjax.text.vocabulary import Kind, Vocabulary, read_vocabulary
 
+# Kinds of tokenizers that files name and that can't be run.
+_OTHER_MODELS = {
+    "bert": "WordPiece",
+    "t5": "unigram",
+    "rwkv": "a trie of RWKV",
+    "plamo2": "unigram",
+    "no_vocab": "none",
+}
 _SPM_DEFAULT_IDS = (1, 2, 0)  # SentencePiece's begin, end and unknown token
 
 
@@ -84,8 +93,11 @@ class Tokenizer:
             return cls._from_scores(metadata, where)
         if model == "gpt2":
             return cls._from_merges(metadata, where)
+        if model == "gemma4":
+            return cls._from_characters(metadata, where)
+        kind = f"{model} ({_OTHER_MODELS[model]})" if model in _OTHER_MODELS else model or "nothing"
         raise TextError(
-            f"{where}: {PREFIX}model must be llama or gpt2, got {model or 'nothing'}: "
+            f"{where}: {PREFIX}model must be llama, gpt2 or gemma4, got {kind}: "
             "use a model with a SentencePiece BPE or a byte-level BPE tokenizer"
         )
 
@@ -112,6 +124,13 @@ class Tokenizer:
         vocabulary = read_vocabulary(metadata, where, None)
         merges = RankedMerges(vocabulary.ids, read_strings(metadata, PREFIX + "merges", where), rule, where)
         return cls._finish(metadata, where, vocabulary, merges, rule.add_bos, False, byte_level=True)
+
+    @classmethod
+    def _from_characters(cls, metadata: Mapping[str, Any], where: str) -> Tokenizer:
+        vocabulary = read_vocabulary(metadata, where, None)
+        texts = read_strings(metadata, PREFIX + "merges", where)
+        merges = CharacterMerges(vocabulary.ids, texts, vocabulary.unknown_id, where)
+        return cls._finish(metadata, where, vocabulary, merges, True, False, byte_level=False)
 
     @classmethod
     def _finish(

@@ -87,3 +87,13 @@ def test_the_identity_names_machine_and_versions():
     identity = bench.identity(jax.devices()[0])
     assert identity["jax"] == jax.__version__
     assert all(isinstance(value, str) and value for value in identity.values())
+
+
+def test_links_of_several_devices_are_kept(tmp_path):
+    path = tmp_path / "ceilings.json"
+    probed = dataclasses.replace(KEPT, links_alone_bytes_per_s=(5e10, 4e10), links_together_bytes_per_s=7e10)
+    bench.save_ceilings(path, {"device": "one"}, "8:1", probed)
+    kept = bench.load_ceilings(path, {"device": "one"}, "8:1")
+    assert kept == probed
+    assert kept.links.scale == 1.4
+    assert kept.link_of(1) == KEPT.link_up_bytes_per_s and kept.link_of(2) == 3.5e10

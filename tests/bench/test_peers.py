@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import devices
 import gpu_levels
 import peers
 import pytest
@@ -13,18 +14,35 @@ BENCH = Path(__file__).parents[2] / "bench"
 
 
 def test_a_peer_that_was_not_run_says_why_and_has_no_number():
-    ran = {"prefill_s": 2.0, "decode_s": 0.5, "device_bytes": 3 << 30, "note": "all on the GPU"}
-    unknown = {"prefill_s": 1.0, "decode_s": 4.0, "device_bytes": None, "note": ""}
+    ran = {"prefill_rate": 32.0, "decode_rate": 16.0, "device_bytes": 3 << 30, "rounds": 2, "note": "all"}
+    unknown = {"prefill_rate": 64.0, "decode_rate": 2.0, "device_bytes": None, "rounds": 1, "note": ""}
     table = peers.format_table(
-        {"airjax": ran, "llama.cpp": unknown, "airllm": {"not_run": "not installed: airllm"}},
-        prompt=64,
-        decode=8,
+        [
+            ("8b", 2.79, "airjax", 1, ran),
+            ("8b", 2.79, "llama.cpp", 8, unknown),
+            ("8b", 2.79, "airllm", 1, {"not_run": "not installed: airllm"}),
+        ]
     )
     assert table.splitlines()[2:] == [
-        "| airjax | 32.0 | 16.00 | 3.00 | all on the GPU |",
-        "| llama.cpp | 64.0 | 2.00 | n/a |  |",
-        "| airllm | not run | not run | n/a | not installed: airllm |",
+        "| 8b | 2.79 | airjax | 1 | 32.0 | 16.00 | 3.00 | 2 | all |",
+        "| 8b | 2.79 | llama.cpp | 8 | 64.0 | 2.00 | n/a | 1 |  |",
+        "| 8b | 2.79 | airllm | 1 | not run | not run | n/a | 0 | not installed: airllm |",
     ]
+
+
+def test_cases_are_shape_memory_and_engines():
+    first, second = peers.parse_cases("8b:2.79,70b:18.62:airjax+llama.cpp")
+    assert first == ("8b", 2.79, tuple(peers.ENGINES))
+    assert second == ("70b", 18.62, ("airjax", "llama.cpp"))
+    with pytest.raises(ValueError, match="9b is none of"):
+        peers.parse_cases("9b:2")
+    with pytest.raises(ValueError, match="vllm is none of"):
+        peers.parse_cases("8b:2:vllm")
+
+
+def test_without_time_left_nothing_is_started():
+    args = argparse.Namespace(timeout_s=3.0)
+    assert peers.run("airjax", args) == {"not_run": "no time left before the deadline"}
 
 
 def test_missing_packages_are_named(monkeypatch):
@@ -42,11 +60,14 @@ def test_missing_packages_are_named(monkeypatch):
 def test_llama_cpp_gets_as_many_layers_as_the_budget_holds(vram_gib, layers):
     file_bytes = 33 * (136 << 20)
     assert peers.layers_on_gpu(int(vram_gib * (1 << 30)), file_bytes, 32) == layers
+    with_cache = peers.layers_on_gpu(int(vram_gib * (1 << 30)), file_bytes, 32, 136 << 20)
+    assert with_cache == (layers // 2 if layers < 32 or vram_gib < 6 else layers)
 
 
 def test_a_worker_that_fails_gives_its_reason(tmp_path):
     answer = tmp_path / "answer.json"
     args = [f"--answer={answer}", "--gguf=no-such.gguf", "--worker=airjax", "--cpu", "--shape=tiny"]
+    args += ["--batch=1", "--vram_gib=1"]
     subprocess.run([sys.executable, str(BENCH / "peers.py"), *args], cwd=BENCH.parent, check=True)
     assert "no-such.gguf" in answer.read_text() and "not_run" in answer.read_text()
 
@@ -86,3 +107,27 @@ def test_the_levels_are_calls_that_the_bench_understands():
             assert values(["bench", *words.split()])[1:] == []
             batches = bench.parse_batches(values.batch)
             assert {batch for batch, _, _ in level.targets} == set(batches)
+
+
+def test_the_table_of_devices_compares_with_one_and_with_the_joint_link():
+    phase = {"tokens_per_s": 2.0, "bytes_per_sweep": 40e9, "bytes_per_s": 80e9, "stall_share": 0.5}
+    found = {
+        "batch": 1,
+        "compiled": False,
+        "peak_bytes": [1 << 30, 2 << 30],
+        "planned_peak_bytes": 3 << 30,
+        "vram_budget_bytes": 4 << 30,
+        "phases": {"decode": phase},
+    }
+    one = {(1, "decode"): 1.0}
+    (line,) = devices.rows("20 GB", "tensor", 2, found, one, 100e9)
+    assert line[5:] == ("2.00", "2.00", "20000", "80.0", "80.0", "50", "1.00,2.00/3.00/4.00")
+    (refused,) = devices.rows("20 GB", "", 1, {"batch": 8, "refused": "too small"}, one, None)
+    assert refused == ("20 GB", "one", "1", "8", "not run: too small")
+    assert devices.format_table([line, refused]).splitlines()[2].endswith("not run: too small")
+    probed = {"alone": [50e9, 40e9], "together": 75e9}
+    assert devices.format_links("links", probed) == (
+        "links: 50.0, 40.0 GB/s alone, 75.0 together (1.50 of the fastest alone)"
+    )
+    wrong = {"away": 0.5, "tokens": 3, "of": 3}
+    assert devices.format_check("tensor", wrong, "").endswith("(WRONG)")

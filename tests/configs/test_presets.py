@@ -9,9 +9,9 @@ import pytest
 import synthetic
 
 from airjax import models
-from airjax.gguf import build_manifest, open_gguf
+from airjax.gguf import open_gguf
 from airjax.main import main
-from airjax.plan import GIB, make_plan
+from airjax.plan import GIB, plan_layers
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.flags"))
 CARDS = (8, 12, 16, 24, 48, 80)
@@ -51,9 +51,9 @@ def test_a_preset_says_what_a_gpu_would_stream(shapes, preset):
     flags = dict(re.findall(r"^--(\w+)=(\S+)$", text, re.MULTILINE))
     with open_gguf(shapes[preset.stem.split("-")[0]]) as file:
         _, config = models.from_gguf(file, "bfloat16")
-        plan = make_plan(
+        _, plan = plan_layers(
             file,
-            build_manifest(file),
+            1,
             config,
             backend="cuda",
             vram_budget_bytes=int(float(flags["vram_budget_gib"]) * GIB),

@@ -1,6 +1,8 @@
 """Streaming by the expert: the numbers never depend on the pool, and little more crosses the link than was chosen."""
 
+import contextlib
 import io
+from unittest import mock
 
 import jax
 import numpy as np
@@ -9,9 +11,10 @@ from toy_experts import random_ids, toy_mixture
 from toy_models import toy_llama
 
 import airjax
-from airjax import engine, models, sampling
+from airjax import engine, models, plan, sampling
+from airjax.bench.compilations import compilations
 from airjax.commands.meter import report
-from airjax.engine import drafting
+from airjax.engine import drafting, generation
 from airjax.engine.workspace import compiled_workspace
 from airjax.gguf import build_manifest, open_gguf
 from airjax.plan import PlanError, make_plan
@@ -64,19 +67,30 @@ def _budget(path, slots, **options):
         return high
 
 
-def _load(path, slots=None, max_batch=None, **options):
-    budget = 1 << 31 if slots is None else _budget(path, slots, max_batch=max_batch)
+def _fetched_by(who):
+    """Experts are fetched by the host although the device could."""
+    if who == "device":
+        return contextlib.nullcontext()
+    return mock.patch.object(plan, "_fetchable", return_value=False)
+
+
+def _load(path, slots=None, max_batch=None, by="host", **options):
+    with _fetched_by(by):
+        budget = 1 << 31 if slots is None else _budget(path, slots, max_batch=max_batch)
+        if slots is not None:
+            options["resident"] = "dense"
+        loaded = airjax.load(
+            path,
+            vram_budget_gib=budget / 2**30,
+            ram_budget_gib=options.pop("ram_budget_gib", 16),
+            context=256,
+            compute_dtype="float32",
+            max_batch=max_batch,
+            **options,
+        )
     if slots is not None:
-        options["resident"] = "dense"
-    return airjax.load(
-        path,
-        vram_budget_gib=budget / 2**30,
-        ram_budget_gib=options.pop("ram_budget_gib", 16),
-        context=256,
-        compute_dtype="float32",
-        max_batch=max_batch,
-        **options,
-    )
+        assert loaded.plan.device_fetch == loaded.model.pool.on_device == (by == "device")
+    return loaded
 
 
 def _results(loaded):
@@ -93,9 +107,12 @@ def resident(path):
         return _results(loaded)
 
 
-@pytest.mark.parametrize("slots", [_USED, 20, _EXPERTS * _LAYERS])
-def test_a_pool_of_any_size_gives_the_numbers_of_resident_layers(path, resident, slots):
-    with _load(path, slots) as loaded:
+@pytest.mark.parametrize(
+    ("by", "slots"),
+    [("host", _USED), ("host", _EXPERTS * _LAYERS), ("device", _EXPERTS), ("device", 20)],
+)
+def test_a_pool_of_any_size_gives_the_numbers_of_resident_layers(path, resident, by, slots):
+    with _load(path, slots, by=by) as loaded:
         logits, tokens = _results(loaded)
         np.testing.assert_array_equal(logits, resident[0])
         assert tokens == resident[1]
@@ -104,17 +121,45 @@ def test_a_pool_of_any_size_gives_the_numbers_of_resident_layers(path, resident,
 
 
 @pytest.mark.parametrize(
-    ("model", "block_type"),
-    [("gpt-oss", "MXFP4"), ("glm4moe", "Q4_0"), ("qwen2moe", "Q4_0"), ("deepseek2", "Q8_0")],
+    ("model", "block_type", "by"),
+    [
+        ("gpt-oss", "MXFP4", "device"),
+        ("glm4moe", "Q4_0", "device"),
+        ("qwen2moe", "Q4_0", "host"),
+        ("deepseek2", "Q8_0", "host"),
+    ],
 )
-def test_biases_sinks_windows_and_dense_layers_come_through_the_pool_too(tmp_path, model, block_type):
+def test_biases_sinks_windows_and_dense_layers_come_through_the_pool_too(tmp_path, model, block_type, by):
     toy = toy_mixture(tmp_path / "toy.gguf", model, block_type=block_type, layers=3)
     with _load(toy, resident="all") as loaded:
         expected = _results(loaded)
-    with _load(toy, 5) as loaded:
+    with _load(toy, 5 if by == "host" else 9, by=by) as loaded:
         logits, tokens = _results(loaded)
         np.testing.assert_array_equal(logits, expected[0])
         assert tokens == expected[1]
+
+
+def test_experts_that_take_weighted_inputs_are_streamed_with_their_layers(tmp_path):
+    toy = toy_mixture(tmp_path / "toy.gguf", "llama4", block_type="Q4_0")
+    with pytest.raises(PlanError, match="experts of a llama4 model can't be streamed one by one"):
+        airjax.load(toy, vram_budget_gib=1, context=256, resident="dense")
+    with open_gguf(toy) as file:
+        _, config = models.from_gguf(file, "float32")
+        manifest, sizes = build_manifest(file), {"context": 64, "prefill_chunk": 64, "backend": "cpu"}
+        plans = [
+            make_plan(
+                file,
+                manifest,
+                config,
+                vram_budget_bytes=budget,
+                ram_budget_bytes=_RAM,
+                resident=kept,
+                **sizes,
+            )
+            for budget, kept in ((1 << 30, "none"), (1 << 30, "auto"))
+        ]
+    assert [len(plan.resident) for plan in plans] == [0, 4]
+    assert not any(plan.expert_slots for plan in plans)
 
 
 @pytest.mark.parametrize("tier", ["ring", "pageable mapping"])
@@ -127,9 +172,9 @@ def test_tiers_give_the_same_numbers(path, resident, tier):
 
 
 def test_a_file_beyond_the_ram_budget_is_read_expert_by_expert(path):
-    with open_gguf(path) as file:
+    with _fetched_by("host"), open_gguf(path) as file:
         _, config = models.from_gguf(file, "float32")
-        plan = make_plan(
+        planned = make_plan(
             file,
             build_manifest(file),
             config,
@@ -139,8 +184,8 @@ def test_a_file_beyond_the_ram_budget_is_read_expert_by_expert(path):
             context=256,
             resident="dense",
         )
-    assert plan.tier == "ring" and plan.expert_slots == (20,)
-    assert plan.host_slots * plan.host_slot_bytes <= 100_000
+    assert planned.tier == "ring" and planned.expert_slots == (20,)
+    assert planned.host_slots * planned.host_slot_bytes <= 100_000
 
 
 def _decode_bytes(loaded, count, seed):
@@ -149,9 +194,9 @@ def _decode_bytes(loaded, count, seed):
     return loaded.stats
 
 
-@pytest.mark.parametrize("slots", [_USED, 12, 40])
-def test_little_more_crosses_the_link_than_was_chosen_and_not_there(path, slots):
-    with _load(path, slots) as loaded:
+@pytest.mark.parametrize(("by", "slots"), [("host", _USED), ("host", 40), ("device", 20)])
+def test_little_more_crosses_the_link_than_was_chosen_and_not_there(path, by, slots):
+    with _load(path, slots, by=by) as loaded:
         (unit_bytes,) = {span.unit_bytes for span in loaded.model.experts}
         needed = moved = 0
         for seed in range(4):
@@ -161,12 +206,45 @@ def test_little_more_crosses_the_link_than_was_chosen_and_not_there(path, slots)
             assert experts.demand_bytes == experts.misses * unit_bytes
             assert experts.bytes == stats.bytes_streamed
             needed, moved = needed + missed, moved + experts.bytes
-        assert needed <= moved <= 1.1 * needed
-        assert 0 < experts.predicted_right <= experts.predicted
+        assert 0 < needed <= moved <= 1.1 * needed
+        assert stats.sweeps == 12
+        if by == "host":
+            assert 0 < experts.predicted_right <= experts.predicted
 
 
-def test_a_pool_of_everything_fetches_each_expert_once(path):
-    with _load(path, _EXPERTS * _LAYERS) as loaded:
+def test_how_many_experts_are_missing_compiles_nothing(path):
+    with _load(path, 20, by="device") as loaded:
+        _decode_bytes(loaded, 8, 0)
+        before = compilations()
+        misses = {_decode_bytes(loaded, 8, seed).experts.misses for seed in range(1, 6)}
+        assert len(misses) > 1 and compilations() == before
+
+
+def test_the_next_sweep_is_dispatched_before_its_token_is_read(path, monkeypatch):
+    order = []
+    with _load(path, 20, by="device") as loaded:
+        assert loaded.model.runs_ahead
+        sweep, read = generation.sweep, jax.device_get
+        monkeypatch.setattr(
+            generation, "sweep", lambda *args, **more: order.append("sweep") or sweep(*args, **more)
+        )
+        monkeypatch.setattr(jax, "device_get", lambda tree: order.append("read") or read(tree))
+        stats = _decode_bytes(loaded, 4, 0)
+    assert order == ["sweep", *["sweep", "read"] * 3, "read"]
+    assert stats.sweeps == 4 and stats.experts.misses > 0
+
+
+def test_a_trace_shows_what_was_fetched(path):
+    with _load(path, 20, by="device", trace=True) as loaded:
+        stats = _decode_bytes(loaded, 3, 0)
+        events = loaded.timeline.events()
+    assert sum(event.nbytes for event in events if event.lane == "host to device") == stats.experts.bytes > 0
+    assert len({event.name for event in events if event.lane == "compute"}) == _LAYERS
+
+
+@pytest.mark.parametrize("by", ["host", "device"])
+def test_a_pool_of_everything_fetches_each_expert_once(path, by):
+    with _load(path, _EXPERTS * _LAYERS, by=by) as loaded:
         ids = random_ids(loaded.model.config.vocab_size, 200)
         loaded.logits(ids)
         first = loaded.stats.experts
@@ -198,8 +276,8 @@ def test_a_batch_gives_the_numbers_of_resident_layers_and_shares_experts(path):
     prompts = [random_ids(100, 4 + 17 * n, n) for n in range(5)]
     with _load(path, resident="all", max_batch=5) as loaded:
         expected, _ = _batch(loaded, prompts)
-    for slots in (5, 30):
-        with _load(path, slots, max_batch=5) as loaded:
+    for by, slots in (("host", 5), ("device", 20)):
+        with _load(path, slots, max_batch=5, by=by) as loaded:
             drawn, stats = _batch(loaded, prompts)
             assert drawn == expected
             # An expert that several tokens of a sweep chose counts and travels once.
@@ -217,7 +295,7 @@ def test_the_meter_reports_experts(path):
 
 
 def test_a_generation_left_in_the_middle_leaves_the_pool_usable(path, resident):
-    with _load(path, 12) as loaded:
+    with _load(path, 20, by="device") as loaded:
         draws = loaded.generate(random_ids(100, 9), max_tokens=20, ignore_eos=True)
         next(draws)
         draws.close()
@@ -232,8 +310,9 @@ def test_dense_is_refused_where_it_makes_no_sense(path, tmp_path):
         airjax.load(toy, vram_budget_gib=1, context=256, resident="dense")
 
 
-def test_the_workspace_by_the_compiler_is_less_than_was_planned(path):
-    with _load(path, 20, prefill_chunk=64) as loaded:
+@pytest.mark.parametrize("by", ["host", "device"])
+def test_the_workspace_by_the_compiler_is_less_than_was_planned(path, by):
+    with _load(path, 20, prefill_chunk=64, by=by) as loaded:
         model = loaded.model
         compiled = compiled_workspace(model.manifest, model.config, model.plan, model.experts)
         assert 64 * _USED * model.config.d_model * 4 < compiled < model.plan.workspace_bytes
@@ -243,7 +322,7 @@ def test_a_checked_draft_gives_the_draws_of_plain_decoding(path):
     options = {"max_tokens": 16, "stop_ids": frozenset(), "key": jax.random.key(1)}
     options["sampler"] = sampling.temperature(0.3)
     prompt = [5, 6, 7, 8] * 4
-    with _load(path, 12) as loaded:
+    with _load(path, 20, by="device") as loaded:
         expected = _draws(loaded, engine.generate, prompt, **options)
         drafter = drafting.Lookup()
         drafter.push([*prompt, *(draw.id for draw in expected[:6]), 9, 9])

@@ -49,10 +49,10 @@ def _fail_at(monkeypatch, engine, layer, error):
     take = engine.model.weights.take
     left = [error]
 
-    def failing(asked):
+    def failing(asked, *before):
         if asked == layer and left:
             raise left.pop()
-        return take(asked)
+        return take(asked, *before)
 
     monkeypatch.setattr(engine.model.weights, "take", failing)
 

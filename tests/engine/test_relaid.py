@@ -1,5 +1,6 @@
 """Resident layers in the form of the fused kernel, which here is XLA on the CPU backend."""
 
+import cpu_kernel
 import jax
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from toy_models import toy_llama
 
 import airjax
 from airjax import plan
-from airjax.quants import cuda, kernels, packed, selftest
+from airjax.quants import cuda, selftest
 
 _IDS = list(range(3, 33))
 
@@ -20,15 +21,7 @@ def toy(tmp_path):
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """The CPU passes for a CUDA device, with XLA in the kernel's place."""
-
-    def product(x, ws, *, terms, capability, tuned=None):
-        return [x @ packed.unpack_dequantize(w).T for w in ws]
-
-    monkeypatch.setattr(cuda, "capability", lambda device: "9.0")
-    monkeypatch.setattr(plan, "_KERNEL_BACKENDS", ("cpu",))
-    monkeypatch.setattr(kernels, "product", product)
-    selftest._passes.cache_clear()
+    cpu_kernel.install(monkeypatch)
     yield
     selftest._passes.cache_clear()
 

@@ -1,5 +1,7 @@
 """Batches: who else takes part in a sweep, and when, never changes a sequence's tokens."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -378,7 +380,7 @@ def test_a_sweep_that_fails_ends_its_requests_and_no_others(toy, alone, monkeypa
         first = scheduler.submit(_request(_prompts()[1], 1))
         second = scheduler.submit(_request(_prompts()[0], 0))
         take = batch.model.weights.take
-        monkeypatch.setattr(batch.model.weights, "take", lambda layer: 1 / 0)
+        monkeypatch.setattr(batch.model.weights, "take", lambda *_: 1 / 0)
         (event,) = scheduler.step()
         assert (event.request, event.finish_reason) == (first, "error")
         assert "division" in event.error
@@ -433,3 +435,54 @@ def test_an_engine_for_one_sequence_says_how_to_get_batches(toy):
 def test_a_batch_that_cannot_be_planned_is_refused(toy, options, message):
     with pytest.raises(ValueError, match=message):
         _open(toy, **options)
+
+
+def _as_on_a_gpu(scheduler):
+    """Sizes of calls as they are on a GPU."""
+    own = type(scheduler).rows_of
+    plan = scheduler.model.plan
+    elsewhere = SimpleNamespace(model=SimpleNamespace(device=SimpleNamespace(platform="gpu"), plan=plan))
+    scheduler.rows_of = lambda count, width=1: own(elsewhere, count, width)
+    return scheduler
+
+
+@pytest.mark.parametrize("resident", ["all", "none"])
+def test_prompts_share_a_call_and_go_on_decoding_in_one_of_another_size(toy, alone, resident):
+    with _open(toy, resident=resident) as batch:
+        scheduler = _as_on_a_gpu(batch.scheduler(_SAMPLER))
+        assert [scheduler.rows_of(count, 64) for count in (1, 3, 8)] == [1, 4, 8]
+        assert [scheduler.rows_of(count) for count in (1, 3, 8, 9)] == [1, 8, 8, 32]
+        for prompts in ([_prompts()[0]] * 3, [_prompts()[0], _prompts()[1], *[_prompts()[0]] * 2]):
+            numbers = [scheduler.submit(_request(ids, n)) for n, ids in enumerate(prompts)]
+            found = _run(scheduler)
+            assert _draws(found[numbers[0]]) == alone[0]
+            assert len({tuple(event.token for event in found[number]) for number in numbers}) == len(prompts)
+            if len(prompts) == 4:
+                assert _draws(found[numbers[1]]) == alone[1]
+        scheduler.close()
+
+
+def test_samplers_with_a_temperature_alone_draw_the_same_beside_others_and_without(toy):
+    settings = [{"temperature": 0}, {"temperature": 0.8}, {}, {"temperature": 0.8, "top_k": 5}]
+
+    def run(chosen):
+        with _open(toy) as batch:
+            scheduler = batch.scheduler(sampling.standard())
+            numbers = {
+                scheduler.submit(_request((3, 4, 5), n, sampler=sampling.standard(**settings[n]))): n
+                for n in chosen
+            }
+            found = {numbers[number]: _draws(events) for number, events in _run(scheduler).items()}
+            scheduler.close()
+            return found
+
+    mixed = run(range(4))
+    for n, draws in run(range(3)).items():
+        assert [token for token, _ in draws] == [token for token, _ in mixed[n]]
+    with airjax.load(toy, vram_budget_gib=1, context=_CONTEXT) as single:
+        for n, own in enumerate(settings):
+            sampler = sampling.standard(**own)
+            drawn = single.generate(
+                (3, 4, 5), sampler=sampler, key=jax.random.key(n), max_tokens=12, ignore_eos=True
+            )
+            assert [token.id for token in drawn] == [token for token, _ in mixed[n]]

@@ -206,3 +206,21 @@ def test_real_models_have_one_range_a_layer_and_waste_under_a_thousandth(request
         total = sum(span.nbytes for span in spans(manifest))
     assert all(len(span.extents) == 1 for span in manifest.layers)
     assert sum(span.waste_bytes for span in spans(manifest)) < total / 1000
+
+
+def test_a_layer_is_cut_into_pieces_between_its_tensors_and_small_ones_stay_apart(tmp_path):
+    tensors = [("blk.0.norm.weight", 16), *((f"blk.0.ffn_{n}.weight", 1024) for n in range(5))]
+    with model(tmp_path / "a.gguf", [*tensors, ("blk.0.z.bias", 16)]) as file:
+        (whole,) = build_manifest(file, align=1).layers
+        for piece_bytes, sizes in ((9000, (64, 8192, 8192, 4096, 64)), (5000, (64, *[4096] * 5, 64))):
+            manifest = build_manifest(file, align=1, piece_bytes=piece_bytes)
+            assert_holds(file, manifest, align=1)
+            (span,) = manifest.layers
+            assert span.layout.sizes == sizes
+            assert span.layout.pieces == tuple(range(1, len(sizes) - 1))
+            assert span.nbytes == whole.nbytes
+        # One that is no larger than a piece, or has but one, is not cut.
+        assert build_manifest(file, align=1, piece_bytes=whole.nbytes).layers == (whole,)
+    with model(tmp_path / "b.gguf", [("blk.0.norm.weight", 16), ("blk.0.ffn_up.weight", 4096)]) as file:
+        (span,) = build_manifest(file, align=1, piece_bytes=8192).layers
+        assert span.layout.pieces == ()

@@ -9,9 +9,12 @@ import pytest
 
 from airjax import layers
 from airjax.layers import read_rows
+from airjax.layers.attention import alibi_slopes
 from airjax.types import LayerKV
 
-attention = jax.jit(layers.attention, static_argnames=("scale", "window", "softcap", "length"))
+attention = jax.jit(
+    layers.attention, static_argnames=("scale", "window", "chunked", "softcap", "alibi", "length")
+)
 write_rows = jax.jit(layers.write_rows)
 
 _B, _N, _K, _H = 2, 4, 2, 8
@@ -27,15 +30,18 @@ def _rows(generator, length):
     return q, k, v
 
 
-def _expected(q, k, v, scale, window=0, softcap=0.0):
+def _expected(q, k, v, scale, window=0, softcap=0.0, chunked=False, slopes=None):
     """Causal attention of whole sequences, one query at a time."""
     out = np.zeros(q.shape)
     for b in range(_B):
         for t in range(q.shape[1]):
             first = max(0, t - window + 1) if window else 0
+            first = t // window * window if chunked else first
             for n in range(_N):
                 head = n // (_N // _K)
                 scores = k[b, first : t + 1, head].astype(np.float64) @ q[b, t, n] * scale
+                if slopes is not None:
+                    scores -= slopes[n] * np.arange(t - first, -1, -1)
                 if softcap:
                     scores = softcap * np.tanh(scores / softcap)
                 weights = np.exp(scores - scores.max())
@@ -62,11 +68,26 @@ def test_any_chunking_equals_whole_attention(chunks, softcap):
     np.testing.assert_allclose(got, _expected(q, k, v, 0.3, softcap=softcap), atol=1e-5)
 
 
+@pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("chunks", [[4] * 5, [1] * 20, [4, 1, 1, 4, 4, 2, 4]])
-def test_a_window_needs_no_more_slots_than_itself_and_a_chunk(chunks):
+def test_a_window_needs_no_more_slots_than_itself_and_a_chunk(chunks, chunked):
     q, k, v = _rows(np.random.default_rng(1), 20)
-    got = _run(q, k, v, 5 + 4, chunks, window=5)
-    np.testing.assert_allclose(got, _expected(q, k, v, 0.3, window=5), atol=1e-5)
+    got = _run(q, k, v, 5 + 4, chunks, window=5, chunked=chunked)
+    np.testing.assert_allclose(got, _expected(q, k, v, 0.3, window=5, chunked=chunked), atol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [[12], [5, 7], [1] * 12])
+def test_scores_that_fall_with_the_distance(chunks):
+    q, k, v = _rows(np.random.default_rng(0), 12)
+    slopes = [2**-2, 2**-4, 2**-6, 2**-8]  # of four heads
+    got = _run(q, k, v, 16, chunks, alibi=8.0)
+    np.testing.assert_allclose(got, _expected(q, k, v, 0.3, slopes=slopes), atol=1e-5)
+
+
+def test_slopes_of_heads_that_are_no_power_of_two():
+    # Those of 4 heads, then every other one of 8: Press et al., 2022, in their code.
+    expected = np.exp2([-2.0, -4, -6, -8, -1, -3])
+    np.testing.assert_allclose(alibi_slopes(6, 8.0), expected)
 
 
 def test_length_cuts_only_what_nobody_sees():

@@ -25,8 +25,10 @@ def _inputs(dtype=np.float32):
     return jnp.asarray(q), kv, jnp.asarray(positions)
 
 
-def _form(window=0, softcap=0.0, dtype=np.float32):
-    return AttentionForm(scale=0.3, window=window, softcap=softcap, dtype=np.dtype(dtype))
+def _form(window=0, softcap=0.0, dtype=np.float32, chunked=False, alibi=0.0):
+    return AttentionForm(
+        scale=0.3, window=window, softcap=softcap, dtype=np.dtype(dtype), chunked=chunked, alibi=alibi
+    )
 
 
 def _parts(q, kv, positions, form, block):
@@ -50,9 +52,13 @@ def _float64(q, kv, positions, form):
     if form.softcap:
         scores = form.softcap * np.tanh(scores / form.softcap)
     slot, query = np.arange(_S), np.asarray(positions)[:, :, None]
+    if form.alibi:
+        slopes = np.exp2(-form.alibi * (np.arange(4) + 1) / 4)
+        slopes = np.append(slopes, np.exp2(-form.alibi * np.array([1, 3]) / 8)).reshape(_K, _G)
+        scores = scores - slopes[:, :, None] * (query - slot)[:, :, None, None]
     visible = slot <= query
     if form.window:
-        visible &= slot > query - form.window
+        visible &= slot >= query // form.window * form.window if form.chunked else slot > query - form.window
     scores = np.where(visible[:, :, None, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
@@ -60,10 +66,13 @@ def _float64(q, kv, positions, form):
 
 
 @pytest.mark.parametrize("block", [1, 7, 16, 40])
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (9, 0.0), (0, 2.0)])
-def test_parts_equal_float64(block, window, softcap):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 9}, {"window": 9, "chunked": True}, {"softcap": 2.0}, {"alibi": 8.0}],
+)
+def test_parts_equal_float64(block, options):
     q, kv, positions = _inputs()
-    form = _form(window, softcap)
+    form = _form(**options)
     # Exponents of float32 scores of a few units: some 1e-7 each, over 40 keys.
     np.testing.assert_allclose(
         _parts(q, kv, positions, form, block), _float64(q, kv, positions, form), atol=2e-6

@@ -9,9 +9,24 @@ from torch_dense import torch_logits
 from toy_models import DECODERS, toy_decoder
 
 import airjax
+from airjax.engine.sessionfile import SessionError
 from airjax.gguf import GGUFError
 
 _EVERY = pytest.mark.parametrize("architecture", sorted(DECODERS))
+# These are others of them but for names and numbers in their files.
+_ALIKE = {
+    "baichuan",
+    "chatglm",
+    "codeshell",
+    "exaone",
+    "gemma",
+    "hunyuan-dense",
+    "internlm2",
+    "minicpm",
+    "qwen",
+}
+_ALIKE |= {"starcoder", "xverse", "ernie4_5", "mpt"}
+_DISTINCT = pytest.mark.parametrize("architecture", sorted(set(DECODERS) - _ALIKE))
 
 
 def _load(path, **options):
@@ -22,8 +37,10 @@ def _ids(model, count):
     return np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
 
 
-@_EVERY
-@pytest.mark.parametrize("separate_output", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "separate_output"),
+    [(name, own) for name in sorted(DECODERS) for own in (False, True) if own or name not in _ALIKE],
+)
 def test_a_random_model_gives_the_logits_of_transformers(tmp_path, architecture, separate_output):
     path = toy_decoder(tmp_path / "toy.gguf", architecture, separate_output=separate_output)
     with _load(path) as loaded:
@@ -43,7 +60,21 @@ def test_yarn_gives_the_logits_of_transformers(tmp_path, architecture):
     assert max_kl(torch_logits(plain, ids), theirs) > 1e-3
 
 
-@_EVERY
+def test_longrope_takes_the_divisors_of_the_context_as_transformers_does(tmp_path):
+    path = toy_decoder(tmp_path / "toy.gguf", "phi3", longrope=True)
+    with _load(path) as loaded:
+        ids = _ids(loaded.model, 100)
+        assert max_kl(torch_logits(path, ids), loaded.logits(ids)) < 1e-6
+        # A short text in a long context keeps the divisors of the context.
+        assert max_kl(torch_logits(path, ids[:60]), loaded.logits(ids[:60])) > 1e-6
+        loaded.save(loaded.session(ids[:40]), str(tmp_path / "long.session"))
+    with airjax.load(path, vram_budget_gib=1, context=64, compute_dtype="float32") as loaded:
+        assert max_kl(torch_logits(path, ids[:60]), loaded.logits(ids[:60])) < 1e-6
+        with pytest.raises(SessionError, match="keys were turned for a long context"):
+            loaded.restore(str(tmp_path / "long.session"))
+
+
+@_DISTINCT
 def test_token_by_token_and_in_pieces_equals_the_full_forward(tmp_path, architecture):
     with _load(toy_decoder(tmp_path / "toy.gguf", architecture)) as loaded:
         ids = _ids(loaded.model, 24)
@@ -52,7 +83,7 @@ def test_token_by_token_and_in_pieces_equals_the_full_forward(tmp_path, architec
         np.testing.assert_allclose(logits_in_pieces(loaded, ids, cuts=(1, 2, 17)), whole, atol=1e-4)
 
 
-@_EVERY
+@_DISTINCT
 def test_streamed_with_the_shuttle_equals_resident(tmp_path, architecture):
     path = toy_decoder(tmp_path / "toy.gguf", architecture, block_type="Q4_0")
     with _load(path, resident="all") as loaded:
@@ -62,7 +93,7 @@ def test_streamed_with_the_shuttle_equals_resident(tmp_path, architecture):
         np.testing.assert_array_equal(loaded.logits(ids), expected)
 
 
-@_EVERY
+@_DISTINCT
 def test_the_bare_functions_give_the_logits_of_the_engine(tmp_path, architecture):
     path = toy_decoder(tmp_path / "toy.gguf", architecture)
     with _load(path) as loaded:
@@ -98,6 +129,7 @@ def test_a_file_without_one_of_its_tensors_is_refused_by_name(tmp_path, architec
         ("command-r", {"logit_scale": 0.0}, "command-r.logit_scale is a factor"),
         ("cohere2", {"logit_scale": 0.0}, "cohere2.logit_scale is a factor"),
         ("cohere2", {"attention.sliding_window": 0}, "cohere2.attention.sliding_window is missing"),
+        ("phi3", {"rope.scaling.type": "longrope"}, "and longrope with its factors"),
         ("mistral3", {"expert_count": 4}, "a mistral3 model with experts"),
         ("mistral3", {"attention.temperature_length": 0}, "temperature_length must be at least 1"),
         ("falcon", {"attention.layer_norm_epsilon": 2.0}, "layer_norm_epsilon must be in"),

@@ -5,13 +5,17 @@ import numpy as np
 import pytest
 from divergence import max_kl
 from other_ways import bare_logits, logits_in_pieces, stepwise_logits
-from torch_experts import torch_mixture_logits
+from torch_mixtures import torch_mixture_logits
 from toy_experts import MIXTURES, random_ids, toy_mixture
 
 import airjax
-from airjax.gguf import GGUFError
+from airjax.gguf import GGUFError, build_manifest, describe, format_description, open_gguf
 
 _EVERY = pytest.mark.parametrize("model", sorted(MIXTURES))
+# The others differ from one of these in their configuration alone.
+_DISTINCT = pytest.mark.parametrize(
+    "model", ["deepseek2", "deepseek2-lite", "glm4moe", "gpt-oss", "llama4", "qwen2moe"]
+)
 
 
 def _load(path, **options):
@@ -115,7 +119,7 @@ def test_quantized_experts_give_the_logits_of_transformers(tmp_path, model, bloc
         assert max_kl(torch_mixture_logits(path, ids), loaded.logits(ids)) < 1e-6
 
 
-@_EVERY
+@_DISTINCT
 def test_token_by_token_and_in_pieces_equals_the_full_forward(tmp_path, model):
     with _load(toy_mixture(tmp_path / "toy.gguf", model)) as loaded:
         ids = random_ids(loaded.model.config.vocab_size, 24)
@@ -126,7 +130,13 @@ def test_token_by_token_and_in_pieces_equals_the_full_forward(tmp_path, model):
 
 @pytest.mark.parametrize(
     ("model", "block_type"),
-    [("qwen2moe", "Q4_0"), ("qwen3moe", "Q4_K"), ("gpt-oss", "Q8_0"), ("deepseek2", "Q8_0")],
+    [
+        ("qwen2moe", "Q4_0"),
+        ("qwen3moe", "Q4_K"),
+        ("gpt-oss", "Q8_0"),
+        ("deepseek2", "Q8_0"),
+        ("llama4", "Q4_0"),
+    ],
 )
 def test_streamed_with_the_shuttle_equals_resident(tmp_path, model, block_type):
     path = toy_mixture(tmp_path / "toy.gguf", model, block_type=block_type, layers=2)
@@ -139,7 +149,7 @@ def test_streamed_with_the_shuttle_equals_resident(tmp_path, model, block_type):
         assert [token.id for token in loaded.generate(ids[:9], max_tokens=8, ignore_eos=True)] == tokens
 
 
-@_EVERY
+@_DISTINCT
 def test_the_bare_functions_give_the_logits_of_the_engine(tmp_path, model):
     path = toy_mixture(tmp_path / "toy.gguf", model)
     with _load(path) as loaded:
@@ -163,15 +173,27 @@ def test_a_file_that_makes_no_mixture_is_refused_by_name(tmp_path, options, mess
         _load(toy_mixture(tmp_path / "toy.gguf", "qwen3moe", layers=1, **options))
 
 
-@pytest.mark.parametrize("architecture", ["jamba", "mamba2", "qwen3next"])
-def test_a_hybrid_is_refused_by_name(tmp_path, architecture):
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("jamba", "state-space, linear-attention or convolution layers and"),
+        ("qwen3next", "state-space, linear-attention or convolution layers and"),
+        ("lfm2", "state-space, linear-attention or convolution layers and"),
+        ("qwen3vl", "a rope in sections, of images and"),
+        ("gemma3n", "layers that share embeddings"),
+        ("t5", "no decoder-only language model and"),
+        ("dream", "by diffusion and"),
+        ("plamo3", ""),
+    ],
+)
+def test_others_are_refused_by_name_and_still_described(tmp_path, architecture, reason):
     writer = gguf.GGUFWriter(tmp_path / "toy.gguf", architecture)
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(
-        GGUFError, match=f"'{architecture}' has state-space or linear-attention layers.*qwen3moe"
-    ):
+    with pytest.raises(GGUFError, match=f"'{architecture}'.*{reason}.*can't be run: airjax runs.*qwen3moe"):
         _load(tmp_path / "toy.gguf")
+    with open_gguf(tmp_path / "toy.gguf") as file:
+        assert architecture in format_description(describe(file, build_manifest(file)))

@@ -1,5 +1,7 @@
 """What a server must bear: each fault has its answer, and the next request is served."""
 
+import concurrent.futures
+import hmac
 import time
 
 import pytest
@@ -107,17 +109,52 @@ def test_an_engine_error_fails_the_request_in_both_forms(client, monkeypatch):
         assert "the link is down" in stream.text and "[DONE]" not in stream.text
 
 
-def test_only_the_request_whose_sampler_fails_is_lost(client, monkeypatch):
-    advance = engines.Scheduler._advance
+def together(client, prompts, **fields):
+    """Status and first text of each prompt's answer, all asked for at once."""
+
+    def ask(prompt):
+        body = {"prompt": prompt, "max_tokens": 24, "temperature": 0, **fields}
+        answer = client.post("/v1/completions", json=body)
+        return answer.status_code, answer.json()["choices"][0]["text"] if answer.status_code == 200 else ""
+
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(ask, prompts))
+
+
+def test_an_error_in_mid_batch_loses_that_request_alone(client, monkeypatch):
+    prompts = ["abc", "abcd", "bcde", "abcdef"]
+    alone = together(client, prompts)
+    advance, seen = engines.Scheduler._advance, set()
 
     def fail(self, sequence, *rest):
-        if len(sequence.request.ids) == 3:
+        seen.add(self.running)
+        if len(sequence.request.ids) == 3 and sequence.drawn == 9:
             return self._fail(sequence, "no token can be drawn")
         return advance(self, sequence, *rest)
 
     monkeypatch.setattr(engines.Scheduler, "_advance", fail)
+    found = together(client, prompts)
+    assert found[0][0] == 500 and found[1:] == alone[1:] and max(seen) > 1
     answer = client.post("/v1/completions", json={"prompt": "abc"})
     assert answer.status_code == 500 and "no token" in answer.json()["error"]["message"]
+
+
+def test_a_sweep_that_fails_loses_those_in_it_and_the_next_ones_get_their_own_answers(client, monkeypatch):
+    prompts = ["abc", "abcd", "bcde", "abcdef"]
+    alone = together(client, prompts)
+    sweep, steps = engines.Scheduler._sweep, []
+
+    def fail(self, batch):
+        steps.append(len(batch))
+        if len(steps) == 3:
+            raise RuntimeError("the link is down")
+        return sweep(self, batch)
+
+    monkeypatch.setattr(engines.Scheduler, "_sweep", fail)
+    found = together(client, prompts)
+    assert all(got in (expected, (500, "")) for got, expected in zip(found, alone, strict=True))
+    assert (500, "") in found
+    assert together(client, prompts) == alone
 
 
 def test_keys_are_asked_for(path):
@@ -129,6 +166,22 @@ def test_keys_are_asked_for(path):
         assert client.get("/health").status_code == 200
         error = client.get("/v1/models", headers={"authorization": "Bearer wrong"}).json()["error"]
         assert error["code"] == "invalid_api_key"
+
+
+def test_a_key_is_compared_with_all_of_them_in_constant_time(path, monkeypatch):
+    compared = []
+
+    def compare(given, known):
+        compared.append((len(given), len(known)))
+        return constant_time(given, known)
+
+    constant_time = hmac.compare_digest
+    with serve_toy(path, api_keys=("first", "second", "third")) as client:
+        monkeypatch.setattr(hmac, "compare_digest", compare)
+        for key in ("first", "third", "x", "x" * 10_000):
+            compared.clear()
+            client.get("/v1/models", headers={"authorization": f"Bearer {key}"})
+            assert compared == [(32, 32)] * 3
 
 
 def test_a_request_that_takes_too_long_is_given_up(path):

@@ -205,3 +205,28 @@ def test_echo_of_ids_is_their_text(client):
     prompt = client.post("/detokenize", json={"tokens": ids}).json()["content"]
     text = complete(client, prompt=ids)["choices"][0]["text"]
     assert complete(client, prompt=ids, echo=True)["choices"][0]["text"] == prompt + text != text
+
+
+def test_metrics_count_tokens_and_the_times_between_them(client):
+    def counted():
+        lines = [line for line in client.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    before = counted()
+    complete(client, max_tokens=7)
+    after = counted()
+    grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    assert grown["airjax_generated_tokens_total"] == 7
+    for kind, times in (("to_first_token", 1), ("between_tokens", 6)):
+        name = f"airjax_time_{kind}_seconds"
+        assert grown[f"{name}_count"] == grown[f'{name}_bucket{{le="+Inf"}}'] == times
+        assert grown[f"{name}_sum"] > 0
+        bounds = [value for key, value in after.items() if key.startswith(f"{name}_bucket")]
+        assert bounds == sorted(bounds) and len(bounds) == 16
+    assert grown['airjax_generations_total{reason="length"}'] == 1
+    assert {
+        "airjax_queue_length",
+        "airjax_batch_size",
+        "airjax_kv_pages_held",
+        "airjax_stall_seconds_total",
+    } <= set(after)

@@ -178,8 +178,13 @@ def test_a_client_that_vanishes_frees_its_place(server, client):
 
 
 def test_connections_that_are_opened_and_dropped_harm_nobody(server, client):
-    for _ in range(10_000):
-        socket.create_connection(("127.0.0.1", server.port)).close()
+    fields = {"model": "smol", "prompt": "Once upon a time", "max_tokens": 24, "temperature": 0}
+    whole = client.completions.create(**fields).choices[0].text
+    with client.completions.create(stream=True, **fields) as stream:
+        text = next(stream).choices[0].text
+        for _ in range(10_000):
+            socket.create_connection(("127.0.0.1", server.port)).close()
+        assert text + "".join(chunk.choices[0].text for chunk in stream) == whole
     slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(50)]
     for each in slow:
         each.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Le")

@@ -4,9 +4,9 @@ from toy_models import toy_llama
 
 import airjax
 from airjax.bench.compilations import compilations
+from airjax.server.order import Order
 from airjax.server.sampler import Settings, make_sampler
 from airjax.server.warm import warm_up
-from airjax.server.worker import Order
 
 
 def test_the_first_client_of_a_warm_server_waits_for_no_compilation(tmp_path):

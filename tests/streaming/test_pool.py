@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from airjax.streaming import LFU, LRU, MappedUnits, Policy, Pool, ReadUnits, Shape, Stack
+from airjax.streaming.pool import calls
 from airjax.streaming.readers import ReadError
 
 _LAYERS, _EXPERTS, _BYTES = 3, 8, (96, 40)
@@ -104,6 +105,19 @@ def test_uses_by_many_tokens_count_as_many():
     again = Policy(2.0).used(Policy(2.0).used(keys, 1.0, 0), np.array([1.0, 1.0]), 2)
     # One use now, and one that is a half-life old.
     np.testing.assert_allclose(2 ** (again - 1), 1.5)
+
+
+def test_whatever_is_missing_is_written_by_a_handful_of_programs():
+    generator = np.random.default_rng(3)
+    shapes = set()
+    for count in range(1, 129):
+        missing = np.sort(generator.choice(128, count, replace=False))
+        runs = calls(0, missing, 16)
+        assert [e for call in runs for run in call for e in range(run.first, run.first + run.length)] == list(
+            missing
+        )
+        shapes |= {tuple(run.length for run in call) for call in runs}
+    assert len(shapes) <= 6
 
 
 def test_wrong_predictions_stay_within_a_tenth(file):

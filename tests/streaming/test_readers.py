@@ -1,10 +1,14 @@
 """Reader threads: what they deliver, and how they fail."""
 
+import os
+import time
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from airjax.streaming import ByteRange, ReadError, ReadSource, Ring, RingReader
+from airjax.streaming import ByteRange, ReadError, ReadSource, Ring, RingReader, readers
 
 _DEVICE = jax.devices()[0]
 
@@ -106,7 +110,7 @@ def test_a_ring_over_readers_survives_a_failed_read(file):
     with pytest.raises(ReadError):
         for item in range(4):
             weights = ring.take(item)
-            ring.release(weights, weights[0], weights[0])
+            ring.release([weights], weights[0])
         ring.begin_sweep()
         ring.take(0)
     data.tofile(path)
@@ -114,6 +118,28 @@ def test_a_ring_over_readers_survives_a_failed_read(file):
     ring.begin_sweep()
     (r,) = ranges[0]
     np.testing.assert_array_equal(np.asarray(ring.take(0)[0]), data[r.start : r.start + r.nbytes])
+    ring.close()
+
+
+def test_the_time_in_which_the_disk_is_waited_for_counts(file, monkeypatch):
+    path, data = file
+    ranges = _ranges(3, data.size)
+    preadv = os.preadv
+
+    def slow(*args):
+        time.sleep(0.05)
+        return preadv(*args)
+
+    monkeypatch.setattr(readers.os, "preadv", slow)
+    reader = RingReader([path], ranges, range(3), 2, pin=False, threads=1)
+    ring = Ring(ReadSource(reader, _DEVICE), range(3), 2)
+    ring.begin_sweep()
+    x = jnp.float32(0)
+    for item in range(3):
+        # All earlier work is done at once, so what is left of each read is waited for.
+        weights = ring.take(item, x)
+        ring.release([weights], x)
+    assert ring.wait_s > 0.1
     ring.close()
 
 

@@ -47,8 +47,8 @@ def _sweep(ring, items, x, on_step=lambda: None):
     ring.begin_sweep()
     for item in items:
         weights = ring.take(item)
-        before, x = x, _block(weights, x)
-        ring.release(weights, before, done=x)
+        x = _block(weights, x)
+        ring.release([weights], done=x)
         on_step()
     return x
 
@@ -92,7 +92,7 @@ def test_a_sweep_left_in_the_middle_starts_over():
     data = _data(4)
     ring = Ring(_Counting(data), range(4), 3)
     ring.begin_sweep()
-    ring.release(ring.take(0), jnp.float32(0), jnp.float32(0))
+    ring.release([ring.take(0)], jnp.float32(0))
     ring.take(1)
     x = _sweep(ring, range(4), jnp.float32(0))
     assert float(x) == pytest.approx(sum(part.astype(np.float64).sum() for part in data), rel=1e-6)

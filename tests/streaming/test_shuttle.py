@@ -14,7 +14,7 @@ _STRUCT = jax.ShapeDtypeStruct(_ROW, jnp.float32)
 
 
 def _shuttle(sizes, pieces=3, block=64):
-    return Shuttle(sizes, _STRUCT, jax.devices()[0], pieces, block, pin=False)
+    return Shuttle(sizes, [_STRUCT] * len(sizes), jax.devices()[0], pieces, block, pin=False)
 
 
 def _rows(generator, length):

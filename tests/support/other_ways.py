@@ -35,7 +35,8 @@ def bare_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
         x = architecture.embed(outside, jnp.asarray([ids]), config)
         for layer, span in enumerate(manifest.layers):
             kind = architecture.layer_kind(config, layer)
-            cache = jnp.zeros((1, config.n_kv_heads, len(ids), config.head_dim))
+            heads, width = config.kv_shape(kind)
+            cache = jnp.zeros((1, heads, len(ids), width))
             x, _ = block(unpacked(span), x, LayerKV(cache, cache), positions, config, kind, len(ids))
         return np.asarray(architecture.unembed(outside, x, config)[0])
 

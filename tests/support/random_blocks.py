@@ -1,7 +1,8 @@
 """Random blocks of every format, with the scales one asks for."""
 
+import gguf
 import numpy as np
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 _SCALES_AT = {
     "Q4_0": (0,),
@@ -24,7 +25,30 @@ _SCALES_AT = {
     "IQ4_XS": (0,),
     "TQ1_0": (52,),
     "TQ2_0": (64,),
+    "Q1_0": (0,),
 }
+
+
+def _teach_gguf_q1_0():
+    """The installed gguf names the format and has neither decoder nor quantizer of it."""
+
+    class Bits(vars(gguf.quants)["__Quant"], qtype=GGMLQuantizationType.Q1_0):
+        @classmethod
+        def dequantize_blocks(cls, blocks):
+            scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+            ones = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little")
+            return np.where(ones == 1, scales, -scales)
+
+        @classmethod
+        def quantize_blocks(cls, blocks):
+            scales = np.abs(blocks).mean(axis=1, keepdims=True).astype(np.float16)
+            return np.concatenate(
+                [scales.view(np.uint8), np.packbits(blocks >= 0, axis=1, bitorder="little")], axis=1
+            )
+
+
+if GGMLQuantizationType.Q1_0 not in gguf.quants._type_traits:
+    _teach_gguf_q1_0()
 
 
 def random_rows(kind, rows, n, seed, scales=None):

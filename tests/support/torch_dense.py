@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch_models
+import torch_plain
 import transformers
 from torch_models import decoded, model_sizes, neighbours_to_halves, rope_parameters
 
@@ -26,6 +27,14 @@ _LATER_NORMS = {
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _PLAIN = _ATTENTION | _GATED | _TWO_NORMS
+_LIKE_GPT2 = {
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "attn_norm": "ln_1",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
 _WIDE_MLP = {"ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h"}
 
 
@@ -38,6 +47,8 @@ class _Twin(NamedTuple):
       options: of the configuration, from the file's keys.
       root: of the names.
       outside: embedding, layers, last norm, output.
+      begins: names of what only the first layer reads.
+      own_sizes: `options` has all of the sizes.
       permuted: the file holds rows of queries and keys in the order for rope on neighbours.
     """
 
@@ -47,6 +58,19 @@ class _Twin(NamedTuple):
     root: str = "model"
     outside: tuple[str, str, str, str] = ("embed_tokens", "layers", "norm", "lm_head")
     permuted: bool = False
+    begins: Mapping[str, str] = {}
+    own_sizes: bool = False
+
+
+def _gpt2_sizes(key: Keys) -> dict[str, Any]:
+    return {
+        "n_embd": key("embedding_length"),
+        "n_layer": key("block_count"),
+        "n_head": key("attention.head_count"),
+        "n_inner": key("feed_forward_length"),
+        "n_positions": key("context_length"),
+        "layer_norm_epsilon": key("attention.layer_norm_epsilon"),
+    }
 
 
 def _partial(key: Keys) -> float:
@@ -201,6 +225,95 @@ _TWINS: dict[str, _Twin] = {
             },
         },
     ),
+    "gemma": _Twin("Gemma", _PLAIN),
+    "baichuan": _Twin("Llama", _PLAIN, permuted=True),
+    "gpt2": _Twin(
+        "GPT2",
+        _LIKE_GPT2,
+        lambda key, file: _gpt2_sizes(key),
+        "transformer",
+        ("wte", "h", "ln_f", "lm_head"),
+        begins={"position_embd": "wpe"},
+        own_sizes=True,
+    ),
+    "starcoder": _Twin(
+        "GPTBigCode",
+        _LIKE_GPT2,
+        lambda key, file: _gpt2_sizes(key) | {"multi_query": True},
+        "transformer",
+        ("wte", "h", "ln_f", "lm_head"),
+        begins={"position_embd": "wpe"},
+        own_sizes=True,
+    ),
+    "bloom": _Twin(
+        "Bloom",
+        {
+            "attn_qkv": "self_attention.query_key_value",
+            "attn_output": "self_attention.dense",
+            **_TWO_NORMS,
+            **_WIDE_MLP,
+        },
+        lambda key, file: {
+            "hidden_size": key("embedding_length"),
+            "n_layer": key("block_count"),
+            "n_head": key("attention.head_count"),
+            "layer_norm_epsilon": key("attention.layer_norm_epsilon"),
+        },
+        "transformer",
+        ("word_embeddings", "h", "ln_f", "lm_head"),
+        begins={"token_embd_norm": "word_embeddings_layernorm"},
+        own_sizes=True,
+    ),
+    "mpt": _Twin(
+        "Mpt",
+        {
+            "attn_qkv": "attn.Wqkv",
+            "attn_output": "attn.out_proj",
+            "attn_norm": "norm_1",
+            "ffn_norm": "norm_2",
+            "ffn_up": "ffn.up_proj",
+            "ffn_down": "ffn.down_proj",
+        },
+        lambda key, file: {
+            "d_model": key("embedding_length"),
+            "n_layers": key("block_count"),
+            "n_heads": key("attention.head_count"),
+            "expansion_ratio": key("feed_forward_length") // key("embedding_length"),
+            "max_seq_len": key("context_length"),
+            "layer_norm_epsilon": key("attention.layer_norm_epsilon"),
+            "attn_config": {"clip_qkv": key("attention.clamp_kqv"), "alibi": True},
+        },
+        "transformer",
+        ("wte", "blocks", "norm_f", "lm_head"),
+        own_sizes=True,
+    ),
+    "xverse": _Twin("Llama", _PLAIN, permuted=True),
+    "minicpm": _Twin(
+        "Granite",
+        _PLAIN,
+        lambda key, file: {
+            "logits_scaling": key("logit_scale"),
+            "residual_multiplier": key("residual_scale"),
+            "embedding_multiplier": key("embedding_scale"),
+            "attention_multiplier": key("attention.key_length") ** -0.5,
+        },
+        permuted=True,
+    ),
+    "chatglm": _Twin(
+        "Glm",
+        _ATTENTION | _TWO_NORMS | {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"},
+        lambda key, file: {"attention_bias": True, "partial_rotary_factor": _partial(key)},
+    ),
+    "olmo": _Twin(
+        "Olmo",
+        _ATTENTION | _GATED,
+        lambda key, file: {"clip_qkv": key("attention.clamp_kqv")},
+        permuted=True,
+    ),
+    "hunyuan-dense": _Twin(
+        "HunYuanDenseV1",
+        _PLAIN | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+    ),
     "seed_oss": _Twin(
         "SeedOss",
         _ATTENTION
@@ -216,6 +329,8 @@ def torch_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
     with open_gguf(path) as file:
         architecture = file.metadata["general.architecture"]
         windowed = "olmo2.attention.sliding_window" in file.metadata
+        if architecture in torch_plain.ARCHITECTURES:
+            return torch_plain.torch_logits(path, ids)
         if architecture not in _TWINS or (architecture == "olmo2" and not windowed):
             return torch_models.torch_logits(path, ids)
         model = _model(file, architecture)
@@ -232,12 +347,23 @@ def _model(file: GGUF, architecture: str) -> Any:
     options = model_sizes(file, architecture)
     rope = rope_parameters(file, architecture, key("rope.freq_base"))
     options |= {"rope_parameters": rope} | twin.options(key, file)
+    if twin.own_sizes:
+        shared = (
+            "vocab_size",
+            "tie_word_embeddings",
+            "attn_implementation",
+            "dtype",
+            "use_cache",
+            "pad_token_id",
+        )
+        options = {name: options[name] for name in shared} | twin.options(key, file)
     if "partial_rotary_factor" in options:
         options["rope_parameters"]["partial_rotary_factor"] = options["partial_rotary_factor"]
     if twin.kind == "Falcon":  # it has no width of its own
         del options["head_dim"]
     config = getattr(transformers, f"{twin.kind}Config")(**options)
-    model = getattr(transformers, f"{twin.kind}ForCausalLM")(config)
+    head = "LMHeadModel" if twin.kind == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, f"{twin.kind}{head}")(config)
     head = twin.outside[-1]
     missing, unexpected = model.load_state_dict(_state(file, architecture, twin), strict=False)
     tied = {f"{head}.weight"} if "output.weight" not in file.tensors else set()
@@ -255,11 +381,13 @@ def _state(file: GGUF, architecture: str, twin: _Twin) -> dict[str, torch.Tensor
         values = decoded(file, name)
         if stem in outside:
             theirs = outside[stem]
+        elif stem in twin.begins:
+            theirs = f"{twin.root}.{twin.begins[stem]}"
         else:
             _, layer, short = stem.split(".")
             theirs = f"{twin.root}.{layers}.{layer}.{_part(file, twin, short)}"
             values = _rows(file, architecture, twin, short, values)
-        if twin.kind == "Nemotron" and stem.endswith("norm") and part == "weight":
+        if twin.kind in ("Nemotron", "Gemma") and stem.endswith("norm") and part == "weight":
             values = values - 1
         if twin.kind == "StableLm" and stem.endswith(("q_norm", "k_norm")):
             state |= {f"{theirs}.norms.{head}.weight": row for head, row in enumerate(values)}
@@ -281,7 +409,9 @@ def _rows(file: GGUF, architecture: str, twin: _Twin, short: str, values: torch.
     heads, groups = (file.metadata[f"{architecture}.attention.{n}"] for n in ("head_count", "head_count_kv"))
     if twin.permuted and short in ("attn_q", "attn_k"):
         return neighbours_to_halves(values, heads if short == "attn_q" else groups)
-    if short != "attn_qkv":
+    if twin.kind == "GPT2" and values.ndim == 2:
+        return values.T
+    if short != "attn_qkv" or twin.kind in ("GPT2", "GPTBigCode", "Mpt"):
         return values
     # The queries of a group, its key and its value stand together.
     width = values.shape[0] // (heads + 2 * groups)

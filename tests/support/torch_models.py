@@ -157,6 +157,16 @@ def rope_parameters(file: GGUF, architecture: str, base: float) -> dict[str, Any
             ],
             "rope_theta": base,
         }
+    if "rope_factors_long.weight" in file.tensors:
+        return {
+            "rope_type": "longrope",
+            "rope_theta": base,
+            "original_max_position_embeddings": file.metadata[
+                f"{architecture}.rope.scaling.original_context_length"
+            ],
+            "short_factor": decoded(file, "rope_factors_short.weight").tolist(),
+            "long_factor": decoded(file, "rope_factors_long.weight").tolist(),
+        }
     return {"rope_type": "default", "rope_theta": base}
 
 
@@ -173,7 +183,13 @@ def _decoder(file: GGUF) -> Any:
         "qwen3": ("Qwen3", {}),
         "olmo2": ("Olmo2", {}),
         "smollm3": ("SmolLM3", {"no_rope_layer_interval": 4}),
-        "phi3": ("Phi3", {"sliding_window": key("attention.sliding_window")}),
+        "phi3": (
+            "Phi3",
+            {
+                "sliding_window": key("attention.sliding_window"),
+                "original_max_position_embeddings": key("rope.scaling.original_context_length", 4096),
+            },
+        ),
         "granite": (
             "Granite",
             {

@@ -91,6 +91,143 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "values": {"leading_dense_block_count": 1, "expert_shared_count": 2, "expert_weights_scale": 1.5},
     },
 }
+MIXTURES |= {
+    "granitemoe": {
+        "count": 8,
+        "used": 3,
+        "shared": 32,
+        "shared_gate": False,
+        "values": {
+            "expert_shared_feed_forward_length": 32,
+            "logit_scale": 4.0,
+            "residual_scale": 0.3,
+            "embedding_scale": 6.0,
+            "attention.scale": 0.2,
+        },
+    },
+    "olmoe": {"count": 8, "used": 3, "qk_norm": "whole"},
+    "ernie4_5-moe": {
+        "count": 8,
+        "used": 3,
+        "shared": 64,
+        "shared_gate": False,
+        "dense": (0, 2),
+        "choice_bias": True,
+        "values": {
+            "expert_shared_count": 2,
+            "expert_shared_feed_forward_length": 64,
+            "leading_dense_block_count": 1,
+            "interleave_moe_layer_step": 2,
+        },
+    },
+    "dots1": {
+        "count": 8,
+        "used": 3,
+        "qk_norm": True,
+        "shared": 64,
+        "shared_gate": False,
+        "dense": (0,),
+        "choice_bias": True,
+        "values": {
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 2,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+        },
+    },
+    "exaone-moe": {
+        "count": 8,
+        "used": 3,
+        "qk_norm": True,
+        "shared": 32,
+        "shared_gate": False,
+        "dense": (0,),
+        "choice_bias": True,
+        "values": {
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [True, True, True],
+        },
+    },
+    "hunyuan-moe": {
+        "count": 8,
+        "used": 3,
+        "qk_norm": True,
+        "shared": 32,
+        "shared_gate": False,
+        "values": {"expert_shared_count": 1},
+    },
+    "minimax-m2": {
+        "count": 8,
+        "used": 3,
+        "qk_norm": "whole",
+        "choice_bias": True,
+        "values": {"rope.dimension_count": 8, "expert_gating_func": 2},
+    },
+    "dbrx": {
+        "count": 8,
+        "used": 3,
+        "fused_qkv": True,
+        "norms": ("attn_norm", "attn_output_norm"),
+        "values": {"attention.layer_norm_epsilon": 1e-3, "attention.clamp_kqv": 0.8},
+    },
+    "bailingmoe": {
+        "count": 8,
+        "used": 3,
+        "shared": 64,
+        "shared_gate": False,
+        "values": {"expert_shared_count": 2, "expert_weights_norm": True, "expert_weights_scale": 1.0},
+    },
+    "bailingmoe2": {
+        "count": 8,
+        "used": 3,
+        "qk_norm": True,
+        "fused_qkv": True,
+        "shared": 64,
+        "shared_gate": False,
+        "dense": (0,),
+        "choice_bias": True,
+        "values": {
+            "rope.dimension_count": 8,
+            "leading_dense_block_count": 1,
+            "expert_shared_feed_forward_length": 32,
+            "expert_shared_count": 2,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "expert_group_count": 4,
+            "expert_group_used_count": 2,
+        },
+    },
+    "deepseek": {
+        "count": 8,
+        "used": 3,
+        "shared": 64,
+        "shared_gate": False,
+        "dense": (0,),
+        "values": {"leading_dense_block_count": 1, "expert_shared_count": 2, "expert_weights_scale": 1.0},
+    },
+    # Two of its four layers are mixtures, one of four has no rope; the windows are 8 positions long.
+    "llama4": {
+        "count": 8,
+        "used": 1,
+        "shared": 32,
+        "shared_gate": False,
+        "dense": (0, 2),
+        "layers": 4,
+        "values": {
+            "interleave_moe_layer_step": 2,
+            "attention.sliding_window": 8,
+            "attention.temperature_length": 16,
+            "attention.temperature_scale": 0.5,
+        },
+    },
+}
 # Widths of a toy's latent vector, of a head's key without its rotated part, of that part, and of a value.
 _RANK, _KEY, _ROTATED, _VALUE = 32, 24, 8, 32
 
@@ -127,7 +264,7 @@ def toy_mixture(
     model: str,
     *,
     block_type: str = "F32",
-    layers: int = 3,
+    layers: int | None = None,
     seed: int = 0,
     values: dict[str, Any] | None = None,
     left_out: tuple[str, ...] = (),
@@ -140,7 +277,7 @@ def toy_mixture(
       path: the file.
       model: its name.
       block_type: of all matrices but the router.
-      layers: how many.
+      layers: how many; None for as many as show what the model has.
       seed: of the weights.
       values: metadata of the architecture that replaces its own.
       left_out: tensors of each layer that are not written.
@@ -148,6 +285,7 @@ def toy_mixture(
       **sizes: "count" and "used", other than the model's own.
     """
     options = MIXTURES[model] | sizes
+    layers = options.get("layers", 3) if layers is None else layers
     architecture = options.get("architecture", model)
     wide = wide_blocks(block_type)
     d, f, heads, kv_heads = (256, 256, 4, 2) if wide else (64, 32, 4, 2)
@@ -173,7 +311,7 @@ def toy_mixture(
     }
     if latent:
         metadata |= own
-    if architecture != "llama":
+    if architecture not in ("llama", "granitemoe", "olmoe", "hunyuan-moe", "minimax-m2", "dbrx"):
         metadata["expert_feed_forward_length"] = f
     if shared and options.get("shared_gate", True):
         metadata["expert_shared_feed_forward_length"] = shared
@@ -187,6 +325,8 @@ def toy_mixture(
         ("attn_v", kv, d, 1.0),
         ("attn_output", d, q, 1.0),
     ]
+    if options.get("fused_qkv"):
+        attention = [("attn_qkv", q + 2 * kv, d, 1.5), attention[-1]]
     if latent:
         attention = [(name, *shape, 1.5) for name, shape in latent_matrices.items()]
     for layer in range(layers):
@@ -206,8 +346,9 @@ def toy_mixture(
         for name in options.get("norms", ("attn_norm", "ffn_norm")):
             toy.norm(f"blk.{layer}.{name}.weight", d)
         if options.get("qk_norm"):
-            for name in ("attn_q_norm", "attn_k_norm"):
-                toy.norm(f"blk.{layer}.{name}.weight", width)
+            whole = options["qk_norm"] == "whole"
+            toy.norm(f"blk.{layer}.attn_q_norm.weight", q if whole else width)
+            toy.norm(f"blk.{layer}.attn_k_norm.weight", kv if whole else width)
         if layer in options.get("dense", ()):
             for name, rows, columns in (("ffn_gate", 3 * f, d), ("ffn_up", 3 * f, d), ("ffn_down", d, 3 * f)):
                 toy.matrix(f"blk.{layer}.{name}.weight", rows, columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,63 @@ DECODERS: dict[str, dict[str, Any]] = {
             "rope.scaling.original_context_length": 64,
         },
     },
+    "gemma": {"width": 24},
+    "baichuan": {},
+    "gpt2": {
+        "layer_norm": True,
+        "fused_qkv": True,
+        "gated": False,
+        "kv_heads": 4,
+        "biases": "all",
+        "positions": True,
+    },
+    "starcoder": {
+        "layer_norm": True,
+        "fused_qkv": True,
+        "gated": False,
+        "kv_heads": 1,
+        "biases": "all",
+        "positions": True,
+    },
+    "bloom": {
+        "layer_norm": True,
+        "fused_qkv": True,
+        "gated": False,
+        "kv_heads": 4,
+        "biases": "all",
+        "embedding_norm": True,
+        "widened": 4,
+    },
+    "mpt": {
+        "layer_norm": True,
+        "norm_biases": False,
+        "fused_qkv": True,
+        "gated": False,
+        "kv_heads": 4,
+        "widened": 4,
+        "values": {"attention.clamp_kqv": 0.8, "attention.max_alibi_bias": 8.0},
+    },
+    "xverse": {},
+    "minicpm": {"values": {"logit_scale": 4.0, "residual_scale": 0.3, "embedding_scale": 6.0}},
+    "qwen": {
+        "fused_qkv": True,
+        "biases": ("attn_qkv",),
+        "kv_heads": 4,
+        "doubled": True,
+    },
+    "codeshell": {"layer_norm": True, "fused_qkv": True, "gated": False, "biases": "all"},
+    "chatglm": {
+        "fused_gate": True,
+        "biases": ("attn_q", "attn_k", "attn_v"),
+        "values": {"rope.dimension_count": 8},
+    },
+    "olmo": {
+        "layer_norm": True,
+        "norm_biases": False,
+        "norms": (),
+        "values": {"attention.clamp_kqv": 0.8, "attention.layer_norm_epsilon": 1e-5},
+    },
+    "hunyuan-dense": {"qk_norm": "head", "width": 24},
     "seed_oss": {
         "norms": ("attn_norm", "post_attention_norm"),
         "biases": ("attn_q", "attn_k", "attn_v"),
@@ -280,6 +338,7 @@ def toy_decoder(
     block_type: str = "F32",
     separate_output: bool = False,
     yarn_factor: float = 0.0,
+    longrope: bool = False,
     layers: int = 4,
     seed: int = 0,
 ) -> Path:
@@ -291,6 +350,7 @@ def toy_decoder(
       block_type: of all matrices.
       separate_output: an output matrix of its own, else the embedding is used twice.
       yarn_factor: of rope scaling from a context of 64; 0 for none.
+      longrope: divisors of the rope for contexts up to 64 and for longer ones.
       layers: how many.
       seed: of the weights.
     """
@@ -298,10 +358,12 @@ def toy_decoder(
     wide = wide_blocks(block_type)
     d, f, heads, kv_heads = (256, 512, 4, 2) if wide else (64, 128, 4, 2)
     kv_heads = options.get("kv_heads", kv_heads)
+    f = d * options.get("widened", 2)
     width = options.get("width", d // heads)
     architecture = options.get("architecture", architecture)
     toy = Toy(path, architecture, pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed)
-    toy.sizes(layers, d, f, heads, kv_heads, context=512)
+    stated = 2 * f if options.get("doubled") else f
+    toy.sizes(layers, d, stated, heads, kv_heads, context=512)
     toy.value("rope.freq_base", 10_000.0)
     toy.value("attention.key_length", width)
     toy.value("attention.value_length", width)
@@ -312,10 +374,20 @@ def toy_decoder(
         toy.value("rope.scaling.type", "yarn")
         toy.value("rope.scaling.factor", yarn_factor)
         toy.value("rope.scaling.original_context_length", 64)
+    if longrope:
+        toy.value("rope.scaling.original_context_length", 64)
+        toy.value("rope.scaling.attn_factor", math.sqrt(1 + math.log(512 / 64) / math.log(64)))
+        toy.tensor("rope_factors_short.weight", np.linspace(1, 1.5, width // 2))
+        toy.tensor("rope_factors_long.weight", np.linspace(1, 8, width // 2))
     norm_biases = options.get("norm_biases", options.get("layer_norm", False))
-    toy.outside(d, separate_output)
+    toy.outside(d, separate_output, normed=options.get("norms", True) != ())
     if norm_biases:
         toy.bias("output_norm.bias", d)
+    if options.get("positions", False):
+        toy.tensor("position_embd.weight", toy.generator.normal(size=(512, d)))
+    if options.get("embedding_norm", False):
+        toy.norm("token_embd_norm.weight", d)
+        toy.bias("token_embd_norm.bias", d)
     if options.get("output_bias", False):
         toy.bias("output.bias", toy.vocabulary_size)
     q, kv = heads * width, kv_heads * width
@@ -350,8 +422,8 @@ def toy_decoder(
 
 
 def wide_blocks(block_type: str) -> bool:
-    """Whether a block holds 256 weights, so that rows must be as wide."""
-    return gguf.GGML_QUANT_SIZES[GGMLType[block_type]][0] == 256
+    """Whether a block holds 128 or 256 weights, so that rows must be as wide."""
+    return gguf.GGML_QUANT_SIZES[GGMLType[block_type]][0] >= 128
 
 
 class Toy:
@@ -384,10 +456,11 @@ class Toy:
         """A metadata value of the architecture."""
         self._add(f"{self._architecture}.{key}", value)
 
-    def outside(self, d: int, separate_output: bool) -> None:
+    def outside(self, d: int, separate_output: bool, normed: bool = True) -> None:
         """The tensors outside the layers."""
         self.matrix("token_embd.weight", self.vocabulary_size, d, 2.0)
-        self.norm("output_norm.weight", d)
+        if normed:
+            self.norm("output_norm.weight", d)
         if separate_output:
             self.matrix("output.weight", self.vocabulary_size, d, 2.0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,26 @@ TEMPLATE = (
 
 @contextlib.contextmanager
 def serve_toy(
-    path: Path, *, max_queue: int = 8, own_tokenizer: bool = False, **options: Any
+    path: Path,
+    *,
+    max_queue: int = 8,
+    own_tokenizer: bool = False,
+    own_template: bool = False,
+    load: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Iterator[TestClient]:
-    """A client of a server whose engine is open; unless `own_tokenizer`, each letter is a token and nothing ends."""
+    """A client of a server whose engine is open.
 
-    def load() -> airjax.Engine:
-        opened = airjax.load(path, vram_budget_gib=1, context=256, max_batch=4, resident="all")
-        opened._template = ChatTemplate(TEMPLATE, "toy")
+    Unless `own_tokenizer`, each letter is a token and nothing ends; unless `own_template`, conversations are plain
+    lines.
+    """
+
+    asked = {"vram_budget_gib": 1, "context": 256, "max_batch": 4, "resident": "all", **(load or {})}
+
+    def open_engine() -> airjax.Engine:
+        opened = airjax.load(path, **asked)
+        if not own_template:
+            opened._template = ChatTemplate(TEMPLATE, "toy")
         if own_tokenizer:
             assert opened.tokenizer.eog_ids
             return opened
@@ -41,7 +54,7 @@ def serve_toy(
         return opened
 
     metrics = Metrics()
-    state = State(Options("toy", **options), Worker(load, metrics, max_queue), metrics)
+    state = State(Options("toy", **options), Worker(open_engine, metrics, max_queue), metrics)
     with TestClient(make_app(state), raise_server_exceptions=False) as client:
         deadline = time.monotonic() + 60
         while state.worker.state == "loading" and time.monotonic() < deadline:

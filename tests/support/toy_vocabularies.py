@@ -67,6 +67,35 @@ def spm_metadata() -> dict[str, Any]:
     }
 
 
+def gemma4_metadata() -> dict[str, Any]:
+    """BPE over characters with bytes for others: any two of a, b and blank merge, and some longer runs."""
+    chance = random.Random(0)
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    kinds = [CONTROL, CONTROL, CONTROL, UNKNOWN, *[BYTE] * 256]
+    tokens += ["<|turn>", "<turn|>", "\n", "\n\n", "\n\n\n", "a", "b", "▁", "é", "日"]
+    merges = ["\n \n", "\n\n \n"]
+    for length in (2, 3, 4):
+        made = ["".join(letters) for letters in itertools.product("ab▁", repeat=length)]
+        chance.shuffle(made)
+        for text in made if length == 2 else made[: len(made) // 3]:
+            cuts = [at for at in range(1, length) if text[:at] in tokens and text[at:] in tokens]
+            tokens.append(text)
+            merges += [f"{text[:at]} {text[at:]}" for at in cuts]
+    kinds += [CONTROL, CONTROL, *[NORMAL] * (len(tokens) - len(kinds) - 2)]
+    return {
+        "general.architecture": "gemma4",
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
+        "tokenizer.ggml.scores": np.zeros(len(tokens), np.float32),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+
+
 def spm_texts() -> list[str]:
     """Texts for `spm_metadata`: random ones over its letters, and its special tokens."""
     chance = random.Random(1)

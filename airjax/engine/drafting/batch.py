@@ -120,7 +120,8 @@ class BatchDrafts:
     def _guesses(self, sequences: Sequence[BatchSequence], draws: Draws | None) -> list[Choice]:
         """By lookup, and by the draft model for the sequences for which that promises more."""
         choices = [self._choice(sequence, self._lookup(sequence)) for sequence in sequences]
-        if self._shared is None or draws is None:
+        shared = self._shared
+        if shared is None or draws is None:
             return choices
         promises = [
             sum(chances_of(choice.draft, sequence.acceptance))
@@ -130,7 +131,7 @@ class BatchDrafts:
         # What a token saves, and what the newest drafts of these sequences would gain with that.
         token_s = self._costs.seconds(len(sequences)) / len(sequences)
         gain = sum(min(sequences[at].promise, self._draft_max) - promises[at] for at in asked) * token_s
-        if not asked or gain < self._shared.step_s:
+        if not asked or gain < shared.step_s:
             self._unasked += 1
             if self._unasked < _SLEEP:
                 return choices
@@ -144,9 +145,9 @@ class BatchDrafts:
                 chances[at] *= right
             rows = len(sequences)
             row_s = self._costs.seconds(rows + len(asked)) - self._costs.seconds(rows)
-            return sum(chances) * token_s > self._shared.step_s + max(row_s, 0.0)
+            return sum(chances) * token_s > shared.step_s + max(row_s, 0.0)
 
-        drafts = self._shared.propose([sequences[at] for at in asked], draws, self._draft_max, go_on)
+        drafts = shared.propose([sequences[at] for at in asked], draws, self._draft_max, go_on)
         for at, draft in zip(asked, drafts, strict=True):
             sequence = sequences[at]
             choice = self._choice(sequence, _Given(draft))

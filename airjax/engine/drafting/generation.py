@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
-import jax
 import numpy as np
 
 from airjax.engine.drafting.choice import choose
@@ -95,7 +94,7 @@ def generate_drafted(
             else:
                 stats.prefill_s = stats.first_token_s = seconds
             start, waited = time.perf_counter(), stats.wait_s
-            stats.peak_device_bytes = peak_device_bytes(model.device)
+            stats.peak_device_bytes = peak_device_bytes(*model.devices)
             for row, draw in zip(drawn.path, drawn.draws, strict=True):
                 if draw.id < 0:
                     if run.masks is not None and not run.masks[row].any():
@@ -148,7 +147,7 @@ class _Run:
     ) -> None:
         self._model, self._state, self._drafter, self._sampler = model, state, drafter, sampler
         self._constraint, self._law = constraint, law
-        self._keys = jax.device_put(key[None], model.device)
+        self._keys = model.put(key[None])
         self.sequel = Sequel([], None, key, 0)
         self.masks: np.ndarray | None = None
         self._draft_s = 0.0  # of the draft that the sweep checks

@@ -10,13 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from airjax import layers
+from airjax import layers, models
 from airjax.engine.experts import attend_and_route, run_experts
+from airjax.engine.fetched import run_fetched
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
+from airjax.engine.passing import Passing
+from airjax.engine.stages import chain
 from airjax.engine.step import block_step, shuttled_row
 from airjax.engine.sweep import State, grown, lengths_at, sweep
-from airjax.models import Config
+from airjax.models import Buffers, Config, DecoderConfig
 from airjax.streaming import to_cache
 from airjax.types import Array, LayerKV, Tree
 
@@ -170,18 +173,23 @@ def keep_path(model: Model, state: State, swept: Swept, path: Sequence[int], fir
 def takes_trees(model: Model, state: State, last: int) -> bool:
     """Whether rows up to position `last` may form a tree.
 
-    Not over a cache that comes in pieces, nor with experts that come through a pool where rows share their calls.
+    Not over a cache that comes in pieces. Where rows share their calls, not with experts that come through a pool, nor
+    on several devices, nor where more than position and window says what a token sees.
     """
     lengths = lengths_at(model, np.full((1, 1), last, np.int32))
     if state.shuttle is not None and max(lengths) > state.shuttle.block:
         return False
-    return model.pool is None or exact(model)
+    if exact(model):
+        return model.config.mesh is None
+    if model.pool is not None or model.config.mesh is not None or not isinstance(model.config, DecoderConfig):
+        return False
+    forms = [model.architecture.attention_form(model.config, kind) for kind in model.kinds]
+    return not any(form.chunked or form.alibi for form in forms)
 
 
 def may_run_ahead(model: Model) -> bool:
     """Whether a sweep may be dispatched before the host looks at its token: nothing waits for the link."""
-    plan = model.plan
-    return not plan.streamed and model.pool is None and not plan.shuttle and not plan.host_embedding
+    return model.runs_ahead
 
 
 def rows_apart(model: Model, state: State, last: int) -> bool:
@@ -207,31 +215,41 @@ def _sweep_each(model: Model, state: State, rows: Rows, first: int) -> Swept:
     lengths = [lengths_at(model, position[None, None]) for position in positions]
     longest = lengths_at(model, positions[None])
     xs = [embed(model, np.array([[token]], np.int32)) for token in rows.ids]
-    placed = jax.device_put([position[None, None] for position in positions], model.device)
+    placed = model.put([position[None, None] for position in positions])
     model.begin_sweep()
     shuttle = state.shuttle
     if shuttle is not None:
         shuttle.begin_sweep(longest)
     kept: list[list[LayerKV]] | None = None if rows.parents is None else []
     for layer in range(model.config.n_layers):
-        weights = model.weights.take(layer)
-        before = xs[-1]
+        weights = model.weights.take(layer, xs[-1])
         layout, kind = model.manifest.layers[layer].layout, model.kinds[layer]
         if shuttle is None:
             kv = grown(state.kv[layer], longest[layer])
         else:
             (piece,) = shuttle.pieces(layer)
-            kv = _unpack_step(model.config)(piece.kv)
+            kv = _unpack_step(model.config, kind)(piece.kv)
+        steps = [block_step(layout, model.config, kind, length[layer]) for length in lengths]
         written = []
-        for row, x in enumerate(xs):
-            if model.pool_holds(layer):
-                routed, kv = attend_and_route(model, layer, weights, x, kv, placed[row], lengths[row][layer])
-                (xs[row],) = run_experts(model, layer, [routed], [positions[row : row + 1, None]])
-            else:
-                step = block_step(layout, model.config, kind, lengths[row][layer])
-                xs[row], kv = step(weights, x, kv, placed[row])
-            if kept is not None:
-                written.append(_read_rows(kv, placed[row]))
+        if kept is None and not model.pool_holds(layer):
+            calls = [(step, x, (where,)) for step, x, where in zip(steps, xs, placed, strict=True)]
+            xs, kv = chain(weights, kv, calls, [False] * len(xs))
+        else:
+            whole = _whole(weights, xs[-1])
+            for row, x in enumerate(xs):
+                if model.device_fetches(layer):
+                    run = range(layer, layer + 1)
+                    xs[row], (kv,) = run_fetched(model, run, x, [kv], None, placed[row], lengths[row])
+                elif model.pool_holds(layer):
+                    where = positions[row : row + 1, None]
+                    routed, kv = attend_and_route(
+                        model, layer, whole, x, kv, placed[row], lengths[row][layer]
+                    )
+                    (xs[row],) = run_experts(model, layer, [routed], [where])
+                else:
+                    xs[row], kv = steps[row](whole, x, kv, placed[row])
+                if kept is not None:
+                    written.append(_read_step(model.config)(kv, placed[row]))
         if kept is not None:
             kept.append(written)
         if shuttle is None:
@@ -239,23 +257,42 @@ def _sweep_each(model: Model, state: State, rows: Rows, first: int) -> Swept:
         else:
             shuttle.release(xs[-1])
             if kept is None:
-                shuttle.keep(layer, _read_rows(kv, positions[None]), positions[None])
+                shuttle.keep(layer, _read_step(model.config)(kv, positions[None]), positions[None])
         model.pending = xs[-1]
         if model.timeline is not None:
             model.timeline.watch("compute", f"layer {layer}", xs[-1])
-        # Rows run in order: when the last one's input is ready, no earlier layer is at work.
-        model.weights.release(layer, weights, before, done=xs[-1])
+        model.weights.release(layer, weights, done=xs[-1])
     model.count_sweep(state)
     return Swept(xs, len(xs), kept=kept)
 
 
 @functools.cache
-def _unpack_step(config: Config) -> Callable[[Array], LayerKV]:
+def _unpack_step(config: Config, kind: str) -> Callable[[Array], LayerKV]:
     """jitted `(piece uint8 [S, row bytes]) -> the cache of a layer`."""
-    return jax.jit(lambda piece: to_cache(piece, shuttled_row(config, 1)))
+    return jax.jit(
+        models.spread(
+            lambda piece: to_cache(piece, shuttled_row(config, kind, 1)),
+            config.mesh,
+            (models.BYTES,),
+            models.BY_HEADS,
+        )
+    )
 
 
-_read_rows = jax.jit(layers.read_rows)
+def _whole(weights: Buffers | Passing, before: Array) -> Buffers:
+    """All buffers of a layer at once."""
+    if not isinstance(weights, Passing):
+        return weights
+    count = len(weights.layout.sizes)
+    held = weights.hold(range(count), before)
+    return tuple(held[at] for at in range(count))
+
+
+@functools.cache
+def _read_step(config: Config) -> Callable[[LayerKV, Any], LayerKV]:
+    """jitted `(the cache of a layer, positions [1, T]) -> its rows [1, K, T, H]`."""
+    inside = models.BY_HEADS, models.WHOLE
+    return jax.jit(models.spread(layers.read_rows, config.mesh, inside, models.BY_HEADS))
 
 
 @jax.jit

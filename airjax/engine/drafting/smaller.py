@@ -18,6 +18,7 @@ from airjax.engine.drafting.law import tenth
 from airjax.engine.generation import prefill
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
+from airjax.engine.stages import call
 from airjax.engine.step import block_step, draw_step
 from airjax.engine.sweep import State, grown, lengths_at, new_state, sweep
 from airjax.sampling import Transform, greedy
@@ -94,14 +95,13 @@ class _Chain(NamedTuple):
         tokens: list[int] = []
         marks: list[Any] = []
         others: list[tuple[int, Sequence[int], Any]] = []
-        last, first_row, keys, numbers = jax.device_put(
+        last, first_row, keys, numbers = model.put(
             (
                 np.array([token], np.int32),
                 np.zeros(1, np.int32),
                 key[None],
                 (np.int32(draws), np.full((1, 1), position, np.int32)),
             ),
-            model.device,
         )
         while True:
             last, logprob, state, embedded, numbers, second = draw(
@@ -166,7 +166,8 @@ class SmallerModel:
         x, row = self._read(ids)
         start = time.perf_counter()
         if self._vocabulary is None:
-            state = sequel.sampler_state
+            # The sequence's model may be on several devices.
+            state = model.put(sequel.sampler_state)
         else:
             state = self._sampler.init(np.zeros((1, 0), np.int32), model.config.vocab_size)
 
@@ -273,11 +274,11 @@ class ResidentLayers:
         """The resident layers for one token."""
         model, where = self._model, np.full((1, 1), position, np.int32)
         lengths = lengths_at(model, where)
-        placed = jax.device_put(where, model.device) if placed is None else placed
+        placed = model.put(where) if placed is None else placed
         for layer in model.plan.resident:
             kv = grown(self._state.kv[layer], lengths[layer])
             layout, kind = model.manifest.layers[layer].layout, model.kinds[layer]
             step = block_step(layout, model.config, kind, lengths[layer])
-            x, self._state.kv[layer] = step(model.weights.take(layer), x, kv, placed)
+            x, self._state.kv[layer] = call(model.weights.take(layer), step, x, kv, placed)
         model.pending = x
         return x

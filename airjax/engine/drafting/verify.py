@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from airjax import models, sampling
+from airjax import sampling
 from airjax.engine.drafting.rows import Rows, Swept, padded
 from airjax.engine.generation import Draw
 from airjax.engine.model import Model
-from airjax.engine.step import GlobalLayouts, Globals, draw_step, unpack_globals
+from airjax.engine.step import GlobalLayouts, Globals, draw_step, logits_of
 from airjax.engine.sweep import State, sweep
 from airjax.models import Config
 from airjax.types import Array
@@ -92,7 +92,7 @@ def ask(model: Model, rows: Rows, first: int, draws: int, masks: np.ndarray | No
             (np.int32(draws), np.int32(count)),
             None if masks is None else np.pad(masks, ((0, fill), (0, 0))),
         )
-    placed: Question = jax.device_put(question, model.device)
+    placed: Question = model.put(question)
     return placed
 
 
@@ -221,7 +221,6 @@ def verify_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[
       and rows mean anything; they are those of `draw_step`, and so is the state. After a draw that failed (-1) it is
       the state before that draw.
     """
-    architecture = models.get(config.architecture)
 
     @jax.jit
     def verify(
@@ -235,7 +234,7 @@ def verify_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Callable[
         rows: Array,
         masks: Array | None,
     ) -> Any:
-        logits = architecture.unembed(unpack_globals(buffers, layouts), x[0], config)  # [T, V]
+        logits = logits_of(buffers, layouts, x[0], config)  # [T, V]
         size = len(token)
         number = jnp.arange(size, dtype=jnp.int32)
 

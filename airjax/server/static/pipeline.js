@@ -98,7 +98,7 @@ function frame() {
   describe();
 }
 
-const ms = (span) => (span ? ((span[1] - span[0]) * 1000).toFixed(2) + " ms" : "–");
+const ms = (span) => (span ? Number(((span[1] - span[0]) * 1000).toPrecision(3)) + "\u00a0ms" : "–");
 
 function mean(lane) {
   const spans = layers.map((layer) => layer[lane]).filter(Boolean);

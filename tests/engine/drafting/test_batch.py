@@ -68,7 +68,7 @@ class Knowing(BatchDrafts):
 
     texts = ()
 
-    def propose(self, sequences):
+    def propose(self, sequences, draws=None):
         for sequence in sequences:
             request = sequence.request
             text = self.texts[sequence.number % len(self.texts)]

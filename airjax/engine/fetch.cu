@@ -1,0 +1,168 @@
+// Brings the experts that a layer's router chose, and that are not in the pool, from host memory into its slots.
+//
+// fetch.py defines
+//   EXPERTS    of a layer                 PAIRS      entries of `chosen`
+//   SLOTS      of the pool                SLOT_BYTES of one slot
+//   PARTS      tensors of an expert       PART_BYTES, PART_OFFSETS  of each: {..., ...}
+//
+// Every block finds out for itself which experts are missing and which slots they take, and copies its share of the
+// bytes. All of them read the old tables; the block that is done last writes the new ones.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+#define THREADS 256
+#define LOADS 4
+#define CHUNK (THREADS * LOADS * 16)
+#define WARPS (THREADS / 32)
+#define LINE 128
+
+__device__ __forceinline__ uint4 load16(const char* at) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+  return v;
+}
+
+__device__ __forceinline__ u64 nanoseconds() {
+  u64 t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return t;
+}
+
+// How many threads before this one hold `yes`; *total is how many of all. All threads of the block call it.
+__device__ int rank_of(bool yes, int* total) {
+  __shared__ int held[WARPS];
+  const u32 votes = __ballot_sync(0xffffffffu, yes);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  if (lane == 0) held[warp] = __popc(votes);
+  __syncthreads();
+  int before = __popc(votes & ((1u << lane) - 1)), all = 0;
+  for (int w = 0; w < WARPS; ++w) {
+    if (w < warp) before += held[w];
+    all += held[w];
+  }
+  __syncthreads();
+  *total = all;
+  return before;
+}
+
+// chosen [PAIRS]: experts, negative for none.
+// info [1 + 2 PARTS]: number of the layer's first unit; address of each tensor's first expert, low word first.
+// order [SLOTS]: slots in the order in which they are given away.
+// table: slot of each unit, negative if it is not there.  held [SLOTS]: unit in each slot, negative for none.
+// given [2]: how many of `order` are given away; blocks that are done, 0 between launches.
+// uses: how many tokens chose each unit.  fetched [layers][2]: experts; nanoseconds.
+// where [EXPERTS]: slot of each expert of the layer, negative if it is not there.
+extern "C" __global__ void __launch_bounds__(THREADS) airjax_fetch(
+    const int* chosen, const int* info, const int* order, int* table, int* held, int* given, int* uses,
+    int* fetched, char* pool, int* where) {
+  __shared__ unsigned char needed[EXPERTS];
+  __shared__ short expert_of[EXPERTS];
+  __shared__ int slot_of[EXPERTS];
+  __shared__ int last;
+  const u64 begin = nanoseconds();
+  const int thread = threadIdx.x, first = info[0];
+  for (int e = thread; e < EXPERTS; e += THREADS) needed[e] = 0;
+  __syncthreads();
+  for (int p = thread; p < PAIRS; p += THREADS) {
+    const int e = chosen[p];
+    if (e >= 0) {
+      needed[e] = 1;
+      if (blockIdx.x == 0) atomicAdd(&uses[first + e], 1);
+    }
+  }
+  __syncthreads();
+  int missing = 0;
+  for (int base = 0; base < EXPERTS; base += THREADS) {
+    const int e = base + thread;
+    const bool absent = e < EXPERTS && needed[e] && table[first + e] < 0;
+    int count;
+    const int rank = missing + rank_of(absent, &count);
+    if (absent) expert_of[rank] = e;
+    missing += count;
+  }
+  // The first slots of the order that hold nothing that this layer needs now.
+  const int cursor = given[0];
+  int found = 0, taken = 0;
+  for (int at = 0; found < missing && at < SLOTS; at += THREADS) {
+    const int place = at + thread;
+    const int slot = place < SLOTS ? order[(cursor + place) % SLOTS] : -1;
+    const int unit = slot >= 0 ? held[slot] : -1;
+    const bool own = unit >= first && unit < first + EXPERTS;
+    const bool free = slot >= 0 && !(own && needed[own ? unit - first : 0]);
+    int count;
+    const int rank = found + rank_of(free, &count);
+    if (free && rank < missing) {
+      slot_of[rank] = slot;
+      if (rank == missing - 1) last = place + 1;
+    }
+    found += count;
+  }
+  __syncthreads();
+  taken = missing ? last : 0;
+  __syncthreads();
+  if (blockIdx.x == 0) {
+    for (int e = thread; e < EXPERTS; e += THREADS) where[e] = table[first + e];
+    __syncthreads();
+    for (int i = thread; i < missing; i += THREADS) {
+      // What leaves may be of this layer too.
+      const int old = held[slot_of[i]];
+      if (old >= first && old < first + EXPERTS) where[old - first] = -1;
+    }
+    __syncthreads();
+    for (int i = thread; i < missing; i += THREADS) where[expert_of[i]] = slot_of[i];
+  }
+  if (!missing) return;
+
+  constexpr int part_bytes[PARTS] = PART_BYTES, part_offsets[PARTS] = PART_OFFSETS;
+  int chunks_of[PARTS], chunks = 0;
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part)
+    chunks += chunks_of[part] = (part_bytes[part] + LINE - 16 + CHUNK - 1) / CHUNK;
+  for (int job = blockIdx.x; job < missing * chunks; job += gridDim.x) {
+    const int i = job / chunks;
+    int chunk = job % chunks;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      if (chunk >= 0 && chunk < chunks_of[part]) {
+        const u64 base = (u64)(u32)info[1 + 2 * part] | (u64)(u32)info[2 + 2 * part] << 32;
+        const char* from = (const char*)base + (u64)expert_of[i] * part_bytes[part];
+        char* to = pool + (u64)slot_of[i] * SLOT_BYTES + part_offsets[part];
+        // A warp's loads begin with a line of the link: off by 32 bytes an H100 read 44 GB/s in place of 50.
+        const int begin_at = chunk * CHUNK + thread * 16 - (int)((u64)from & (LINE - 1));
+        uint4 v[LOADS];
+#pragma unroll
+        for (int n = 0; n < LOADS; ++n) {
+          const int at = begin_at + n * THREADS * 16;
+          if (at >= 0 && at < part_bytes[part]) v[n] = load16(from + at);
+        }
+#pragma unroll
+        for (int n = 0; n < LOADS; ++n) {
+          const int at = begin_at + n * THREADS * 16;
+          if (at >= 0 && at < part_bytes[part]) *(uint4*)(to + at) = v[n];
+        }
+      }
+      chunk -= chunks_of[part];
+    }
+  }
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) last = atomicAdd(&given[1], 1) == gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  for (int i = thread; i < missing; i += THREADS) {
+    const int old = held[slot_of[i]];
+    if (old >= 0) table[old] = -1;
+  }
+  __syncthreads();
+  for (int i = thread; i < missing; i += THREADS) {
+    table[first + expert_of[i]] = slot_of[i];
+    held[slot_of[i]] = first + expert_of[i];
+  }
+  if (thread == 0) {
+    given[0] = (cursor + taken) % SLOTS;
+    given[1] = 0;
+    fetched[2 * (first / EXPERTS)] += missing;
+    fetched[2 * (first / EXPERTS) + 1] += (int)(nanoseconds() - begin);
+  }
+}

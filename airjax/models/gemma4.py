@@ -1,0 +1,182 @@
+"""The `gemma4` architecture (text): narrower heads inside the window than outside, normed values, experts beside the
+feed-forward part.
+
+Gemma Team, Gemma 4, 2026; the 31B and the 26B-A4B model. Those with an embedding for each layer (E2B, E4B) are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from airjax import layers, quants
+from airjax.gguf import GGUF, GGUFError
+from airjax.models.architecture import TensorSpec, Weights, common_sizes, project, project_many, vector
+from airjax.models.decoder import Decoder, DecoderConfig, rope_fields
+from airjax.models.experts import ROUTER, combined, expert_products, read_experts, stacks
+from airjax.types import Array
+
+
+def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
+    """Reads the configuration from a file's metadata; raises GGUFError where it can't be run."""
+    for key, what in (
+        ("embedding_length_per_layer_input", "an embedding for each layer"),
+        ("attention.shared_kv_layers", "layers that share their keys and values"),
+    ):
+        if gguf.get(f"gemma4.{key}", int, 0):
+            raise GGUFError(
+                f"{gguf.path}: a gemma4 model with {what} can't be run yet: use the 31B or the 26B-A4B model"
+            )
+    local = _pattern(gguf)
+    # Of each layer, or one number for all.
+    kv_heads = np.atleast_1d(gguf.metadata.get("gemma4.attention.head_count_kv", 0)).tolist()
+    kv_heads = kv_heads * len(local) if len(kv_heads) == 1 else kv_heads
+    if len(kv_heads) != len(local) or not all(isinstance(heads, int) and heads > 0 for heads in kv_heads):
+        kv_heads = [0] * len(local)
+    global_heads, local_heads = (
+        {heads for heads, own in zip(kv_heads, local, strict=True) if own == inside}
+        for inside in (False, True)
+    )
+    if len(global_heads) != 1 or len(local_heads) != 1 or 0 in kv_heads:
+        raise GGUFError(
+            f"{gguf.path}: gemma4.attention.head_count_kv must be one number for layers with a window and one for "
+            f"those without, got {gguf.metadata.get('gemma4.attention.head_count_kv')}: convert the model again"
+        )
+    sizes = common_sizes(gguf, compute_dtype, kv_heads=global_heads.pop())
+    width, heads = gguf.get("gemma4.attention.key_length_swa", int), local_heads.pop()
+    if width < 2 or width % 2 or sizes["n_heads"] % heads:
+        raise GGUFError(
+            f"{gguf.path}: gemma4.attention.key_length_swa must be even, and head_count a multiple of {heads} "
+            f"KV heads, got {width} and {sizes['n_heads']}"
+        )
+    window = gguf.get("gemma4.attention.sliding_window", int)
+    if window < 1:
+        raise GGUFError(f"{gguf.path}: gemma4.attention.sliding_window must be at least 1, got {window}")
+    rotated = gguf.get("gemma4.rope.dimension_count_swa", int, width)
+    base = gguf.get("gemma4.rope.freq_base_swa", float, 10_000.0)
+    experts = None
+    if gguf.get("gemma4.expert_count", int, 0):
+        experts = read_experts(gguf, sizes, normalized=True, width="expert_feed_forward_length")
+        experts = dataclasses.replace(
+            experts,
+            activation="gelu",
+            shared_d_ff=sizes["d_ff"],
+            fused_gate=f"blk.0.{_FUSED}.weight" in gguf.tensors,
+            pooled=False,
+        )
+    return DecoderConfig(
+        **sizes,
+        **rope_fields(gguf, sizes, base=1_000_000.0),
+        rope_frequencies_local=tuple(layers.rope_frequencies(rotated, base).tolist()),
+        attention_scale=1.0,
+        sliding_window=window,
+        global_every=local.index(False) + 1,
+        local_kv_heads=heads,
+        local_head_dim=width,
+        qk_norm="head",
+        post_norms=True,
+        activation="gelu",
+        logit_softcap=gguf.get("gemma4.final_logit_softcapping", float, 0.0),
+        embedding_scale=sizes["d_model"] ** 0.5,
+        experts=experts,
+    )
+
+
+_FUSED = "ffn_gate_up_exps"
+
+
+def _pattern(gguf: GGUF) -> list[bool]:
+    """Of each layer, whether it has a window; those without come at equal distances, the last layer among them."""
+    key = "gemma4.attention.sliding_window_pattern"
+    local = [bool(own) for own in np.atleast_1d(gguf.metadata.get(key, ()))]
+    n_layers = gguf.get("gemma4.block_count", int)
+    every = local.index(False) + 1 if False in local else 0
+    if len(local) != n_layers or every < 2 or local != [(n + 1) % every > 0 for n in range(n_layers)]:
+        raise GGUFError(
+            f"{gguf.path}: {key} must let each so manyth of {n_layers} layers see the whole context, got {local}"
+        )
+    return local
+
+
+@dataclass(frozen=True)
+class GemmaDecoder(Decoder):
+    """A `Decoder` whose layers differ in their heads, with experts beside the feed-forward part."""
+
+    def block_specs(self, config: DecoderConfig, layer: int) -> dict[str, TensorSpec]:
+        """Tensors of one layer, by short name."""
+        heads, width = config.kv_shape(self.layer_kind(config, layer))
+        own: dict[str, Any] = {"n_kv_heads": heads, "head_dim": width, "experts": None}
+        specs = super().block_specs(dataclasses.replace(config, **own), layer)
+        # Without values of their own, keys before their norm are the values.
+        specs["attn_v.weight"] = specs["attn_v.weight"]._replace(optional=True)
+        specs["layer_output_scale.weight"] = TensorSpec((1,), optional=True)
+        if config.experts is None:
+            return specs
+        count, f, d = config.experts.count, config.experts.d_ff, config.d_model
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{ROUTER}.weight": (count, d),
+            f"{ROUTER}.scale": (d,),
+            "ffn_down_exps.weight": (count, d, f),
+            **{f"{name}.weight": (d,) for name in ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2")},
+        }
+        if config.experts.fused_gate:
+            shapes[f"{_FUSED}.weight"] = (count, 2 * f, d)
+        else:
+            shapes |= {f"ffn_{part}_exps.weight": (count, f, d) for part in ("gate", "up")}
+        specs["ffn_down_exps.scale"] = TensorSpec((count,), optional=True)
+        return specs | {name: TensorSpec(shape) for name, shape in shapes.items()}
+
+    def attend_inputs(
+        self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str
+    ) -> tuple[Array, Array, Array]:
+        """The first part of `block`: queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, after rope."""
+        _, width = config.kv_shape(kind)
+        h = self.attention_input(weights, x, config)
+        names = [name for name in ("attn_q", "attn_k", "attn_v") if f"{name}.weight" in weights]
+        parts = [y.reshape(*x.shape[:2], -1, width) for y in project_many(h, weights, names, config)]
+        q, k, v = (*parts, parts[1])[:3]
+        frequencies = config.rope_frequencies_local if kind == "local" else config.rope_frequencies
+        q, k = (
+            layers.rope(
+                layers.rms_norm(y, vector(weights, f"{name}_norm.weight"), config.norm_eps),
+                positions,
+                np.asarray(frequencies, np.float32),
+                config.rope_interleaved,
+            )
+            for y, name in ((q, "attn_q"), (k, "attn_k"))
+        )
+        return q, k, layers.rms_norm(v, jnp.ones(()), config.norm_eps)
+
+    def attend_output(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Array:
+        """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states."""
+
+        def norm(y: Array, name: str) -> Array:
+            return layers.rms_norm(y, vector(weights, f"{name}.weight"), config.norm_eps)
+
+        x, h = self.feed_forward_input(weights, x, attended, config)
+        gate, up = project_many(h, weights, ("ffn_gate", "ffn_up"), config)
+        down = project(layers.gated(gate, up, config.activation), weights, "ffn_down", config)
+        if config.experts is not None:
+            routed = _routed(x, norm(x, "pre_ffw_norm_2"), weights, config)
+            down = norm(down, "post_ffw_norm_1") + norm(routed, "post_ffw_norm_2")
+        x = self.feed_forward_output(weights, x, down, config)
+        if "layer_output_scale.weight" not in weights:
+            return x
+        return x * vector(weights, "layer_output_scale.weight")
+
+
+def _routed(x: Array, h: Array, weights: Weights, config: DecoderConfig) -> Array:
+    """What the chosen experts make of `h`; the router looks at `x`, `[B, T, D]` each."""
+    looked = layers.rms_norm(x, vector(weights, f"{ROUTER}.scale") * config.d_model**-0.5, config.norm_eps)
+    logits = quants.matmul(looked, weights[f"{ROUTER}.weight"], dtype=np.dtype(np.float32))
+    ids, gates = layers.choose(logits, config.experts.routing)
+    if "ffn_down_exps.scale" in weights:
+        gates = gates * vector(weights, "ffn_down_exps.scale")[ids]
+    return combined(expert_products(h, ids, stacks(weights, config), {}, None, None, config), gates, None)
+
+
+ARCHITECTURE = GemmaDecoder(config_from_gguf)

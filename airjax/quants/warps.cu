@@ -1,0 +1,86 @@
+// What the kernels share: bfloat16 arithmetic, the tensor cores, copies to shared memory.
+
+typedef unsigned int u32;
+#define DEVICE __device__ __forceinline__
+
+// 128 in bfloat16: with q in its low bits it is 128 + q.
+#define MAGIC 0x43004300u
+
+enum Format { Q4_0, Q8_0, Q4_K, Q5_K, Q6_K, MXFP4 };
+
+DEVICE float half_low(u32 v) {
+  float f;
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(f) : "r"(v));
+  return f;
+}
+
+DEVICE float half_high(u32 v) {
+  float f;
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(f) : "r"(v));
+  return f;
+}
+
+// Rounded to the nearest, ties to even.
+DEVICE unsigned short bfloat16(float v) {
+  unsigned short bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+  return bits;
+}
+
+// a * b + c of two bfloat16 each.
+DEVICE u32 fma_pair(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// (a & mask) | c in one instruction, which the compiler does not find where mask and c are constants.
+DEVICE u32 masked_or(u32 a, u32 mask, u32 c) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(c));
+  return d;
+}
+
+// Bits 0 to 3 of each half as 128 + q in bfloat16.
+DEVICE u32 nibbles(u32 w) { return masked_or(w, 0x000F000Fu, MAGIC); }
+
+// The signed bytes 0 and 2 as two bfloat16: the low bits as 128 + low, less 128, or 256 if negative.
+DEVICE u32 signed_bytes(u32 w) {
+  return fma_pair((w & 0x00800080u) ^ MAGIC, 0xBF80BF80u, masked_or(w, 0x007F007Fu, MAGIC));
+}
+
+DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// Copies 16 aligned bytes to shared memory, in the background.
+DEVICE void copy16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
+}
+
+// Asks for a line of memory that will be read.
+DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
+
+// Ends a batch of copies of this thread.
+DEVICE void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most N of its batches are on their way.
+template <int N> DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// A bfloat16 as float32.
+DEVICE float widened(unsigned short v) { return __uint_as_float((u32)v << 16); }
+
+// Where an activation lies in its group of 32: lanes of 4 + 4, each four as pairs (0, 2) and (1, 3).
+DEVICE int place(int k) { return (k & 12) * 2 + (k >> 4 & 1) * 4 + (k & 1) * 2 + (k >> 1 & 1); }
+
+// `value` as a sum of N bfloat16 terms, `stride` apart.
+template <int N> DEVICE void split(float value, unsigned short* to, long long stride) {
+#pragma unroll
+  for (int p = 0; p < N; ++p) {
+    const unsigned short term = bfloat16(value);
+    to[p * stride] = term;
+    value -= widened(term);
+  }
+}
