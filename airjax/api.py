@@ -380,6 +380,8 @@ class Engine:
             sampler=sampler,
             batch_invariant=batch_invariant,
             draft_max=0 if self.drafts is None else self.drafts.draft_max,
+            # A draft model is on the first device alone.
+            draft_model=None if self.drafts is None or lane is not self.model else self.drafts.draft_model,
             first_pages=first_pages,
         )
 
@@ -546,7 +548,7 @@ def load(
       draft: how `generate` and `chat` guess the next tokens, which one sweep then checks: "none"; "lookup" for what
         followed in prompt and output where the newest tokens stood before; "self" for the layers that stay on the
         device; or the path of a smaller GGUF model, all of which stays on the device, within the budget. The last two
-        are asked where lookup promises less. Batches are guessed by lookup alone. The tokens are the same with and
+        are asked where lookup promises less. In batches "self" is lookup alone. The tokens are the same with and
         without.
       draft_max: tokens of a draft at most.
       trace: record a timeline.
@@ -597,6 +599,8 @@ def load(
                 context=context,
                 prefill_chunk=prefill_chunk,
                 compute_dtype=compute_dtype,
+                max_batch=max_batch,
+                kv_tokens=kv_tokens,
             )
             opened.append(smaller)
             left = drafting.budget_beside(smaller, vram_budget_bytes)

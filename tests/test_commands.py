@@ -122,7 +122,7 @@ def test_drafts_change_no_text_and_are_metered(run, capsys):
     assert out == plain
     assert re.search(r"\nairjax: drafts: \S+( %)? of \d+ tokens right, [\d.]+ tokens per sweep, ", err)
     assert run(*args, "--draft=lookup", "--draft_max=99", status=1).err.count("between 1 and 31, got 99") == 1
-    assert "none or lookup for a server" in run("serve", "--draft=self", status=1).err
+    assert "none, lookup or a GGUF file for a server" in run("serve", "--draft=self", status=1).err
 
 
 def test_chat_flag_wraps_the_prompt_by_the_template(run):

@@ -87,8 +87,8 @@ def define_flags(values: Flags) -> None:
 
 def run(values: Flags) -> None:
     """Runs the command."""
-    if values.draft not in ("none", "lookup"):
-        raise ValueError(f"draft must be none or lookup for a server, got {values.draft!r}")
+    if values.draft == "self":
+        raise ValueError("draft must be none, lookup or a GGUF file for a server, got 'self'")
     from airjax.engine import hosts
     from airjax.server.lockstep import follow
     from airjax.server.warm import warm_up

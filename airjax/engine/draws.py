@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from airjax.engine.generation import why_undrawn
@@ -68,6 +69,10 @@ class Draws:
         """The state of a slot, `[1, ...]`."""
         return jax.tree.map(lambda leaf: leaf[slot][None], self._states)
 
+    def snapshot(self) -> tuple[Any, Array, Any]:
+        """A copy of the states, the keys, and the sampler's `apply`: for draws that nobody is told of."""
+        return _copied(self._states), self._keys, self._sampler.apply
+
     def launch(self, x: Array, rows: Rows, slots: Sequence[int], allowed: np.ndarray | None, top: int) -> Any:
         """Dispatches the draws of a call for the sequences in `slots`; see `draw_rows_step`."""
         model = self._model
@@ -104,3 +109,8 @@ class Draws:
         """A sentence on why nothing could be drawn for a slot, whose state the draw left as it was."""
         last_token = np.array([token], np.int32)
         return why_undrawn(self._model, self._sampler.apply, x, last, self.row(slot), last_token, allowed)
+
+
+@jax.jit
+def _copied(states: Any) -> Any:
+    return jax.tree.map(jnp.copy, states)

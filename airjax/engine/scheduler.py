@@ -29,6 +29,8 @@ from airjax.engine.batch import (
 )
 from airjax.engine.drafting.batch import BatchDrafts, still_right
 from airjax.engine.drafting.rows import padded
+from airjax.engine.drafting.shared import SharedModel
+from airjax.engine.drafting.smaller import Vocabulary
 from airjax.engine.draws import Draws
 from airjax.engine.generation import padded_rows
 from airjax.engine.model import Model
@@ -57,6 +59,8 @@ class Scheduler:
       batch_invariant: decode each sequence in a call of its own. Weights still cross the link once for all.
       draft_max: tokens that may be guessed for a sequence and checked in one sweep; 0 for none, and none where
         `batch_invariant`, since the rows of a draft share a call.
+      draft_model: guesses beside lookup: open for as many sequences, and what translates its tokens, None if nothing
+        has to; it stays open.
       first_pages: pages of the KV cache to begin with; each time that there are more, programs are compiled anew. None
         for few, and at most as many as the plan allows.
 
@@ -71,6 +75,7 @@ class Scheduler:
         sampler: Transform,
         batch_invariant: bool = False,
         draft_max: int = 0,
+        draft_model: tuple[Model, Vocabulary | None] | None = None,
         first_pages: int | None = None,
     ) -> None:
         plan = model.plan
@@ -87,7 +92,10 @@ class Scheduler:
         self._running: list[BatchSequence] = []
         self._numbers = itertools.count()
         self._flight: Flight | None = None
-        self._drafts = BatchDrafts(model, draft_max) if draft_max and not batch_invariant else None
+        self._drafts: BatchDrafts | None = None
+        if draft_max and not batch_invariant:
+            shared = None if draft_model is None else SharedModel(*draft_model, self.rows_of)
+            self._drafts = BatchDrafts(model, draft_max, shared)
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="airjax-masks")
 
     @property
@@ -158,7 +166,7 @@ class Scheduler:
             else:
                 events += self._admit()
                 if self._drafts is not None:
-                    self._drafts.propose([s for s in self._running if s.decodes])
+                    self._drafts.propose([s for s in self._running if s.decodes], self._draws)
                 batch = self._choose()
                 if batch:
                     events += self._sweep(batch)
@@ -199,6 +207,8 @@ class Scheduler:
         for sequence in (*self._waiting, *self._running):
             self._leave(sequence)
         self._masks.shutdown()
+        if self._drafts is not None:
+            self._drafts.close()
         self.model.wait()
         self._state.close()
 
@@ -340,6 +350,8 @@ class Scheduler:
         if sequence.slot >= 0:
             self._slots.append(sequence.slot)
             sequence.slot = -1
+            if self._drafts is not None:
+                self._drafts.forget(sequence.number)
         self._pages.release(sequence.pages)
         sequence.pages, sequence.draft = [], ()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -66,6 +67,7 @@ class BatchSequence:
       marks: of the draft.
       masks: of its constraint, for the draw after each token of the draft; None without one.
       drafter, acceptance: what guesses its tokens, and how often that was right; None before the first guess.
+      promise: how many tokens of the draft model's newest guess were likely to be right.
       accepted, rejected: tokens of drafts that were right, and that were not.
     """
 
@@ -84,6 +86,7 @@ class BatchSequence:
     masks: np.ndarray | None = None
     drafter: Any = None
     acceptance: Any = None
+    promise: float = math.inf
     accepted: int = 0
     rejected: int = 0
 

@@ -88,6 +88,11 @@ class Drafts:
             raise ValueError(f"drafts of the kind {self._kind!r} come from lookup alone")
         return SmallerModel(self._smaller, sampler, self._vocabulary)
 
+    @property
+    def draft_model(self) -> tuple[Model, Vocabulary | None] | None:
+        """The draft model and what translates its tokens; None without one."""
+        return None if self._smaller is None else (self._smaller, self._vocabulary)
+
     def close(self) -> None:
         """Closes the draft model."""
         if self._smaller is not None:

@@ -26,6 +26,8 @@ def open_draft_model(
     context: int | None,
     prefill_chunk: int | None,
     compute_dtype: str,
+    max_batch: int | None = None,
+    kv_tokens: int | None = None,
 ) -> Model:
     """Opens a draft model, all of it on the device.
 
@@ -35,7 +37,7 @@ def open_draft_model(
       device: of both.
       vram_budget_bytes, ram_budget_bytes: of both together.
       context: of the other model; None for its default.
-      prefill_chunk, compute_dtype: as for `open_model`.
+      prefill_chunk, compute_dtype, max_batch, kv_tokens: as for `open_model`.
 
     Raises:
       GGUFError: one of the files can't be run.
@@ -55,6 +57,8 @@ def open_draft_model(
             kv_shuttle="off",
             compute_dtype=compute_dtype,
             prefill_chunk=prefill_chunk,
+            max_batch=max_batch,
+            kv_tokens=kv_tokens,
         )
     except PlanError as error:
         raise PlanError(f"the draft model must fit on the device as a whole: {error}") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -38,18 +40,20 @@ class Vocabulary(Protocol):
         ...
 
 
-class _Pace:
-    """Seconds that a drafted token takes, the newest count most."""
+class Pace:
+    """Seconds that a drafted token takes: of the newest ones the median, so that what was compiled does not count."""
 
     def __init__(self) -> None:
         self.token_s = 0.0
+        self._times: collections.deque[float] | None = None
 
     def note(self, seconds: float, tokens: int) -> None:
-        each = seconds / max(tokens, 1)
-        # The first time, and when something was compiled, is no measure.
-        if self.token_s:
-            each = min(each, 4 * self.token_s)
-        self.token_s += (each - self.token_s) * (0.2 if self.token_s else 1.0)
+        """Takes note of a draft; the first one, which compiles, is no measure."""
+        if self._times is None:
+            self._times = collections.deque(maxlen=9)
+            return
+        self._times.append(seconds / max(tokens, 1))
+        self.token_s = min(self._times) if len(self._times) < 3 else statistics.median(self._times)
 
 
 class _Chain(NamedTuple):
@@ -142,7 +146,7 @@ class SmallerModel:
         self._state: State = new_state(model)
         self._ids: list[int] = []
         self._cached: list[int] = []  # tokens whose keys and values are in the cache
-        self._pace = _Pace()
+        self._pace = Pace()
 
     @property
     def token_s(self) -> float:
@@ -233,7 +237,7 @@ class ResidentLayers:
         self._model = model
         self._state = state
         self._sampler = sampler
-        self._pace = _Pace()
+        self._pace = Pace()
 
     @property
     def token_s(self) -> float:

@@ -9,7 +9,9 @@ import airjax
 from airjax import engine, sampling
 from airjax.engine import drafting
 from airjax.engine.drafting.batch import BatchDrafts
-from airjax.engine.drafting.law import Acceptance
+from airjax.engine.drafting.drafter import NOTHING
+from airjax.engine.drafting.law import Acceptance, Costs
+from airjax.engine.drafting.shared import SharedModel
 from airjax.server.choice import Choice
 
 SAMPLER = sampling.chain(sampling.repetition_penalty(1.2), sampling.temperature(0.9))
@@ -66,7 +68,7 @@ class Knowing(BatchDrafts):
 
     texts = ()
 
-    def propose(self, sequences):
+    def propose(self, sequences, draws=None):
         for sequence in sequences:
             request = sequence.request
             text = self.texts[sequence.number % len(self.texts)]
@@ -200,3 +202,59 @@ def test_a_batch_that_must_not_depend_on_its_company_takes_no_drafts(path):
         assert scheduler._drafts is None
         scheduler.close()
     assert drafting.MOST_DRAFTED == 31
+
+
+PROMPTS = [[5, 6, 7, 8] * 4, [9, 10, 11] * 5, list(range(40, 110))]
+
+
+def eager(monkeypatch):
+    """Rows and guesses that cost nothing, so that all are checked, on a CPU too; and nothing from lookup."""
+    monkeypatch.setattr(Costs, "known", True)
+    monkeypatch.setattr(Costs, "seconds", lambda self, rows: 1.0)
+    monkeypatch.setattr(SharedModel, "step_s", 0.0)
+    monkeypatch.setattr(drafting.Lookup, "propose", lambda *_: NOTHING)
+
+
+def batch(path, draft, monkeypatch=None, **options):
+    with load(path, draft=draft, **options) as loaded:
+        if monkeypatch is not None:
+            eager(monkeypatch)
+        scheduler = loaded.scheduler(SAMPLER)
+        keys = [jax.random.key(n) for n in range(len(PROMPTS))]
+        numbers = [
+            scheduler.submit(engine.Request(tuple(ids), SAMPLER, key, max_tokens=20 - 4 * n))
+            for n, (ids, key) in enumerate(zip(PROMPTS, keys, strict=True))
+        ]
+        texts = {number: [] for number in numbers}
+        while scheduler.busy:
+            for event in scheduler.step():
+                assert not event.error, event.error
+                texts[event.request].append(event.token)
+        shared = None if scheduler._drafts is None else scheduler._drafts._shared
+        held = None if shared is None else (shared._pages.held, len(shared._known))
+        stats = scheduler.stats
+        scheduler.close()
+    return list(texts.values()), stats, held
+
+
+def test_a_draft_model_guesses_for_all_sequences_in_shared_calls(tmp_path, monkeypatch):
+    """The model itself, which is always right, since it draws with the samplers and keys of the sequences."""
+    path = toy_llama(tmp_path / "toy.gguf", block_type="Q8_0")
+    expected, before, _ = batch(path, "none")
+    texts, stats, held = batch(path, path, monkeypatch)
+    assert texts == expected
+    assert stats.accepted_tokens == stats.drafted_tokens > 30
+    assert stats.sweeps < before.sweeps / 3
+    assert held == (0, 0)  # nothing of sequences that left
+
+
+def test_another_draft_model_leaves_the_texts_of_a_batch_alone(tmp_path, monkeypatch):
+    """With so little room in the caches that sequences leave and come back."""
+    path = toy_llama(tmp_path / "toy.gguf", block_type="Q8_0", layers=1)
+    small = toy_llama(tmp_path / "small.gguf", layers=1, seed=4)
+    expected, _, _ = batch(path, "none", kv_tokens=256)
+    texts, stats, held = batch(path, small, monkeypatch, kv_tokens=256)
+    assert texts == expected
+    assert stats.accepted_tokens < stats.drafted_tokens
+    assert stats.drafted_tokens > 20
+    assert held == (0, 0)
