@@ -83,7 +83,7 @@ def test_forced_tokens_are_drafted_by_nobody():
     verse = Verse()
     verse.advance(40)
     choice = choose(Silent(), sequel(), verse, frozenset(), 10, None)
-    assert choice.draft == ((102, 103, 104), (FORCED,) * 3)
+    assert choice.draft[:2] == ((102, 103, 104), (FORCED,) * 3)
     assert verse.seen == [40]
     assert choice.masks.shape == (4, WORDS)
     assert [only_token(mask) for mask in choice.masks] == [102, 103, 104, None]
