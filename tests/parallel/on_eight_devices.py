@@ -42,7 +42,8 @@ def toy(tmp_path_factory):
 
 
 def _load(path, **options):
-    return airjax.load(path, **{"vram_budget_gib": 1, "context": 128, **options})
+    form = {"parallel": "tensor"} if options.get("devices", 1) != 1 else {}
+    return airjax.load(path, **{"vram_budget_gib": 1, "context": 128, **form, **options})
 
 
 def _logits(path, **options):
@@ -217,7 +218,9 @@ def test_a_draft_model_guesses_beside(tmp_path, monkeypatch):
             return [token.id for token in out], loaded.stats.drafted_tokens
 
     monkeypatch.setattr(Law, "ask", lambda self, most: most)  # whatever it costs
-    monkeypatch.setattr(Law, "keep", lambda self, marks: len(marks))
+    monkeypatch.setattr(
+        Law, "keep", lambda self, draft, most: draft.only(range(min(len(draft.tokens), most)))
+    )
     tokens, drafted = drawn(draft=small)
     assert drafted and tokens == drawn()[0]
 
