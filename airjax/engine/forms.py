@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from airjax import models, quants
 from airjax.engine import hosts
-from airjax.engine.model import CPU_ALIGNMENT, Model, check_devices, fetches, open_model
+from airjax.engine.model import Model, alignment, check_devices, fetches, open_model
 from airjax.engine.pipeline import Stage, StagedWeights, plan_stages
 from airjax.engine.shards import cut_layers, local_manifest
 from airjax.engine.stats import Stats, has_compact_allocator
@@ -125,7 +125,7 @@ def plan_form(
     Raises:
       PlanError: it cannot work.
     """
-    align = CPU_ALIGNMENT if devices[0].platform == "cpu" else 1
+    align = alignment(devices[0])
     if len(devices) == 1:
         return plan_layers(gguf, align, config, **options)[1], config
     manifest = build_manifest(gguf, align)
@@ -165,7 +165,7 @@ def _plan_tensor(
     options: dict[str, Any],
 ) -> tuple[Plan, Config]:
     # Devices that share each layer take whole layers.
-    manifest = build_manifest(gguf, CPU_ALIGNMENT if devices[0].platform == "cpu" else 1)
+    manifest = build_manifest(gguf, alignment(devices[0]))
     refusal = cut_refusal(gguf, config, manifest, len(devices), options)
     if refusal is not None:
         raise PlanError(f"{gguf.path}: {refusal}")
@@ -268,7 +268,7 @@ def _open_pipeline(
     timeline: Timeline | None,
 ) -> tuple[Model, ...]:
     """A model whose stages are on the devices, as often as there are stages."""
-    manifest = build_manifest(gguf, CPU_ALIGNMENT if devices[0].platform == "cpu" else 1)
+    manifest = build_manifest(gguf, alignment(devices[0]))
     architecture = models.get(config.architecture)
     opened: list[tuple[range, LayerWeights]] = []
     output = "output.weight" if "output.weight" in manifest.globals else EMBEDDING

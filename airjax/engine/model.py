@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 Placement: TypeAlias = jax.Device | NamedSharding
 # XLA's CPU backend takes an array as it lies in memory only from this alignment on; other backends copy.
-CPU_ALIGNMENT = 64
+_CPU_ALIGNMENT = 64
 
 
 @dataclass
@@ -303,6 +303,11 @@ class Model:
                 self.gguf.close()
 
 
+def alignment(device: jax.Device) -> int:
+    """What a span begins at a multiple of, for `build_manifest`."""
+    return _CPU_ALIGNMENT if device.platform == "cpu" else 1
+
+
 def open_model(
     path: str | Path,
     *,
@@ -339,7 +344,7 @@ def open_model(
     lane = "host to device" if number is None else f"link {number}"
     try:
         architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype, context)
-        align = CPU_ALIGNMENT if device.platform == "cpu" else 1
+        align = alignment(device)
         options: dict[str, Any] = {
             "backend": device.platform,
             "vram_budget_bytes": vram_budget_bytes,
