@@ -22,7 +22,7 @@ _KERNEL_BACKENDS = ("gpu", "cuda")
 EMBEDDING = "token_embd.weight"
 # That experts are read into, where the file does not fit in RAM.
 _HOST_SLOTS = 12
-EXPERT_TENSORS = tuple(f"{name}.weight" for name in models.EXPERT_MATRICES)
+EXPERT_TENSORS = tuple(f"{name}.weight" for name in models.EXPERT_STACKS)
 # Positions of one page of a batch's cache.
 KV_PAGE = 64
 # Bytes of a block of positions that the shuttle sends in one piece. An H100's link reached 37, 47 and 49 GB/s with 32,
@@ -276,15 +276,9 @@ def make_plan(
     relaid = backend in _KERNEL_BACKENDS and (not streams or drafts or (max_batch or 1) > 1)
     if resident == "dense" and config.experts is None:
         raise PlanError(f"{gguf.path}: resident=dense is for mixtures of experts: pass --resident=auto")
-    if resident == "dense" and not config.experts.pooled:
-        raise PlanError(
-            f"{gguf.path}: the experts of a {config.architecture} model can't be streamed one by one: "
-            "pass --resident=auto, which streams whole layers"
-        )
     if (
         config.experts is not None
         and first_layer is None
-        and config.experts.pooled
         and kv_shuttle != "on"
         and (resident == "dense" or (streams and resident == "auto"))
     ):

@@ -78,16 +78,17 @@ from airjax.models.architecture import unpack as unpack
 from airjax.models.decoder import ROPE_DIVISORS as ROPE_DIVISORS
 from airjax.models.decoder import DecoderConfig as DecoderConfig
 from airjax.models.decoder import for_context
-from airjax.models.experts import EXPERT_MATRICES as EXPERT_MATRICES
+from airjax.models.experts import EXPERT_STACKS as EXPERT_STACKS
 from airjax.models.experts import GATHERED_BYTES as GATHERED_BYTES
+from airjax.models.experts import Chosen as Chosen
 from airjax.models.experts import biases as biases
 from airjax.models.experts import block_rows as block_rows
+from airjax.models.experts import by_matrix as by_matrix
+from airjax.models.experts import chosen_products as chosen_products
 from airjax.models.experts import combined as combined
 from airjax.models.experts import decoded_experts as decoded_experts
 from airjax.models.experts import expert_products as expert_products
-from airjax.models.experts import route as route
-from airjax.models.experts import shared as shared
-from airjax.models.experts import shared_apart as shared_apart
+from airjax.models.experts import read_by_router as read_by_router
 from airjax.models.experts import with_kernels as with_kernels
 from airjax.models.passing import held_at_once as held_at_once
 from airjax.models.passing import passing_order as passing_order
@@ -169,6 +170,7 @@ _HYPHENATED = {
     "hunyuan_dense": "hunyuan-dense",
     "hunyuan_moe": "hunyuan-moe",
     "minimax_m2": "minimax-m2",
+    "pangu_embedded": "pangu-embedded",
 }
 _ARCHITECTURES: dict[str, Architecture] = {
     _HYPHENATED.get(name, name): module.ARCHITECTURE
