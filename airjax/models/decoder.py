@@ -260,7 +260,7 @@ class Decoder:
         if config.qk_norm == "plain" and rotated:
             q, k = (layers.rms_norm(y, jnp.ones(()), config.norm_eps) for y in (q, k))
         if config.attention_growth and not (rotated and config.attention_growth_unrotated):
-            q = q * _growth(positions, config)[..., None, None]
+            q = q * growth(positions, config)[..., None, None]
         return q, k, v
 
     def begun(self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str) -> Array:
@@ -433,6 +433,23 @@ def rope_fields(
     return {"rope_frequencies": tuple(layers.rope_frequencies(width, base, linear, factors).tolist())}
 
 
+def growth_fields(gguf: GGUF, sizes: dict[str, Any]) -> dict[str, Any]:
+    """`attention_growth` and its length, by the keys that Mistral's files share.
+
+    Raises:
+      GGUFError: a length that is none.
+    """
+    arch = sizes["architecture"]
+    original = gguf.get(f"{arch}.rope.scaling.original_context_length", int, sizes["context_length"])
+    length = gguf.get(f"{arch}.attention.temperature_length", int, original)
+    if length < 1:
+        raise GGUFError(f"{gguf.path}: {arch}.attention.temperature_length must be at least 1, got {length}")
+    return {
+        "attention_growth": gguf.get(f"{arch}.attention.temperature_scale", float, 0.0),
+        "attention_growth_length": length,
+    }
+
+
 def window_fields(gguf: GGUF, sizes: dict[str, Any], every: int) -> dict[str, Any]:
     """`sliding_window` and `global_every`, by the keys that files share; without a window neither.
 
@@ -525,7 +542,7 @@ def feed_forward(h: Array, weights: Weights, config: DecoderConfig) -> Array:
     return project(layers.gated(gate, up, config.activation), weights, "ffn_down", config)
 
 
-def _growth(positions: Array, config: DecoderConfig) -> Array:
+def growth(positions: Array, config: DecoderConfig) -> Array:
     """Factor of the queries at each position: 1 in the first step, then more with the logarithm of the step."""
     first = 1 if config.attention_growth_unrotated else 0
     step = (jnp.maximum(positions, 0) + first) // config.attention_growth_length
