@@ -163,7 +163,8 @@ class _Log:
         self._line += text.decode(errors="replace")
         *lines, self._line = self._line.split("\n")
         for line in lines:
-            print(line, file=sys.stderr, flush=True)
+            if not line.startswith("llama_graph_n_input_tensors"):  # thousands of a large model
+                print(line, file=sys.stderr, flush=True)
             if found := _DEVICE_BUFFER.search(line):
                 self.buffers[found[1]] = self.buffers.get(found[1], 0.0) + float(found[2]) * (1 << 20)
 

@@ -25,7 +25,6 @@ import argparse
 import importlib.util
 import itertools
 import json
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -239,12 +238,7 @@ def _run(
         words = ["moe_levels.py", f"--budgets_gb={budget}", f"--batches={','.join(map(str, batches))}"]
         words += [f"--resident={args.resident}", f"--decode={args.decode}"]
     words += [f"--model={path}", f"--ram_gib={args.ram_gib}"]
-    # Another skew, and much of another budget, runs the same programs.
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(args.cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
-    found, why = workers.run([str(Path(__file__).with_name(words[0])), *words[1:]], timeout_s, cache)
+    found, why = workers.run([str(Path(__file__).with_name(words[0])), *words[1:]], timeout_s)
     return {result["batch"]: result for result in found}, why
 
 
@@ -270,9 +264,6 @@ def main() -> None:
     parser.add_argument("--deadline_s", type=float, default=540)
     parser.add_argument("--run_s", type=float, default=120, help="of one run at most")
     parser.add_argument("--reports", type=Path, help="a folder for the JSON of each run")
-    parser.add_argument(
-        "--cache", type=Path, help="a folder for compiled programs; without it one for this run"
-    )
     parser.add_argument("--model", help="measure this file, with one budget and one batch, and print JSON")
     args = parser.parse_args()
     budgets = [float(budget) for budget in args.budgets_gb.split(",")]
@@ -282,14 +273,6 @@ def main() -> None:
         for line in each(args.model, budgets[0], batches, args.decode, args.ram_gib, args.resident):
             print(json.dumps(line), flush=True)
         return
-    with tempfile.TemporaryDirectory(prefix="airjax-programs-") as programs:
-        args.cache = args.cache or programs
-        _all(args, budgets, batches, engines, begin)
-
-
-def _all(
-    args: argparse.Namespace, budgets: list[float], batches: list[int], engines: list[str], begin: float
-) -> None:
     table: list[tuple[str, ...]] = []
     results: dict[tuple[Any, ...], dict[str, dict[str, Any] | str]] = {}
     for shape in args.shapes.split(","):

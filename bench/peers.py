@@ -144,6 +144,7 @@ def _airjax(args: argparse.Namespace) -> Peer:
     engine = airjax.load(
         args.gguf,
         vram_budget_gib=args.vram_gib,
+        ram_budget_gib=args.ram_gib or None,
         context=context_for(args.batch, prompt, args.decode, PREFILL_CHUNK),
         max_batch=None if args.batch == 1 else args.batch,
     )
@@ -261,10 +262,10 @@ def run(engine: str, args: argparse.Namespace) -> dict[str, Any]:
         return {"not_run": lacking}
     if args.timeout_s < 5:
         return {"not_run": "no time left before the deadline"}
-    names = ["vram_gib", "decode", "rounds"]
+    names = ["vram_gib", "ram_gib", "decode", "rounds"]
     if engine == "llama.cpp":
         script = "llama_cpp_peer.py"
-        words = [f"--model={args.gguf}", f"--work={args.batch}x{_prompt(args)}", f"--ram_gib={args.ram_gib}"]
+        words = [f"--model={args.gguf}", f"--work={args.batch}x{_prompt(args)}"]
     else:
         script, words = "peers.py", [f"--worker={engine}"]
         names += ["shape", "batch", "prompt", "gguf", "checkpoint", "timeout_s"]

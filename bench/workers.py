@@ -34,6 +34,13 @@ def run(
     """
     # JAX would take most of the GPU's memory at once, and its use could not be seen from outside.
     full = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3", **os.environ}
+    # Compiled programs are kept where the commands keep theirs: the next process has them.
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    full.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(caches) / "airjax"))
+    full |= {
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
     full |= {"PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **(environment or {})}
     # Behind what the caller set: a package may lie there without having been installed.
     full["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(_ROOT)]))
