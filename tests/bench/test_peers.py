@@ -63,7 +63,9 @@ def test_accelerate_keeps_the_layers_that_fit_beside_the_largest_module():
 
 
 def test_a_peer_that_fails_gives_its_reason():
-    args = argparse.Namespace(timeout_s=60, vram_gib=1, decode=1, rounds=1, shape="tiny", batch=1, prompt=4)
+    args = argparse.Namespace(
+        timeout_s=60, vram_gib=1, ram_gib=1, decode=1, rounds=1, shape="tiny", batch=1, prompt=4
+    )
     args.gguf, args.checkpoint, args.cpu = "no-such.gguf", "", True
     answer = peers.run("airjax", args)
     assert set(answer) == {"not_run"} and "no-such.gguf" in answer["not_run"]
