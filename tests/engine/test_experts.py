@@ -12,7 +12,7 @@ from toy_gemma4 import toy_gemma4
 from toy_models import toy_llama
 
 import airjax
-from airjax import engine, models, plan, sampling
+from airjax import engine, models, sampling
 from airjax.bench.compilations import compilations
 from airjax.commands.meter import report
 from airjax.engine import drafting, generation
@@ -72,7 +72,7 @@ def _fetched_by(who):
     """Experts are fetched by the host although the device could."""
     if who == "device":
         return contextlib.nullcontext()
-    return mock.patch.object(plan, "_fetchable", return_value=False)
+    return mock.patch("airjax.plan.experts._fetchable", return_value=False)
 
 
 def _load(path, slots=None, max_batch=None, by="host", **options):
