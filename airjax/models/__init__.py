@@ -232,9 +232,7 @@ _REASONS = {
         ),
         "rwkv7",
     ),
-    "reads images, and is of little use for text alone": (
-        *("chameleon", "cogvlm", "deepseek2-ocr", "hunyuan_vl", "paddleocr"),
-    ),
+    "reads images": ("chameleon", "cogvlm", "deepseek2-ocr", "hunyuan_vl", "paddleocr"),
     "has layers that share embeddings and keys with others": ("gemma3n",),
     "has attention that picks positions by an index": ("glm-dsa",),
     "has an activation with constants of each layer": ("apertus",),
@@ -242,8 +240,8 @@ _REASONS = {
     "has experts of two kinds": ("grovemoe",),
     "has layers that differ in their heads and gates": ("openelm", "step35"),
     "has latent attention of a form of its own": ("minicpm3", "plm"),
-    "has a form of GGUF file that no implementation confirms": ("gptj", "grok", "maincoder", "plamo3"),
-    "has a router and norms that its files and other engines treat differently": ("phimoe",),
+    "has a form that is not established": ("gptj", "grok", "maincoder", "plamo3"),
+    "has a router of its own": ("phimoe",),
     "is no decoder-only language model": (
         *("bert", "clip", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llama-embed"),
         *("modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "t5", "t5encoder", "wavtokenizer-dec"),
