@@ -1,12 +1,10 @@
-"""Speculative decoding: what a sweep of k rows costs, how often drafts are right, and what comes of both.
+"""Speculative decoding: what a sweep of k rows costs, and what drafts gain on the machine at hand.
 
     python bench/speculation.py costs --model=M.gguf --vram_budget_gib=20 >costs.json
-    python bench/speculation.py texts --model=SMALL.gguf --draft=lookup --costs=costs.json
     python bench/speculation.py run --model=M.gguf --vram_budget_gib=1 --draft=lookup
 
-`costs` times sweeps of 1 to 32 rows. `texts` generates after 50 prompts of four kinds, greedily, without and with
-drafts, holds both to the same tokens, and counts what a machine with those costs would need: measured costs times
-measured acceptance. `run` times both on the machine itself, in turns.
+`costs` times sweeps of 1 to 32 rows. `run` generates after 50 prompts of four kinds, greedily, without and with drafts
+in turns, times both, and counts the texts that are the same; see `speculation_check.py` for other machines' costs.
 """
 
 from __future__ import annotations
@@ -25,9 +23,7 @@ import numpy as np
 
 import airjax
 from airjax import engine, sampling
-from airjax.engine import drafting
-from airjax.engine.drafting.combined import Combined
-from airjax.engine.drafting.law import Acceptance, Costs, Law
+from airjax.engine.drafting.law import Costs
 from airjax.engine.drafting.rows import Rows, most_rows, padded, rows_apart, sweep_rows
 from airjax.engine.drafting.verify import answer, ask
 from airjax.engine.generation import prefill
@@ -62,23 +58,6 @@ class Assumed(Costs):
         del seconds, wait_s, program
         self.spent_s += self.seconds(rows)
         return False
-
-
-def timed_drafter(slow: Any, token_s: float, costs: Assumed) -> Any:
-    """A slow drafter whose tokens are counted at an assumed cost."""
-
-    class Timed(type(slow)):  # type: ignore[misc]
-        @property
-        def token_s(self) -> float:
-            return token_s
-
-        def propose(self, *arguments: Any) -> drafting.Draft:
-            draft: drafting.Draft = super().propose(*arguments)
-            costs.spent_s += token_s * len(draft.tokens)
-            return draft
-
-    slow.__class__ = Timed
-    return slow
 
 
 def measure_costs(options: argparse.Namespace) -> None:
@@ -125,62 +104,6 @@ def costs_of(
     model.wait()
     state.close()
     return seconds
-
-
-def measure_texts(options: argparse.Namespace) -> None:
-    """Prints acceptance and tokens per sweep for each kind of text, and the speed by the costs."""
-    seconds = {
-        int(rows): each for rows, each in json.loads(Path(options.costs).read_text())["seconds"].items()
-    }
-    with load(options, options.draft) as loaded:
-        totals = []
-        for kind, texts in prompts().items():
-            costs, history = Assumed(seconds), Acceptance()
-            counts = {"prompts": 0, "same": 0, "tokens": 0, "sweeps": 0, "drafted": 0, "accepted": 0}
-            for text in texts[: options.prompts]:
-                ids = tokens_of(loaded, text)
-                expected = generated(loaded, ids, options, engine.generate)
-                law = Law(costs, Acceptance(history))
-
-                def drafted(*arguments: Any, law: Law = law, costs: Assumed = costs, **more: Any) -> Any:
-                    assert loaded.drafts is not None
-                    drafter = loaded.drafts.drafter(arguments[1], more["sampler"], law)
-                    if isinstance(drafter, Combined):
-                        timed_drafter(drafter._slow, options.draft_token_s, costs)
-                    return drafting.generate_drafted(
-                        *arguments, drafter=drafter, draft_max=options.draft_max, law=law, **more
-                    )
-
-                got = generated(loaded, ids, options, drafted)
-                stats = loaded.stats
-                counts["prompts"] += 1
-                counts["same"] += got == expected
-                counts["tokens"] += max(len(got) - 1, 0)
-                counts["sweeps"] += stats.decode_sweeps
-                counts["drafted"] += stats.drafted_tokens
-                counts["accepted"] += stats.accepted_tokens
-            totals.append(report(kind, counts, costs.spent_s, seconds[1]))
-    print(json.dumps({"model": Path(options.model).name, "draft": Path(options.draft).name, "kinds": totals}))
-
-
-def report(kind: str, counts: dict[str, int], spent_s: float, plain_s: float) -> dict[str, Any]:
-    """Prints a row, and returns it."""
-    gain = counts["tokens"] * plain_s / spent_s if spent_s else float("nan")
-    row = {
-        "kind": kind,
-        **counts,
-        "acceptance": counts["accepted"] / max(counts["drafted"], 1),
-        "tokens_per_sweep": counts["tokens"] / max(counts["sweeps"], 1),
-        "tokens_per_s": gain / plain_s,
-        "gain": gain,
-    }
-    print(
-        f"{kind:<12}{counts['same']}/{counts['prompts']} the same, "
-        f"{row['acceptance']:6.1%} of {counts['drafted']} right, "
-        f"{row['tokens_per_sweep']:.2f} tokens per sweep, {row['tokens_per_s']:.2f} tok/s ({gain:.2f} x plain)",
-        file=sys.stderr,
-    )
-    return row
 
 
 def measure_runs(options: argparse.Namespace) -> None:
@@ -282,11 +205,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("costs", "texts", "run"))
+    parser.add_argument("what", choices=("costs", "run"))
     parser.add_argument("--model", required=True)
     parser.add_argument("--draft", default="lookup", help="lookup, self, or a GGUF file")
-    parser.add_argument("--draft_max", type=int, default=15)
-    parser.add_argument("--draft_token_s", type=float, default=0.004, help="of a slow drafter, for texts")
+    parser.add_argument("--draft_max", type=int, default=None)
     parser.add_argument("--vram_budget_gib", type=float, default=None)
     parser.add_argument("--ram_budget_gib", type=float, default=None)
     parser.add_argument("--resident", default="auto")
@@ -294,12 +216,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--position", type=int, default=512, help="where costs are measured")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--costs", help="what costs printed")
     parser.add_argument("--prompts", type=int, default=50, help="of each kind at most")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--ignore_eos", action="store_true")
     options = parser.parse_args()
-    {"costs": measure_costs, "texts": measure_texts, "run": measure_runs}[options.what](options)
+    {"costs": measure_costs, "run": measure_runs}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ class Recorded:
       first: length of the prompt.
     """
 
+    name = "recorded"
+
     def __init__(self, slow: drafting.SmallerModel, drafts: Sequence[Any], first: int) -> None:
         self._slow = slow
         self._drafts = drafts
@@ -334,6 +336,7 @@ def check(folder: Path) -> str:
 class Spoiled:
     """Knows the text, and is wrong in places that move."""
 
+    name = "spoiled"
     token_s = 0.0
 
     def __init__(self, text: Sequence[int]) -> None:
