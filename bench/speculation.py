@@ -108,53 +108,58 @@ def costs_of(
 
 def measure_runs(options: argparse.Namespace) -> None:
     """Prints the speed without and with drafts, timed in turns on this machine."""
+    begin = time.monotonic()
+    counts: dict[str, dict[str, float]] = {}
     with load(options, "none") as plain, load(options, options.draft) as other:
-        rows = []
-        for kind, texts in prompts().items():
-            times = {"plain": 0.0, "drafted": 0.0}
-            tokens = same = 0
-            right = drafted = sweeps = 0
-            chosen = texts[: options.prompts]
-            for number, text in enumerate([chosen[0], *chosen]):
-                results = []
-                for name, loaded in (("plain", plain), ("drafted", other)):
-                    ids = tokens_of(loaded, text)
-                    got = [
-                        token.id
-                        for token in loaded.generate(
-                            ids, max_tokens=options.tokens, ignore_eos=options.ignore_eos
-                        )
-                    ]
-                    results.append(got)
-                    if number:  # the first one compiles
-                        times[name] += loaded.stats.decode_s
-                if number:
-                    same += results[0] == results[1]
-                    tokens += other.stats.generated_tokens - 1
-                    right += other.stats.accepted_tokens
-                    drafted += other.stats.drafted_tokens
-                    sweeps += other.stats.decode_sweeps
-            rate = {name: tokens / seconds for name, seconds in times.items()}
-            rows.append(
-                {
-                    "kind": kind,
-                    "same": same,
-                    "prompts": len(chosen),
-                    "plain": rate["plain"],
-                    "drafted": rate["drafted"],
-                    "gain": rate["drafted"] / rate["plain"],
-                    "acceptance": right / max(drafted, 1),
-                    "tokens_per_sweep": tokens / max(sweeps, 1),
-                }
-            )
+        for name, plan in (("plain", plain.plan), ("drafted", other.plan)):
             print(
-                f"{kind:<12}{same}/{len(chosen)} the same, "
-                f"plain {rate['plain']:.2f}, drafted {rate['drafted']:.2f} tok/s "
-                f"({rows[-1]['gain']:.2f} x), {rows[-1]['tokens_per_sweep']:.2f} tokens per sweep, "
-                f"{rows[-1]['acceptance']:.1%} right",
+                f"{name}: {len(plan.streamed)} of {len(plan.kv_slots)} layers streamed, {plan.tier}",
                 file=sys.stderr,
             )
-    print(json.dumps({"model": Path(options.model).name, "draft": Path(options.draft).name, "kinds": rows}))
+        for number, kind, text in by_turns(options.prompts):
+            if time.monotonic() - begin > options.deadline_s:
+                break
+            ids = tokens_of(plain, text)
+            texts, seconds = [], []
+            for loaded in (plain, other):
+                draws = loaded.generate(ids, max_tokens=options.tokens, ignore_eos=options.ignore_eos)
+                texts.append([token.id for token in draws])
+                seconds.append(loaded.stats.decode_s)
+            if number < 0:  # it compiles
+                continue
+            stats = other.stats
+            new = {
+                "prompts": 1,
+                "same": int(texts[0] == texts[1]),
+                "tokens": stats.generated_tokens - 1,
+                "plain_s": seconds[0],
+                "drafted_s": seconds[1],
+                "sweeps": stats.decode_sweeps,
+                "drafted": stats.drafted_tokens,
+                "accepted": stats.accepted_tokens,
+            }
+            old = counts.setdefault(kind, dict.fromkeys(new, 0))
+            counts[kind] = {name: old[name] + new[name] for name in new}
+    for kind, each in counts.items():
+        print(
+            f"{kind:<12}{each['same']}/{each['prompts']} the same, "
+            f"plain {each['tokens'] / each['plain_s']:.2f}, drafted {each['tokens'] / each['drafted_s']:.2f} tok/s "
+            f"({each['plain_s'] / each['drafted_s']:.2f} x), "
+            f"{each['tokens'] / max(each['sweeps'], 1):.2f} tokens per sweep, "
+            f"{each['accepted'] / max(each['drafted'], 1):.1%} right",
+            file=sys.stderr,
+        )
+    print(json.dumps({"model": Path(options.model).name, "draft": Path(options.draft).name, "kinds": counts}))
+
+
+def by_turns(count: int) -> list[tuple[int, str, str]]:
+    """The first `count` prompts of each kind, numbered, the kinds by turns; before them one twice as number -1."""
+    found = [
+        (number, kind, text) for kind, texts in prompts().items() for number, text in enumerate(texts[:count])
+    ]
+    found.sort(key=lambda each: each[0])
+    _, kind, text = found[0]
+    return [(-1, kind, text), (-1, kind, text), *found]
 
 
 def load(options: argparse.Namespace, draft: str) -> airjax.Engine:
@@ -219,6 +224,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=50, help="of each kind at most")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--ignore_eos", action="store_true")
+    parser.add_argument("--deadline_s", type=float, default=180, help="of run: no prompt begins after it")
     options = parser.parse_args()
     {"costs": measure_costs, "run": measure_runs}[options.what](options)
 
