@@ -159,10 +159,18 @@ def case(
     from airjax import bench
     from airjax.plan import PlanError
 
+    compiled_s = 0.0
+
+    def note(event: str, duration_s: float, **_: str | int) -> None:
+        nonlocal compiled_s
+        compiled_s += duration_s if event.startswith("/jax/core/compile") else 0.0
+
+    jax.monitoring.register_event_duration_secs_listener(note)
     lanes = options.get("devices", 1) if options.get("parallel") in ("pipeline", "replica") else 1
     for batch, prompt in zip(batches, prompts, strict=True):
         context = bench.context_for(batch, prompt, decode, 512, lanes)
         max_batch = None if batch == 1 else -(-batch // lanes)
+        begin, compiled_s = time.perf_counter(), 0.0
         try:
             loaded = airjax.load(path, context=context, max_batch=max_batch, **options)
         except PlanError as error:
@@ -170,6 +178,7 @@ def case(
             continue
         with loaded as engine:
             plan, model = engine.plan, engine.model
+            load_s = time.perf_counter() - begin
             measured = bench.measure(
                 model, batch=batch, prompt=prompt, decode=decode, lanes=engine.lanes if batch > 1 else ()
             )
@@ -179,6 +188,10 @@ def case(
                 "batch": batch,
                 "prompt": prompt,
                 "compiled": measured.compiled,
+                "load_s": load_s,
+                "whole_s": time.perf_counter() - begin,
+                # The programs are made side by side, so this may be more than what it took.
+                "compiled_s": compiled_s,
                 "tier": plan.tier,
                 "resident_layers": len(plan.resident),
                 "streamed_layers": len(plan.streamed),
@@ -570,6 +583,9 @@ def _measure(
                     new = rows(setting.what, form, devices, found, one, limit)
                     lines += new
                     say("\n".join("  ".join(line) for line in new))
+                    if "whole_s" in found:
+                        spent = [found[key] for key in ("whole_s", "load_s", "compiled_s")]
+                        say("{:.1f} s, of which loading {:.1f}, programs {:.1f}".format(*spent))
                 if error or not left:
                     break
             for batch in left:
