@@ -204,12 +204,12 @@ def main() -> int:
         return tokens == expected()[1], f"{_same(tokens, expected()[1])} in {sweeps} sweeps"
 
     def pieces() -> tuple[bool, str]:
-        whole = airjax.plan.KV_BLOCK_BYTES
-        airjax.plan.KV_BLOCK_BYTES = 1  # the least: a page of 64 positions
+        whole = airjax.plan.limits.KV_BLOCK_BYTES
+        airjax.plan.limits.KV_BLOCK_BYTES = 1  # the least: a page of 64 positions
         try:
             return one(kv_shuttle="on")
         finally:
-            airjax.plan.KV_BLOCK_BYTES = whole
+            airjax.plan.limits.KV_BLOCK_BYTES = whole
 
     def several(**options: Any) -> tuple[bool, str]:
         found = _batch(path, devices=args.devices, **options)

@@ -161,9 +161,9 @@ def case(
 
     compiled_s = 0.0
 
-    def note(event: str, duration_s: float, **_: str | int) -> None:
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
         nonlocal compiled_s
-        compiled_s += duration_s if event.startswith("/jax/core/compile") else 0.0
+        compiled_s += duration_secs if event.startswith("/jax/core/compile") else 0.0
 
     jax.monitoring.register_event_duration_secs_listener(note)
     lanes = options.get("devices", 1) if options.get("parallel") in ("pipeline", "replica") else 1

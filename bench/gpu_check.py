@@ -98,18 +98,18 @@ def pieces(folder: Path) -> None:
     path = str(folder / "pieces.gguf")
     shape = synthetic.SHAPES["1b"]._replace(layers=6, vocabulary=2048)
     ids = np.random.default_rng(0).integers(300, 2048, 200).tolist()
-    whole = plans.PIECE_BYTES
+    whole = plans.limits.PIECE_BYTES
     rows = []
-    plans.WHOLE_FIRST = False
+    plans.limits.WHOLE_FIRST = False
     try:
         for kind in ("Q4_K",):
             synthetic.write(path, shape, gguf.GGMLQuantizationType[kind])
-            plans.PIECE_BYTES = whole
+            plans.limits.PIECE_BYTES = whole
             expected = {
                 way: _outputs(path, ids, vram_budget_gib=4, resident="none", kv_shuttle=way)[:2]
                 for way in ("off", "on")
             }
-            plans.PIECE_BYTES = 16 << 20
+            plans.limits.PIECE_BYTES = 16 << 20
             with airjax.load(path, context=512, vram_budget_gib=4, resident="none") as engine:
                 tight = (engine.plan.peak_bytes + (70 << 20)) / GIB
             ways: dict[str, dict[str, Any]] = {
@@ -133,7 +133,7 @@ def pieces(folder: Path) -> None:
                 )
             batches: list[list[list[int]]] = []
             for size in (whole, 16 << 20):
-                plans.PIECE_BYTES = size
+                plans.limits.PIECE_BYTES = size
                 with airjax.load(
                     path, context=512, vram_budget_gib=4, resident="none", max_batch=4
                 ) as engine:
@@ -143,7 +143,7 @@ def pieces(folder: Path) -> None:
                         batches[-1][at].append(token.id)
             rows.append((f"{kind} a batch of 4 in pieces = whole layers", str(batches[0] == batches[1])))
     finally:
-        plans.PIECE_BYTES, plans.WHOLE_FIRST = whole, True
+        plans.limits.PIECE_BYTES, plans.limits.WHOLE_FIRST = whole, True
     Path(path).unlink()
     _rows("pieces", rows)
 

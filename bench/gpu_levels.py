@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--disk_folder", type=Path, default=Path("/tmp"), help="on a real disk, for the ring")
     parser.add_argument("--deadline_s", type=float, default=460)
+    parser.add_argument("--run_s", type=float, default=200, help="of one level at most")
     parser.add_argument("--levels", default=names)
     parser.add_argument("--flags", default="", help="more flags for each call of the bench")
     parser.add_argument("--keep", action="store_true", help="leave the models, and take those that are there")
@@ -272,7 +273,8 @@ def main() -> None:
             report: dict[str, Any] | str = "no time left before the deadline"
             if left > 20:
                 path = _model(level, args, written)
-                report = bench(level, str(path), args.deadline_s - (time.monotonic() - begin), args.flags)
+                left = args.deadline_s - (time.monotonic() - begin)
+                report = bench(level, str(path), min(left, args.run_s), args.flags)
             if isinstance(report, dict) and args.reports:
                 args.reports.mkdir(parents=True, exist_ok=True)
                 (args.reports / f"{level.group}.json").write_text(json.dumps(report, indent=1))

@@ -156,7 +156,9 @@ def main() -> None:
         expected = alone(str(path), vram_budget_gib=4, resident="all")
         batch = None
         for way in args.ways.split(","):
-            with mock.patch.object(plan, "_fetchable", plan._fetchable if way == "device" else _never):
+            with mock.patch.object(
+                plan.experts, "_fetchable", plan.experts._fetchable if way == "device" else _never
+            ):
                 budget = budget_gib(str(path))
                 logits, tokens, planned, stats = alone(str(path), vram_budget_gib=budget, resident="dense")
             largest = float(np.abs(logits - expected[0]).max())
@@ -173,7 +175,9 @@ def main() -> None:
             if time.perf_counter() - begin > args.deadline_s / 2:
                 continue
             batch = batch or together(str(path), vram_budget_gib=4, resident="all")
-            with mock.patch.object(plan, "_fetchable", plan._fetchable if way == "device" else _never):
+            with mock.patch.object(
+                plan.experts, "_fetchable", plan.experts._fetchable if way == "device" else _never
+            ):
                 budget = budget_gib(str(path), max_batch=5)
                 same = together(str(path), vram_budget_gib=budget, resident="dense") == batch
             bad += not same

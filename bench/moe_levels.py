@@ -3,14 +3,15 @@
     python bench/moe_levels.py [--folder=/dev/shm] [--shapes=30b-a3b,120b-a5b] [--skews=0,1] [--budgets_gb=8,20]
         [--batches=1,8,32] [--engines=airjax,llama.cpp] [--deadline_s=540] [--run_s=120] [--reports=FOLDER]
 
-Writes random models of these shapes (18 GB in Q4_K, and gpt-oss-120b's 64 GB), one at a time, and removes them. A
+Writes random models of these shapes (18 GB in Q4_K, and gpt-oss-120b's 64 GB), one at a time, and removes them; both
+engines read the one file, and for another skew only its routers are written anew. A
 router's logit is normal noise of the token plus -skew * log(rank) with another order of experts in each layer: with 0
 all choices are equally likely, the worst case; how skewed another is shows in the column "top 10 %", the share of
 choices that went to a tenth of the experts. Layers add little to the hidden states of such a model, so the next layer's
 experts are easier to predict ("right") than those of a trained one. Prompts and draws are random tokens, others in each
 pass. One sequence has a prompt of 512 tokens, several have 64 each. GB are 10^9 bytes.
 
-Where llama-cpp-python is installed, llama.cpp runs the same file at the same VRAM beside it (`moe_peer.py`), in a
+Where llama-cpp-python is installed, llama.cpp runs the same file at the same VRAM beside it (`llama_cpp_peer.py`), in a
 process of its own. An engine loads a file once for all batches. Each such run may take `--run_s` at most; what does not
 fit before the deadline is listed as not run.
 
@@ -22,19 +23,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
-import moe_peer
 import numpy as np
 import synthetic
+import workers
 
 _TYPES = {"30b-a3b": "Q4_K", "120b-a5b": "MXFP4", "tiny-moe": "Q4_K", "tiny-oss": "MXFP4"}
 _RAM_GIB = 110.0
@@ -198,12 +197,16 @@ def beside(results: dict[tuple[Any, ...], dict[str, dict[str, Any] | str]]) -> s
         own, peer = engines.get("airjax", "not asked for"), engines.get("llama.cpp", "not asked for")
         for phase in ("prefill", "decode"):
             mine = own["phases"][phase]["tokens_per_s"] if isinstance(own, dict) else None
-            theirs = peer[phase] if isinstance(peer, dict) else None
+            theirs = peer[f"{phase}_rate"] if isinstance(peer, dict) else None
             cells = [f"{rate:.1f}" if rate else "not run" for rate in (mine, theirs)]
             cells.append(f"{mine / theirs:.2f}" if mine and theirs else "n/a")
-            note = peer["note"] if isinstance(peer, dict) else peer[:80]
+            note = peer if isinstance(peer, str) else f"{peer['note']}{_gigabytes(peer.get('device_bytes'))}"
             lines.append(f"| {' | '.join([*map(str, key), phase, *cells, note])} |")
     return "\n".join(lines)
+
+
+def _gigabytes(nbytes: float | None) -> str:
+    return "" if nbytes is None else f", {nbytes / 1e9:.2f} GB"
 
 
 def _percent(share: float | None) -> str:
@@ -221,36 +224,22 @@ def format_table(lines: list[tuple[str, ...]]) -> str:
 
 
 def _run(
-    args: argparse.Namespace, path: Path, budget: float, timeout_s: float, engine: str
+    args: argparse.Namespace, path: Path, budget: float, batches: Sequence[int], timeout_s: float, engine: str
 ) -> tuple[dict[int, dict[str, Any]], str]:
     """What an engine measured for each batch, in a process of its own, and why there is no more of it."""
-    if engine == "llama.cpp" and importlib.util.find_spec("llama_cpp") is None:
-        return {}, "llama-cpp-python is not installed"
-    command = [
-        sys.executable,
-        __file__,
-        f"--model={path}",
-        f"--budgets_gb={budget}",
-        f"--batches={args.batches}",
-    ]
-    command += [f"--engines={engine}", f"--decode={args.decode}"]
-    command += [f"--ram_gib={args.ram_gib}", f"--resident={args.resident}"]
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3", **os.environ}
-    environment["PYTHONPATH"] = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=timeout_s, check=False
-        )
-        out, reason = done.stdout, ""
-        if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            print("\n".join(line[:300] for line in lines[-12:]), flush=True)
-            reason = lines[-1] if lines else f"exit code {done.returncode}"
-    except subprocess.TimeoutExpired as error:
-        out = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        reason = f"took longer than {timeout_s:.0f} s"
-    results = [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
-    return {result["batch"]: result for result in results}, reason
+    if engine == "llama.cpp":
+        if importlib.util.find_spec("llama_cpp") is None:
+            return {}, "llama-cpp-python is not installed"
+        works = ",".join(f"{batch}x{_prompt(batch)}" for batch in batches)
+        words = ["llama_cpp_peer.py", f"--vram_gib={budget * 1e9 / 2**30}", f"--work={works}"]
+        words += ["--cpu"] * args.cpu
+        words += [f"--decode={args.peer_decode}"]
+    else:
+        words = ["moe_levels.py", f"--budgets_gb={budget}", f"--batches={','.join(map(str, batches))}"]
+        words += [f"--resident={args.resident}", f"--decode={args.decode}"]
+    words += [f"--model={path}", f"--ram_gib={args.ram_gib}"]
+    found, why = workers.run([str(Path(__file__).with_name(words[0])), *words[1:]], timeout_s)
+    return {result["batch"]: result for result in found}, why
 
 
 def main() -> None:
@@ -265,9 +254,13 @@ def main() -> None:
     parser.add_argument("--budgets_gb", default="8,20")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--decode", type=int, default=32)
+    parser.add_argument("--peer_decode", type=int, default=16, help="llama.cpp's, which has no cache to warm")
     parser.add_argument("--ram_gib", type=float, default=_RAM_GIB)
     parser.add_argument("--resident", default="auto", help="dense streams experts even where all would fit")
     parser.add_argument("--engines", default="airjax,llama.cpp")
+    parser.add_argument(
+        "--cpu", action="store_true", help="run llama.cpp without a GPU too, to try the script"
+    )
     parser.add_argument("--deadline_s", type=float, default=540)
     parser.add_argument("--run_s", type=float, default=120, help="of one run at most")
     parser.add_argument("--reports", type=Path, help="a folder for the JSON of each run")
@@ -277,48 +270,72 @@ def main() -> None:
     batches = [int(batch) for batch in args.batches.split(",")]
     engines = args.engines.split(",")
     if args.model:
-        if engines == ["llama.cpp"]:
-            work = [(batch, _prompt(batch)) for batch in batches]
-            found = moe_peer.measure(args.model, budgets[0] * 1e9, work, args.decode)
-        else:
-            found = each(args.model, budgets[0], batches, args.decode, args.ram_gib, args.resident)
-        for line in found:
+        for line in each(args.model, budgets[0], batches, args.decode, args.ram_gib, args.resident):
             print(json.dumps(line), flush=True)
         return
     table: list[tuple[str, ...]] = []
     results: dict[tuple[Any, ...], dict[str, dict[str, Any] | str]] = {}
     for shape in args.shapes.split(","):
-        for skew in (float(skew) for skew in args.skews.split(",")):
-            path = args.folder / f"airjax-{shape}-{skew:g}.gguf"
-            try:
-                kind = gguf.GGMLQuantizationType[_TYPES[shape]]
-                nbytes = synthetic.write(str(path), synthetic.SHAPES[shape], kind, skew=skew)
-                print(f"{path}: {nbytes / 1e9:.1f} GB, {time.monotonic() - begin:.0f} s", flush=True)
-                for budget in budgets:
-                    for engine in engines:
-                        left = args.deadline_s - (time.monotonic() - begin)
-                        measured: dict[int, dict[str, Any]] = {}
-                        reason = "no time left before the deadline"
-                        if left > 15:
-                            measured, reason = _run(args, path, budget, min(left, args.run_s), engine)
-                        print(f"{engine}: {time.monotonic() - begin:.0f} s {reason}", flush=True)
-                        for batch in batches:
-                            result: dict[str, Any] | str = measured.get(batch, reason)
-                            key = (shape, f"{skew:g}", f"{budget:g}", batch)
-                            results.setdefault(key, {})[engine] = result
-                            if isinstance(result, dict) and args.reports:
-                                args.reports.mkdir(parents=True, exist_ok=True)
-                                name = f"{shape}-{skew:g}-{budget:g}-{batch}-{engine}.json"
-                                (args.reports / name).write_text(json.dumps(result, indent=1))
-                            if engine == "airjax":
-                                new = rows(shape, skew, result, budget, batch)
-                                table += new
-                                print("\n".join("  ".join(line) for line in new), flush=True)
-                            else:
-                                print(f"{' '.join(map(str, key))}: {engine}: {result}", flush=True)
-            finally:
-                path.unlink(missing_ok=True)
+        path, written = args.folder / f"airjax-{shape}.gguf", False
+        try:
+            for skew in (float(skew) for skew in args.skews.split(",")):
+                unwritten = ""
+                try:
+                    _write(path, shape, skew, written)
+                    written = True
+                    print(f"{path}: skew {skew:g}, {time.monotonic() - begin:.0f} s", flush=True)
+                except OSError as error:
+                    unwritten = str(error)
+                for budget, engine in itertools.product(budgets, engines):
+                    found: dict[int, dict[str, Any] | str] = dict.fromkeys(batches, unwritten)
+                    if not unwritten:
+                        found = _measure(args, path, budget, batches, engine, begin + args.deadline_s)
+                    print(f"{engine}: {time.monotonic() - begin:.0f} s", flush=True)
+                    for batch, result in found.items():
+                        key = (shape, f"{skew:g}", f"{budget:g}", batch)
+                        results.setdefault(key, {})[engine] = result
+                        if isinstance(result, dict) and args.reports:
+                            args.reports.mkdir(parents=True, exist_ok=True)
+                            name = f"{shape}-{skew:g}-{budget:g}-{batch}-{engine}.json"
+                            (args.reports / name).write_text(json.dumps(result, indent=1))
+                        if engine == "airjax":
+                            new = rows(shape, skew, result, budget, batch)
+                            table += new
+                            print("\n".join("  ".join(line) for line in new), flush=True)
+                        else:
+                            print(f"{' '.join(map(str, key))}: {engine}: {result}", flush=True)
+        finally:
+            path.unlink(missing_ok=True)
     print(f"{format_table(table)}\n\n{beside(results)}", flush=True)
+
+
+def _write(path: Path, shape: str, skew: float, written: bool) -> None:
+    if written:
+        synthetic.skew_routers(str(path), synthetic.SHAPES[shape], skew)
+    else:
+        kind = gguf.GGMLQuantizationType[_TYPES[shape]]
+        synthetic.write(str(path), synthetic.SHAPES[shape], kind, skew=skew)
+
+
+def _measure(
+    args: argparse.Namespace, path: Path, budget: float, batches: Sequence[int], engine: str, deadline: float
+) -> dict[int, dict[str, Any] | str]:
+    """What an engine measured for each batch, or why it did not; one that fails does not keep those after it."""
+    results: dict[int, dict[str, Any] | str] = {}
+    while left := [batch for batch in batches if batch not in results]:
+        seconds = deadline - time.monotonic()
+        if seconds < 15:
+            return results | dict.fromkeys(left, "no time left before the deadline")
+        begin = time.monotonic()
+        measured, why = _run(args, path, budget, left, min(seconds, args.run_s), engine)
+        results |= measured
+        missing = [batch for batch in left if batch not in measured]
+        if missing:
+            results[missing[0]] = why or "it was not measured"
+            # The next would fail in the same way, or has no time of the run left.
+            if not measured or time.monotonic() - begin > args.run_s / 2:
+                results |= dict.fromkeys(missing, why)
+    return results
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def one(path: str, budget_gib: float, batch: int, piece_mib: int, link: float | 
     import airjax
     from airjax import bench, plan
 
-    plan.WHOLE_FIRST, plan.PIECE_BYTES = not piece_mib, (piece_mib or 1) << 20
+    plan.limits.WHOLE_FIRST, plan.limits.PIECE_BYTES = not piece_mib, (piece_mib or 1) << 20
     begin, prompt, decode = time.monotonic(), 512 if batch == 1 else 128, 8
     with airjax.load(
         path,

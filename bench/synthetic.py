@@ -22,6 +22,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from airjax.gguf import open_gguf
+
 _POOL_BYTES = 32 << 20
 _THREADS = 8
 
@@ -316,6 +318,22 @@ def write(
     # What adds to the hidden states leaves their first place alone.
     _write_parts(Path(path), silent, at)
     return at
+
+
+def skew_routers(path: str, shape: Shape, skew: float, seed: int = 0) -> None:
+    """Gives the routers of a file that `write` wrote other random weights, of this skew; all else stays.
+
+    Args:
+      path: of the file.
+      shape: that it was written with.
+      skew: of the routers, as in `write`.
+      seed: of their weights.
+    """
+    generator = np.random.default_rng(seed)
+    with open_gguf(path) as file:
+        routers = [info for name, info in file.tensors.items() if name.endswith("ffn_gate_inp.weight")]
+    parts = [_Part(info.offset, info.nbytes, _router(shape, skew, generator), 0) for info in routers]
+    _write_parts(Path(path), parts, os.path.getsize(path))
 
 
 # What the constant place of the hidden states holds, beside numbers of unit spread.

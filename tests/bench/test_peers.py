@@ -1,16 +1,13 @@
 """The scripts that put airjax beside others: what they say of peers and levels that could not be run."""
 
 import argparse
-import subprocess
-import sys
-from pathlib import Path
 
 import devices
 import gpu_levels
 import peers
 import pytest
-
-BENCH = Path(__file__).parents[2] / "bench"
+import synthetic
+import workers
 
 
 def test_a_peer_that_was_not_run_says_why_and_has_no_number():
@@ -32,7 +29,7 @@ def test_a_peer_that_was_not_run_says_why_and_has_no_number():
 
 def test_cases_are_shape_memory_and_engines():
     first, second = peers.parse_cases("8b:2.79,70b:18.62:airjax+llama.cpp")
-    assert first == ("8b", 2.79, tuple(peers.ENGINES))
+    assert first == ("8b", 2.79, ("airjax", "llama.cpp", "accelerate"))
     assert second == ("70b", 18.62, ("airjax", "llama.cpp"))
     with pytest.raises(ValueError, match="9b is none of"):
         peers.parse_cases("9b:2")
@@ -54,22 +51,35 @@ def test_missing_packages_are_named(monkeypatch):
     }
 
 
-@pytest.mark.parametrize(
-    ("vram_gib", "layers"), [(0.5, 0), (1.0, 0), (2.0, 7), (5.0, 30), (5.3, 32), (40, 33)]
-)
-def test_llama_cpp_gets_as_many_layers_as_the_budget_holds(vram_gib, layers):
-    file_bytes = 33 * (136 << 20)
-    assert peers.layers_on_gpu(int(vram_gib * (1 << 30)), file_bytes, 32) == layers
-    with_cache = peers.layers_on_gpu(int(vram_gib * (1 << 30)), file_bytes, 32, 136 << 20)
-    assert with_cache == (layers // 2 if layers < 32 or vram_gib < 6 else layers)
+def test_accelerate_keeps_the_layers_that_fit_beside_the_largest_module():
+    shape = synthetic.SHAPES["8b"]
+    layer, matrix = 436_207_616, 2 * shape.vocabulary * shape.d_model
+    least = matrix + peers._ACCELERATE_RESERVE_BYTES
+    for vram_bytes, stay in ((0, 0), (least + layer - 1, 0), (least + layer, 1), (1 << 40, 32)):
+        placed = peers.device_map(shape, vram_bytes, 0, "cpu")
+        assert [placed[f"model.layers.{at}"] for at in range(32)] == [0] * stay + ["cpu"] * (32 - stay)
+        # Whatever else, one module is on the GPU: only then do the others come to it.
+        assert placed["model.embed_tokens"] == "cpu" and placed["model.norm"] == 0
 
 
-def test_a_worker_that_fails_gives_its_reason(tmp_path):
-    answer = tmp_path / "answer.json"
-    args = [f"--answer={answer}", "--gguf=no-such.gguf", "--worker=airjax", "--cpu", "--shape=tiny"]
-    args += ["--batch=1", "--vram_gib=1"]
-    subprocess.run([sys.executable, str(BENCH / "peers.py"), *args], cwd=BENCH.parent, check=True)
-    assert "no-such.gguf" in answer.read_text() and "not_run" in answer.read_text()
+def test_a_peer_that_fails_gives_its_reason():
+    args = argparse.Namespace(
+        timeout_s=60, vram_gib=1, ram_gib=1, decode=1, rounds=1, shape="tiny", batch=1, prompt=4
+    )
+    args.gguf, args.checkpoint, args.cpu = "no-such.gguf", "", True
+    answer = peers.run("airjax", args)
+    assert set(answer) == {"not_run"} and "no-such.gguf" in answer["not_run"]
+
+
+def test_what_a_worker_measured_before_it_died_is_kept():
+    died = "import json, os, signal; print(json.dumps({'n': 1}), flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
+    found, why = workers.run(["-c", died], 60)
+    assert found == [{"n": 1}] and why.startswith("died of SIGSEGV in <string>:1 <module>")
+    late = "import time; print('{}', flush=True); print('{broken'); time.sleep(60)"
+    found, why = workers.run(["-c", late], 1)
+    assert found == [{}] and why.startswith("took longer than 1 s in <string>:1 <module>")
+    assert workers.run(["-c", "raise SystemExit('a  reason')"], 60) == ([], "a reason")
+    assert workers.run(["-c", "print('no JSON')"], 60) == ([], "")
 
 
 def test_a_level_gives_its_numbers_or_its_reason():

@@ -61,7 +61,7 @@ def _choices(path):
     """How often each expert of each layer was chosen, `[L, E]`, and how many choices there were in a layer."""
     # By the host, which sees what is chosen.
     with (
-        mock.patch.object(plan, "_fetchable", return_value=False),
+        mock.patch.object(plan.experts, "_fetchable", return_value=False),
         airjax.load(
             path, vram_budget_gib=1, context=256, resident="dense", compute_dtype="float32"
         ) as engine,

@@ -24,7 +24,7 @@ def toys(tmp_path_factory):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(plans, "KV_BLOCK_BYTES", 1)
+    monkeypatch.setattr(plans.limits, "KV_BLOCK_BYTES", 1)
 
 
 def _load(path, **options):
@@ -118,5 +118,5 @@ def test_the_plan_of_a_70b_shape_at_131072_tokens_fits_in_20_gib(toys, kv_dtype)
     assert plan.shuttle
     row_bytes = 2 * 8 * {"f32": 512, "f16": 256, "bf16": 256, "q8_0": 136}[kv_dtype]
     assert plan.kv_host_bytes == 80 * 131072 * row_bytes
-    assert plan.kv_bytes == 5 * plan.kv_block * row_bytes <= 5 * plans.KV_BLOCK_BYTES
+    assert plan.kv_bytes == 5 * plan.kv_block * row_bytes <= 5 * plans.limits.KV_BLOCK_BYTES
     assert plan.workspace_bytes < 3 << 30

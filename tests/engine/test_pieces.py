@@ -38,8 +38,8 @@ def pieces(monkeypatch):
 
 
 def _cut(monkeypatch, piece_bytes=_PIECE_BYTES):
-    monkeypatch.setattr(plans, "piece_bytes", lambda backend: piece_bytes)
-    monkeypatch.setattr(plans, "WHOLE_FIRST", False)
+    monkeypatch.setattr(plans.decide, "piece_bytes", lambda backend: piece_bytes)
+    monkeypatch.setattr(plans.limits, "WHOLE_FIRST", False)
 
 
 def _load(path, **options):
@@ -59,7 +59,7 @@ def whole(toy):
 
 
 def test_layers_pass_whole_unless_only_pieces_fit(toy, monkeypatch):
-    monkeypatch.setattr(plans, "piece_bytes", lambda backend: _PIECE_BYTES)
+    monkeypatch.setattr(plans.decide, "piece_bytes", lambda backend: _PIECE_BYTES)
     with open_gguf(toy) as file:
         _, config = models.from_gguf(file, "float32")
 
@@ -158,7 +158,7 @@ def test_a_batch_in_pieces_equals_whole_layers(toy, monkeypatch):
 
 
 def test_a_long_cache_and_pieces(toy, monkeypatch):
-    monkeypatch.setattr(plans, "KV_BLOCK_BYTES", 1)
+    monkeypatch.setattr(plans.limits, "KV_BLOCK_BYTES", 1)
     options = {"kv_shuttle": "on", "context": 256, "prefill_chunk": 64}
 
     def run():

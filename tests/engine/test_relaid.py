@@ -66,8 +66,8 @@ def test_streamed_layers_stay_as_they_lie_in_the_file(toy, kernel):
 
 
 def test_beside_streamed_layers_resident_ones_are_relaid_for_a_batch_alone(toy, kernel, monkeypatch):
-    for name in ("_FIXED_WORKSPACE_BYTES", "_ROUNDING_BYTES", "_BATCH_ROUNDING_BYTES"):
-        monkeypatch.setattr(plan, name, 0)
+    for name in ("FIXED_WORKSPACE_BYTES", "ROUNDING_BYTES", "BATCH_ROUNDING_BYTES"):
+        monkeypatch.setattr(plan.limits, name, 0)
     with airjax.load(toy, vram_budget_gib=1, context=64, resident="none") as engine:
         least = engine.plan.peak_bytes / plan.GIB
         layer = engine.plan.bytes_per_sweep / 11 / plan.GIB

@@ -119,7 +119,7 @@ def test_behind_the_shuttle_each_device_has_its_heads(tmp_path, monkeypatch, blo
 
     expected, tokens = run(kv_shuttle="off")
     if block:
-        monkeypatch.setattr(plan, "KV_BLOCK_BYTES", 1)  # the least: one page
+        monkeypatch.setattr(plan.limits, "KV_BLOCK_BYTES", 1)  # the least: one page
     got, shuttled = run(kv_shuttle="on", resident="none")
     assert np.array_equal(got, expected) or (block and np.abs(got - expected).max() < 1e-4)
     assert shuttled == tokens

@@ -1,0 +1,402 @@
+"""Which layers stay on the device and which are streamed, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, NoReturn
+
+from airjax import models
+from airjax.gguf import GGUF, Manifest, build_manifest
+from airjax.models import Config
+from airjax.plan import limits, sizes
+from airjax.plan.asked import Asked, check_dense, chunk_of, context_of, shuttle_of
+from airjax.plan.cache import Cache, kv_positions, sizes_of_cache
+from airjax.plan.experts import plan_by_expert
+from airjax.plan.tiers import choose_tier
+from airjax.plan.values import GIB, Plan, PlanError, Resident, Switch, Tier, rounded_up
+
+
+def piece_bytes(backend: str) -> int | None:
+    """How large the pieces are that layers are cut into for a backend; None where they pass whole."""
+    return limits.PIECE_BYTES if backend in limits.KERNEL_BACKENDS else None
+
+
+def plan_layers(gguf: GGUF, align: int, config: Config, **options: Any) -> tuple[Manifest, Plan]:
+    """The manifest and the plan of a model on one device: layers pass whole, or in pieces where only these fit.
+
+    Args:
+      gguf: the open file.
+      align: as in `build_manifest`.
+      config: of the model.
+      **options: of `make_plan`.
+
+    Raises:
+      PlanError: nothing fits.
+    """
+    size = piece_bytes(options["backend"])
+    if limits.WHOLE_FIRST or size is None:
+        manifest = build_manifest(gguf, align)
+        try:
+            return manifest, make_plan(gguf, manifest, config, **options)
+        except PlanError:
+            if size is None:
+                raise
+    manifest = build_manifest(gguf, align, piece_bytes=size)
+    plan = make_plan(gguf, manifest, config, **options)
+    return manifest if plan.streamed else build_manifest(gguf, align), plan
+
+
+def make_plan(
+    gguf: GGUF,
+    manifest: Manifest,
+    config: Config,
+    *,
+    backend: str,
+    vram_budget_bytes: int,
+    ram_budget_bytes: int,
+    context: int | None = None,
+    stream_depth: int = 3,
+    resident: Resident = "auto",
+    kv_shuttle: Switch = "auto",
+    tier: Tier | Literal["auto"] = "auto",
+    prefill_chunk: int | None = None,
+    max_batch: int | None = None,
+    kv_tokens: int | None = None,
+    compact: bool = False,
+    drafts: bool = False,
+    device_fetch: bool = True,
+    first_layer: int | None = None,
+) -> Plan:
+    """Decides what lives where.
+
+    Args:
+      gguf: the open file.
+      manifest: its spans.
+      config: of the model.
+      backend: JAX's name of the platform: "cpu", "gpu", ...
+      vram_budget_bytes: device memory that may be used.
+      ram_budget_bytes: host memory that may be used for weights and the host KV cache.
+      context: positions of the KV cache; None for the model's own, at most 4096.
+      stream_depth: slots of the ring.
+      resident: "auto" keeps as many layers as fit, or of a mixture of experts all but the experts, and as many of these
+        as fit; "none" streams all layers, "all" streams nothing; "dense" streams experts even if all would fit.
+      kv_shuttle: keep the KV cache on the host; "auto" does so where it does not fit on the device.
+      tier: how streamed layers reach the device; "auto" chooses by the budgets.
+      prefill_chunk: tokens of a prompt that share a sweep; None for 512.
+      max_batch: sequences that may share a sweep, their cache in pages on the device; None for one alone.
+      kv_tokens: positions that these hold together; None for the context of every one.
+      compact: the device's allocator gives no buffer more than it needs.
+      drafts: decoding sweeps check several tokens of a sequence.
+      device_fetch: the device can fetch experts from the mapping itself.
+      first_layer: the device has only the layers of `manifest`, of which this is the first; None where it has all.
+
+    Raises:
+      PlanError: nothing fits; the message gives the smallest budget that does.
+    """
+    if stream_depth < 1:
+        raise PlanError(
+            f"stream_depth must be at least 1, got {stream_depth}: 3 overlaps copy and compute well"
+        )
+    context = context_of(config, context)
+    asked = Asked(
+        backend=backend,
+        vram_budget_bytes=vram_budget_bytes,
+        ram_budget_bytes=ram_budget_bytes,
+        context=context,
+        stream_depth=stream_depth,
+        resident=resident,
+        chunk=chunk_of(prefill_chunk),
+        max_batch=max_batch,
+        kv_tokens=kv_positions(max_batch, kv_tokens, context),
+        kv_shuttle=shuttle_of(kv_shuttle, max_batch),
+        tier=tier,
+        compact=compact,
+        drafts=drafts,
+        device_fetch=device_fetch,
+        first_layer=first_layer,
+    )
+    if resident == "dense":
+        check_dense(gguf, config)
+    cache = sizes_of_cache(manifest, config, asked)
+    streams = resident == "none" or (resident == "auto" and not _fits_whole(manifest, asked, cache))
+    if _by_expert(config, asked, streams):
+        plan = plan_by_expert(gguf, config, asked, cache, _model_bytes(manifest))
+        if plan is not None:
+            return plan
+        if resident == "dense":
+            raise PlanError(
+                f"{gguf.path}: all but the experts does not fit in {vram_budget_bytes / GIB:.2f} GiB with a few "
+                "experts beside it: pass --resident=none to stream whole layers, or a larger --vram_budget_gib"
+            )
+    return _plan_by_layer(gguf, manifest, config, asked, cache, streams)
+
+
+def _by_expert(config: Config, asked: Asked, streams: bool) -> bool:
+    """Whether experts are to be streamed one by one, where that fits."""
+    if config.experts is None or not config.experts.pooled or asked.first_layer is not None:
+        return False
+    wanted = asked.resident == "dense" or (streams and asked.resident == "auto")
+    return wanted and asked.kv_shuttle != "on"
+
+
+def _model_bytes(manifest: Manifest) -> int:
+    return sum(span.nbytes for span in [*manifest.layers, *sizes.device_globals(manifest)])
+
+
+def _fits_whole(manifest: Manifest, asked: Asked, cache: Cache) -> bool:
+    """Whether nothing needs to be streamed."""
+    spans = [*sizes.device_globals(manifest), *manifest.layers]
+    weights = sum(sizes.relaid_bytes(span) for span in spans)
+    return weights + cache.workspace_bytes + cache.nbytes <= asked.vram_budget_bytes
+
+
+class _Weights(NamedTuple):
+    """Sizes of a model's weights as they lie on the device.
+
+    Attributes:
+      relaid: in the kernels' layout.
+      kept: bytes of each layer that is resident.
+      whole: bytes of each layer in the file.
+      passing: of each layer, bytes of what passes through the ring.
+      depth: slots of the ring.
+      least_slots: bytes of the ring where everything is streamed, and of what stays then.
+    """
+
+    relaid: bool
+    kept: Sequence[int]
+    whole: Sequence[int]
+    passing: Sequence[dict[int, int]]
+    depth: int
+    least_slots: int
+
+
+def _weights(manifest: Manifest, asked: Asked, streams: bool) -> _Weights:
+    # Beside the link plain blocks are fast enough for one row; XLA takes some 6 ms to decode a layer of 70B for more.
+    relaid = asked.kernels and (not streams or asked.drafts or (asked.max_batch or 1) > 1)
+    passing = [sizes.passing(span) for span in manifest.layers]
+    # What one stage of a layer uses has its slots, and what comes next has the others.
+    depth = asked.stream_depth + max(models.held_at_once(span.layout) for span in manifest.layers) - 1
+    return _Weights(
+        relaid=relaid,
+        kept=[sizes.relaid_bytes(span) if relaid else span.nbytes for span in manifest.layers],
+        whole=[span.nbytes for span in manifest.layers],
+        passing=passing,
+        depth=depth,
+        least_slots=sizes.slots_bytes(passing, depth) + sum(map(sizes.small_bytes, manifest.layers)),
+    )
+
+
+class _Beside(NamedTuple):
+    """Bytes on the device beside the layers.
+
+    Attributes:
+      globals_bytes: embedding, output and final norm.
+      host_embedding: the embedding is not among them.
+      workspace: of the largest step.
+      gaps: that the allocator leaves between slots and other buffers.
+      kv_bytes: the KV cache, or what passes of it.
+      shuttle: it lives on the host.
+      saves: that would need less.
+      least: of workspace and cache, on either side.
+    """
+
+    globals_bytes: int
+    host_embedding: bool
+    workspace: int
+    gaps: int
+    kv_bytes: int
+    shuttle: bool
+    saves: bool
+    least: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.globals_bytes + self.workspace + self.kv_bytes
+
+
+def _beside(manifest: Manifest, asked: Asked, cache: Cache, weights: _Weights, streams: bool) -> _Beside:
+    spans = sizes.device_globals(manifest)
+    globals_bytes = sum(sizes.relaid_bytes(span) if weights.relaid else span.nbytes for span in spans)
+    held = cache.workspace_bytes + cache.nbytes
+    shuttled = cache.shuttled_workspace_bytes + cache.passing_bytes
+    least = held if asked.kv_shuttle == "off" else min(held, shuttled)
+    gaps = _gaps(asked, weights.passing) if streams else 0
+    # A table that serves for single rows leaves the device where it does not fit, or where a layer fits in its place.
+    host_embedding = False
+    if streams and "output.weight" in manifest.globals:
+        nbytes = manifest.globals[limits.EMBEDDING].nbytes
+        host_embedding = globals_bytes + least + gaps + weights.least_slots > asked.vram_budget_bytes
+        host_embedding |= asked.kernels and nbytes > min(weights.whole)
+        globals_bytes -= nbytes if host_embedding else 0
+    fits = globals_bytes + held + gaps + weights.least_slots <= asked.vram_budget_bytes
+    saves = shuttled < held
+    shuttle = asked.kv_shuttle == "on" or (asked.kv_shuttle == "auto" and not fits and saves)
+    return _Beside(
+        globals_bytes=globals_bytes,
+        host_embedding=host_embedding,
+        workspace=cache.shuttled_workspace_bytes if shuttle else cache.workspace_bytes,
+        gaps=gaps,
+        kv_bytes=cache.passing_bytes if shuttle else cache.nbytes,
+        shuttle=shuttle,
+        saves=saves,
+        least=least,
+    )
+
+
+def _gaps(asked: Asked, passing: Sequence[dict[int, int]]) -> int:
+    if not asked.kernels:
+        return 0
+    if asked.compact:
+        return limits.GAP_BYTES
+    # Slots come and go beside other buffers: with slots of 0.45 GiB an H100 lost up to 0.28 GiB, 0.56 for batches.
+    rounding = limits.BATCH_ROUNDING_BYTES if asked.max_batch else limits.ROUNDING_BYTES
+    return sizes.largest(passing) // 2 + rounding
+
+
+def _plan_by_layer(
+    gguf: GGUF, manifest: Manifest, config: Config, asked: Asked, cache: Cache, streams: bool
+) -> Plan:
+    """Layers that stay, and others that pass whole or in pieces."""
+    weights = _weights(manifest, asked, streams)
+    beside = _beside(manifest, asked, cache, weights, streams)
+    left = asked.vram_budget_bytes - beside.nbytes - beside.gaps
+    pieces: tuple[tuple[int, int], ...] = ()
+    if asked.resident == "all":
+        streamed: tuple[int, ...] = ()
+    elif asked.resident == "none":
+        streamed = tuple(range(len(weights.whole)))
+    else:
+        streamed = _choose_streamed(manifest, weights, left) if streams else ()
+        pieces = _choose_kept(manifest, weights, streamed, left)
+    kept = tuple(layer for layer in range(len(weights.whole)) if layer not in set(streamed))
+    coming = [
+        nbytes
+        for layer in streamed
+        for at, nbytes in weights.passing[layer].items()
+        if (layer, at) not in pieces
+    ]
+    depth = min(weights.depth, len(coming))
+    slots = depth * max(coming, default=0)
+    resident_bytes = sum(weights.kept[layer] for layer in kept)
+    resident_bytes += sum(weights.whole[layer] for layer in streamed) - sum(coming)
+    gaps = beside.gaps if streamed else 0
+    peak = beside.nbytes + gaps + slots + resident_bytes
+    if peak > asked.vram_budget_bytes:
+        least_depth = depth - min(asked.stream_depth, depth) + 1
+        least = beside.globals_bytes + beside.least + beside.gaps
+        least += sizes.slots_bytes(weights.passing, least_depth)
+        least += sum(map(sizes.small_bytes, manifest.layers))
+        _refuse(gguf, asked, peak, least, beside.saves)
+    kv_host_bytes = config.shards_here * cache.nbytes if beside.shuttle else 0
+    tier, reason, host_slots = _host_side(
+        gguf, manifest, config, asked, streamed, coming, depth, kv_host_bytes
+    )
+    return Plan(
+        tier=tier,
+        tier_reason=reason,
+        context=asked.context,
+        prefill_chunk=asked.chunk,
+        stream_depth=depth,
+        resident=kept,
+        streamed=streamed,
+        shuttle=beside.shuttle,
+        kv_slots=cache.slots,
+        relaid=weights.relaid,
+        host_embedding=beside.host_embedding,
+        globals_bytes=beside.globals_bytes,
+        workspace_bytes=beside.workspace + gaps,
+        kv_bytes=beside.kv_bytes,
+        kv_host_bytes=kv_host_bytes,
+        slots_bytes=slots,
+        resident_bytes=resident_bytes,
+        bytes_per_sweep=sum(coming),
+        peak_bytes=peak,
+        vram_budget_bytes=asked.vram_budget_bytes,
+        ram_budget_bytes=asked.ram_budget_bytes,
+        host_slots=host_slots,
+        model_bytes=_model_bytes(manifest),
+        max_batch=asked.max_batch or 0,
+        kv_tokens=asked.kv_tokens,
+        kv_block=cache.block if beside.shuttle else 0,
+        kv_pieces=cache.pieces if beside.shuttle else 0,
+        kept=pieces,
+    )
+
+
+def _refuse(gguf: GGUF, asked: Asked, peak: int, least: int, shuttle_saves: bool) -> NoReturn:
+    if peak > least:
+        advice = f"the smallest that can work is {rounded_up(least)} GiB (--stream_depth=1 --resident=none"
+        advice += " --kv_shuttle=on)" if shuttle_saves else ")"
+    else:
+        advice = "a shorter --context needs less"
+    raise PlanError(
+        f"{gguf.path}: these options need {rounded_up(peak)} GiB of device memory but the budget is "
+        f"{asked.vram_budget_bytes / GIB:.2f} GiB: {advice}; or pass --vram_budget_gib={rounded_up(peak)}"
+    )
+
+
+def _host_side(
+    gguf: GGUF,
+    manifest: Manifest,
+    config: Config,
+    asked: Asked,
+    streamed: Sequence[int],
+    coming: Sequence[int],
+    depth: int,
+    kv_host_bytes: int,
+) -> tuple[Tier, str, int]:
+    """The tier, why that one, and how many host slots it reads into."""
+    # Of layers that are cut among devices, what does not lie in one piece in the file is copied into host memory.
+    packed_bytes = 0
+    if config.mesh is not None:
+        packed_bytes = config.shards_here * sum(manifest.layers[layer].layout.sizes[-1] for layer in streamed)
+    left = (asked.ram_budget_bytes - kv_host_bytes - packed_bytes) // config.shards_here
+    tier, reason = choose_tier(asked.tier, asked.backend, sum(coming), "streamed layers", left)
+    if config.mesh is not None and tier == "ring":
+        raise PlanError(
+            f"{gguf.path}: {reason}, and a file can't be read through a ring for {config.shards} devices yet: "
+            "pass a larger --ram_budget_gib or --devices=1"
+        )
+    host_slots = depth + 1 if tier == "ring" and streamed else 0
+    nbytes = kv_host_bytes + host_slots * max(coming, default=0)
+    if nbytes > asked.ram_budget_bytes:
+        raise PlanError(
+            f"{gguf.path}: the host side needs {rounded_up(nbytes)} GiB but the RAM budget is "
+            f"{asked.ram_budget_bytes / GIB:.2f} GiB: pass --ram_budget_gib={rounded_up(nbytes)} or a smaller "
+            "--stream_depth"
+        )
+    return tier, reason, host_slots
+
+
+def _choose_streamed(manifest: Manifest, weights: _Weights, left: int) -> tuple[int, ...]:
+    """The fewest layers to stream so that the rest and the ring fit in `left`, spread evenly."""
+    layers = len(weights.kept)
+    for count in range(layers + 1):
+        # Evenly spread, so that the link always has resident layers' compute to hide behind.
+        streamed = tuple(sorted({(2 * i + 1) * layers // (2 * count) for i in range(count)})) if count else ()
+        if _used(manifest, weights, streamed) <= left:
+            return streamed
+    return tuple(range(layers))
+
+
+def _used(manifest: Manifest, weights: _Weights, streamed: Sequence[int]) -> int:
+    """Bytes of the resident layers, of what stays of the others, and of the ring."""
+    used = sum(weights.kept) - sum(weights.kept[layer] for layer in streamed)
+    used += sum(sizes.small_bytes(manifest.layers[layer]) for layer in streamed)
+    return used + sizes.slots_bytes([weights.passing[layer] for layer in streamed], weights.depth)
+
+
+def _choose_kept(
+    manifest: Manifest, weights: _Weights, streamed: Sequence[int], left: int
+) -> tuple[tuple[int, int], ...]:
+    """Pieces of streamed layers that there is room for beside all else, largest first, each of another layer."""
+    left -= _used(manifest, weights, streamed)
+    chosen: list[tuple[int, int]] = []
+    for layer in streamed:
+        fitting = [(nbytes, at) for at, nbytes in weights.passing[layer].items() if nbytes <= left]
+        if not manifest.layers[layer].layout.pieces or not fitting:
+            continue
+        nbytes, at = max(fitting)
+        left -= nbytes
+        chosen.append((layer, at))
+    return tuple(chosen)

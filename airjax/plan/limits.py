@@ -1,0 +1,35 @@
+"""The numbers that plans are made with, and where they come from."""
+
+from __future__ import annotations
+
+from airjax import models
+
+PREFILL_CHUNK = 512
+EMBEDDING = "token_embd.weight"
+EXPERT_TENSORS = tuple(f"{name}.weight" for name in models.EXPERT_MATRICES)
+# Where fused kernels may exist; whether they do is known when the device is there.
+KERNEL_BACKENDS = ("gpu", "cuda")
+# Positions of one page of a batch's cache.
+KV_PAGE = 64
+# Bytes of a block of positions that the shuttle sends in one piece. An H100's link reached 37, 47 and 49 GB/s with 32,
+# 64 and 128 MiB (8B shape, 131,072 positions); more takes the place of resident layers.
+KV_BLOCK_BYTES = 128 << 20
+LOGIT_ROWS_BYTES = 32 << 20
+# Where layers don't fit whole, a larger one passes in pieces of at most so much: the ring then takes less memory.
+PIECE_BYTES = 128 << 20
+# Pieces left more room to resident layers too (three of 70B's 80 at 18.62 GiB), but an H100's link then reached 58 to
+# 68 % of its limit, and 90 to 98 % with whole layers.
+WHOLE_FIRST = True
+# Between the slots of the ring and other buffers, with an allocator that does not round up.
+GAP_BYTES = 32 << 20
+# And beside half a piece with one that does.
+ROUNDING_BYTES = 64 << 20
+BATCH_ROUNDING_BYTES = 320 << 20
+# Threads, compiled programs and the allocator's rounding; measured on an H100 and on CPU, rounded up.
+FIXED_WORKSPACE_BYTES = 64 << 20
+# Host slots that experts are read into, where the file does not fit in RAM.
+HOST_SLOTS = 12
+# What the kernel that fetches experts reads at once.
+FETCHED_WORD = 16
+# An embedding that would take more of the pool's place than this stays on the host.
+EMBEDDING_SHARE = 0.1
