@@ -519,7 +519,7 @@ def load(
     max_batch: int | None = None,
     kv_tokens: int | None = None,
     draft: str | os.PathLike[str] = "none",
-    draft_max: int = 15,
+    draft_max: int | None = None,
     trace: bool = False,
     device: jax.Device | None = None,
     devices: int | Literal["auto"] = 1,
@@ -550,7 +550,7 @@ def load(
         device; or the path of a smaller GGUF model, all of which stays on the device, within the budget. The last two
         are asked where lookup promises less. In batches "self" is lookup alone. The tokens are the same with and
         without.
-      draft_max: tokens of a draft at most.
+      draft_max: tokens of a draft at most; None for 31 where anything is streamed, else 15.
       trace: record a timeline.
       device: None for JAX's first.
       devices: how many share the work; "auto" for all that JAX sees. Budgets of device memory are of each.
@@ -578,7 +578,7 @@ def load(
     ):
         if value not in allowed:
             raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    if not 1 <= draft_max <= drafting.MOST_DRAFTED:
+    if draft_max is not None and not 1 <= draft_max <= drafting.MOST_DRAFTED:
         raise RequestError(f"draft_max must be between 1 and {drafting.MOST_DRAFTED}, got {draft_max}")
     vram_budget_bytes = _budget("vram_budget_gib", vram_budget_gib, free_device_bytes(device))
     ram_budget_bytes = _budget("ram_budget_gib", ram_budget_gib, free_host_bytes())

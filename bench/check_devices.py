@@ -72,7 +72,7 @@ def _alone(path: str, **options: Any) -> tuple[np.ndarray, list[int], str]:
 class _Oracle:
     """Knows the text, and is wrong in every second draft."""
 
-    token_s, asked = 0.0, 0
+    name, token_s, asked = "oracle", 0.0, 0
 
     def __init__(self, text: list[int]) -> None:
         self.text = text

@@ -1,12 +1,10 @@
-"""Speculative decoding: what a sweep of k rows costs, how often drafts are right, and what comes of both.
+"""Speculative decoding: what a sweep of k rows costs, and what drafts gain on the machine at hand.
 
     python bench/speculation.py costs --model=M.gguf --vram_budget_gib=20 >costs.json
-    python bench/speculation.py texts --model=SMALL.gguf --draft=lookup --costs=costs.json
     python bench/speculation.py run --model=M.gguf --vram_budget_gib=1 --draft=lookup
 
-`costs` times sweeps of 1 to 32 rows. `texts` generates after 50 prompts of four kinds, greedily, without and with
-drafts, holds both to the same tokens, and counts what a machine with those costs would need: measured costs times
-measured acceptance. `run` times both on the machine itself, in turns.
+`costs` times sweeps of 1 to 32 rows. `run` generates after 50 prompts of four kinds, greedily, without and with drafts
+in turns, times both, and counts the texts that are the same; see `speculation_check.py` for other machines' costs.
 """
 
 from __future__ import annotations
@@ -25,9 +23,7 @@ import numpy as np
 
 import airjax
 from airjax import engine, sampling
-from airjax.engine import drafting
-from airjax.engine.drafting.combined import Combined
-from airjax.engine.drafting.law import Acceptance, Costs, Law
+from airjax.engine.drafting.law import Costs
 from airjax.engine.drafting.rows import Rows, most_rows, padded, rows_apart, sweep_rows
 from airjax.engine.drafting.verify import answer, ask
 from airjax.engine.generation import prefill
@@ -62,23 +58,6 @@ class Assumed(Costs):
         del seconds, wait_s, program
         self.spent_s += self.seconds(rows)
         return False
-
-
-def timed_drafter(slow: Any, token_s: float, costs: Assumed) -> Any:
-    """A slow drafter whose tokens are counted at an assumed cost."""
-
-    class Timed(type(slow)):  # type: ignore[misc]
-        @property
-        def token_s(self) -> float:
-            return token_s
-
-        def propose(self, *arguments: Any) -> drafting.Draft:
-            draft: drafting.Draft = super().propose(*arguments)
-            costs.spent_s += token_s * len(draft.tokens)
-            return draft
-
-    slow.__class__ = Timed
-    return slow
 
 
 def measure_costs(options: argparse.Namespace) -> None:
@@ -127,111 +106,60 @@ def costs_of(
     return seconds
 
 
-def measure_texts(options: argparse.Namespace) -> None:
-    """Prints acceptance and tokens per sweep for each kind of text, and the speed by the costs."""
-    seconds = {
-        int(rows): each for rows, each in json.loads(Path(options.costs).read_text())["seconds"].items()
-    }
-    with load(options, options.draft) as loaded:
-        totals = []
-        for kind, texts in prompts().items():
-            costs, history = Assumed(seconds), Acceptance()
-            counts = {"prompts": 0, "same": 0, "tokens": 0, "sweeps": 0, "drafted": 0, "accepted": 0}
-            for text in texts[: options.prompts]:
-                ids = tokens_of(loaded, text)
-                expected = generated(loaded, ids, options, engine.generate)
-                law = Law(costs, Acceptance(history))
-
-                def drafted(*arguments: Any, law: Law = law, costs: Assumed = costs, **more: Any) -> Any:
-                    assert loaded.drafts is not None
-                    drafter = loaded.drafts.drafter(arguments[1], more["sampler"], law)
-                    if isinstance(drafter, Combined):
-                        timed_drafter(drafter._slow, options.draft_token_s, costs)
-                    return drafting.generate_drafted(
-                        *arguments, drafter=drafter, draft_max=options.draft_max, law=law, **more
-                    )
-
-                got = generated(loaded, ids, options, drafted)
-                stats = loaded.stats
-                counts["prompts"] += 1
-                counts["same"] += got == expected
-                counts["tokens"] += max(len(got) - 1, 0)
-                counts["sweeps"] += stats.decode_sweeps
-                counts["drafted"] += stats.drafted_tokens
-                counts["accepted"] += stats.accepted_tokens
-            totals.append(report(kind, counts, costs.spent_s, seconds[1]))
-    print(json.dumps({"model": Path(options.model).name, "draft": Path(options.draft).name, "kinds": totals}))
-
-
-def report(kind: str, counts: dict[str, int], spent_s: float, plain_s: float) -> dict[str, Any]:
-    """Prints a row, and returns it."""
-    gain = counts["tokens"] * plain_s / spent_s if spent_s else float("nan")
-    row = {
-        "kind": kind,
-        **counts,
-        "acceptance": counts["accepted"] / max(counts["drafted"], 1),
-        "tokens_per_sweep": counts["tokens"] / max(counts["sweeps"], 1),
-        "tokens_per_s": gain / plain_s,
-        "gain": gain,
-    }
-    print(
-        f"{kind:<12}{counts['same']}/{counts['prompts']} the same, "
-        f"{row['acceptance']:6.1%} of {counts['drafted']} right, "
-        f"{row['tokens_per_sweep']:.2f} tokens per sweep, {row['tokens_per_s']:.2f} tok/s ({gain:.2f} x plain)",
-        file=sys.stderr,
-    )
-    return row
-
-
 def measure_runs(options: argparse.Namespace) -> None:
     """Prints the speed without and with drafts, timed in turns on this machine."""
+    begin = time.monotonic()
+    counts: dict[str, dict[str, float]] = {}
     with load(options, "none") as plain, load(options, options.draft) as other:
-        rows = []
-        for kind, texts in prompts().items():
-            times = {"plain": 0.0, "drafted": 0.0}
-            tokens = same = 0
-            right = drafted = sweeps = 0
-            chosen = texts[: options.prompts]
-            for number, text in enumerate([chosen[0], *chosen]):
-                results = []
-                for name, loaded in (("plain", plain), ("drafted", other)):
-                    ids = tokens_of(loaded, text)
-                    got = [
-                        token.id
-                        for token in loaded.generate(
-                            ids, max_tokens=options.tokens, ignore_eos=options.ignore_eos
-                        )
-                    ]
-                    results.append(got)
-                    if number:  # the first one compiles
-                        times[name] += loaded.stats.decode_s
-                if number:
-                    same += results[0] == results[1]
-                    tokens += other.stats.generated_tokens - 1
-                    right += other.stats.accepted_tokens
-                    drafted += other.stats.drafted_tokens
-                    sweeps += other.stats.decode_sweeps
-            rate = {name: tokens / seconds for name, seconds in times.items()}
-            rows.append(
-                {
-                    "kind": kind,
-                    "same": same,
-                    "prompts": len(chosen),
-                    "plain": rate["plain"],
-                    "drafted": rate["drafted"],
-                    "gain": rate["drafted"] / rate["plain"],
-                    "acceptance": right / max(drafted, 1),
-                    "tokens_per_sweep": tokens / max(sweeps, 1),
-                }
-            )
+        for name, plan in (("plain", plain.plan), ("drafted", other.plan)):
             print(
-                f"{kind:<12}{same}/{len(chosen)} the same, "
-                f"plain {rate['plain']:.2f}, drafted {rate['drafted']:.2f} tok/s "
-                f"({rows[-1]['gain']:.2f} x), {rows[-1]['tokens_per_sweep']:.2f} tokens per sweep, "
-                f"{rows[-1]['acceptance']:.1%} right",
+                f"{name}: {len(plan.streamed)} of {len(plan.kv_slots)} layers streamed, {plan.tier}",
                 file=sys.stderr,
             )
-    print(json.dumps({"model": Path(options.model).name, "draft": Path(options.draft).name, "kinds": rows}))
+        for number, kind, text in by_turns(options.prompts):
+            if time.monotonic() - begin > options.deadline_s:
+                break
+            ids = tokens_of(plain, text)
+            texts, seconds = [], []
+            for loaded in (plain, other):
+                draws = loaded.generate(ids, max_tokens=options.tokens, ignore_eos=options.ignore_eos)
+                texts.append([token.id for token in draws])
+                seconds.append(loaded.stats.decode_s)
+            if number < 0:  # it compiles
+                continue
+            stats = other.stats
+            new = {
+                "prompts": 1,
+                "same": int(texts[0] == texts[1]),
+                "tokens": stats.generated_tokens - 1,
+                "plain_s": seconds[0],
+                "drafted_s": seconds[1],
+                "sweeps": stats.decode_sweeps,
+                "drafted": stats.drafted_tokens,
+                "accepted": stats.accepted_tokens,
+            }
+            old = counts.setdefault(kind, dict.fromkeys(new, 0))
+            counts[kind] = {name: old[name] + new[name] for name in new}
+    for kind, each in counts.items():
+        print(
+            f"{kind:<12}{each['same']}/{each['prompts']} the same, "
+            f"plain {each['tokens'] / each['plain_s']:.2f}, drafted {each['tokens'] / each['drafted_s']:.2f} tok/s "
+            f"({each['plain_s'] / each['drafted_s']:.2f} x), "
+            f"{each['tokens'] / max(each['sweeps'], 1):.2f} tokens per sweep, "
+            f"{each['accepted'] / max(each['drafted'], 1):.1%} right",
+            file=sys.stderr,
+        )
+    print(json.dumps({"model": Path(options.model).name, "draft": Path(options.draft).name, "kinds": counts}))
+
+
+def by_turns(count: int) -> list[tuple[int, str, str]]:
+    """The first `count` prompts of each kind, numbered, the kinds by turns; before them one twice as number -1."""
+    found = [
+        (number, kind, text) for kind, texts in prompts().items() for number, text in enumerate(texts[:count])
+    ]
+    found.sort(key=lambda each: each[0])
+    _, kind, text = found[0]
+    return [(-1, kind, text), (-1, kind, text), *found]
 
 
 def load(options: argparse.Namespace, draft: str) -> airjax.Engine:
@@ -282,11 +210,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("costs", "texts", "run"))
+    parser.add_argument("what", choices=("costs", "run"))
     parser.add_argument("--model", required=True)
     parser.add_argument("--draft", default="lookup", help="lookup, self, or a GGUF file")
-    parser.add_argument("--draft_max", type=int, default=15)
-    parser.add_argument("--draft_token_s", type=float, default=0.004, help="of a slow drafter, for texts")
+    parser.add_argument("--draft_max", type=int, default=None)
     parser.add_argument("--vram_budget_gib", type=float, default=None)
     parser.add_argument("--ram_budget_gib", type=float, default=None)
     parser.add_argument("--resident", default="auto")
@@ -294,12 +221,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--position", type=int, default=512, help="where costs are measured")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--costs", help="what costs printed")
     parser.add_argument("--prompts", type=int, default=50, help="of each kind at most")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--ignore_eos", action="store_true")
+    parser.add_argument("--deadline_s", type=float, default=180, help="of run: no prompt begins after it")
     options = parser.parse_args()
-    {"costs": measure_costs, "texts": measure_texts, "run": measure_runs}[options.what](options)
+    {"costs": measure_costs, "run": measure_runs}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,8 @@
 """Speculative decoding end to end at the speed of a large model, over texts that real models wrote.
 
-    python bench/speculation_replay.py record --model=SMALL.gguf [--draft=OTHER.gguf] --out=texts.json
-    python bench/speculation_replay.py count [--texts=texts.json] [--draft_max=31] [--row_cost=0.001]
-    python bench/speculation_replay.py run [--shape=70b] [--vram_budget_gib=18.62] [--deadline_s=235]
+    python bench/speculation_replay.py [--shape=70b] [--vram_budget_gib=18.62] [--deadline_s=200]
 
-`record` writes greedy texts of a real model after the prompts of `speculation.py`, and with a draft model what that
-guesses at each position. `count` says how many tokens a sweep of lookup gives over such texts, in seconds and without
-a model: with drafts as trees, as chains, and with what earlier texts of the kind said.
-
-`run` streams a model of random weights and a real shape, and dictates: a sampler forces each draw to be the next token
+It streams a model of random weights and a real shape, and dictates: a sampler forces each draw to be the next token
 of such a text. All else is as always: the drafter sees the text, the law decides by the sweeps that it measures, each
 sweep takes its rows over the link and checks them. So the speed is measured end to end; how often guesses are right is
 that of the real models. A draft model of random weights takes its time, and says what the real one said.
@@ -18,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,212 +20,15 @@ from typing import Any
 
 import gguf
 import jax
-import numpy as np
 import speculation
 import synthetic
+from speculation_texts import CAPACITY, CONTEXT, TEXTS, Recorded, engine_draws
 
 import airjax
 from airjax import engine, sampling
 from airjax.engine import drafting
 from airjax.engine.drafting.combined import Combined
-from airjax.engine.drafting.generation import rows_of
 from airjax.engine.drafting.law import Acceptance, Law
-
-_TEXTS = [Path(__file__).parent / name for name in ("speculation_texts.json", "speculation_drafts.json")]
-_CAPACITY = 64  # tokens that are dictated
-_CONTEXT = 256  # holds a prompt and them: one length of cache, so few programs
-
-
-class Recorded:
-    """A draft model that takes its time, and says what another one said.
-
-    Args:
-      slow: takes the time.
-      drafts: for each position of the text the tokens and marks that were guessed there.
-      first: length of the prompt.
-    """
-
-    def __init__(self, slow: drafting.SmallerModel, drafts: Sequence[Any], first: int) -> None:
-        self._slow = slow
-        self._drafts = drafts
-        self._first = first
-
-    @property
-    def token_s(self) -> float:
-        """Seconds that a drafted token takes."""
-        return self._slow.token_s
-
-    def push(self, tokens: Sequence[int]) -> None:
-        """The model takes note."""
-        self._slow.push(tokens)
-
-    def propose(
-        self, sequel: drafting.Sequel, after: Sequence[int], most: int, go_on: Callable[[Any], bool]
-    ) -> drafting.Draft:
-        """As many of the recorded tokens as the law thinks worth their time."""
-        tokens, tenths, parents = self._drafts[len(sequel.ids) - self._first]
-        marks = tuple(("model", tenth, int(at and parents[at] != at - 1)) for at, tenth in enumerate(tenths))
-        draft = drafting.Draft(tuple(tokens), marks, tuple(parents))
-        trunk = draft.trunk()
-        count = 0
-        while count < min(most, len(trunk.tokens)):
-            count += 1
-            if not go_on(trunk.marks[count - 1]):
-                break
-        if count:
-            self._slow.propose(sequel, after, count, lambda mark: True)
-        beyond = range(count, len(trunk.tokens))
-        kept: list[int] = []
-        for at, parent in enumerate(draft.above):
-            if at not in beyond and (parent < 0 or parent in kept):
-                kept.append(at)
-        return draft.only(kept)
-
-    def close(self) -> None:
-        """The model's cache is freed."""
-        self._slow.close()
-
-
-def record(options: argparse.Namespace) -> None:
-    """Writes texts, and with a draft model its drafts; of ids in the order in which they first occur."""
-    kinds: dict[str, Any] = {}
-    numbers: dict[int, int] = {}
-
-    def small(ids: Sequence[int]) -> list[int]:
-        return [numbers.setdefault(token, len(numbers)) for token in ids]
-
-    with airjax.load(options.model, context=1024, draft=options.draft) as loaded:
-        for kind, texts in speculation.prompts().items():
-            kinds[kind] = []
-            for text in texts[:: options.every]:
-                ids = speculation.tokens_of(loaded, text)
-                tokens = [
-                    token.id for token in engine_draws(loaded, ids, options.tokens, loaded.tokenizer.eog_ids)
-                ]
-                if len(ids) + len(tokens) > _CONTEXT:
-                    continue
-                entry: dict[str, Any] = {"prompt": small(ids), "tokens": small(tokens)}
-                if options.draft != "none":
-                    drafts = guesses(loaded, ids, tokens, options.guesses)
-                    entry["drafts"] = [
-                        (small(draft.tokens), [mark[1] for mark in draft.marks], draft.above)
-                        for draft in drafts
-                    ]
-                kinds[kind].append(entry)
-            print(f"{kind}: {len(kinds[kind])} texts", file=sys.stderr)
-    found = {"model": Path(options.model).name, "draft": Path(options.draft).name, "kinds": kinds}
-    Path(options.out).write_text(json.dumps(found, separators=(",", ":")) + "\n")
-
-
-class Chains(drafting.Lookup):
-    """Lookup without branches."""
-
-    def propose(self, *arguments: Any) -> drafting.Draft:
-        """The most probable chain."""
-        return super().propose(*arguments).trunk()
-
-
-def count(options: argparse.Namespace) -> None:
-    """Prints tokens per sweep of lookup by kind of text."""
-    texts = json.loads(Path(options.texts.split(",")[0]).read_text())
-    seconds = {rows: 1 + options.row_cost * (rows - 1) for rows in range(1, 33)}
-    for name, make, remembers in (
-        ("trees", drafting.Lookup, False),
-        ("chains", Chains, False),
-        ("trees, earlier texts too", drafting.Lookup, True),
-    ):
-        for kind, entries in texts["kinds"].items():
-            totals = np.zeros(4)
-            history, earlier = Acceptance(), list[int]()
-            for entry in entries:
-                costs = speculation.Assumed(seconds)
-                law = Law(costs, Acceptance(history))
-                drafter = make()
-                drafter.push(earlier)
-                totals += counted(drafter, law, entry, options.draft_max)
-                if remembers:
-                    earlier += [*entry["prompt"], *entry["tokens"]]
-            tokens, sweeps, guessed, spent = totals
-            print(
-                f"{name:<26}{kind:<12}{tokens / sweeps:.2f} tokens per sweep, "
-                f"{(tokens - sweeps) / max(guessed, 1):5.1%} right, {tokens / spent:.2f} x plain"
-            )
-
-
-def counted(drafter: drafting.Lookup, law: Law, entry: dict[str, Any], draft_max: int) -> np.ndarray:
-    """Tokens, sweeps, guessed tokens and seconds of a text after its first token."""
-    text = [*entry["prompt"], *entry["tokens"]]
-    ids = text[: len(entry["prompt"]) + 1]
-    drafter.push(ids)
-    totals = np.zeros(4)
-    while len(ids) < len(text):
-        most = law.ask(min(draft_max, len(text) - len(ids) - 1))
-        draft = drafting.Draft((), ())
-        if most:
-            sequel = drafting.Sequel(ids, None, jax.random.key(0), 0)
-            draft = law.keep(drafter.propose(sequel, (), most, lambda mark: True), most)
-        path, at = [], len(ids)
-        rows = rows_of(ids[-1], draft)
-        row = rows.next(0, text[at])
-        while row is not None and at + 1 < len(text):
-            path.append(row - 1)
-            at += 1
-            row = rows.next(row, text[at])
-        law.learn(draft, path)
-        new = text[len(ids) : at + 1]
-        ids += new
-        drafter.push(new)
-        totals += len(new), 1, len(draft.tokens), law.costs.seconds(1 + len(draft.tokens))
-    return totals
-
-
-def guesses(
-    loaded: airjax.Engine, ids: Sequence[int], tokens: Sequence[int], count: int
-) -> list[drafting.Draft]:
-    """What the draft model guesses after each beginning of a text."""
-    assert loaded.drafts is not None
-    drafter = loaded.drafts.slow_drafter(engine.State(1), sampling.greedy())
-    sampler = sampling.greedy()
-    text = list(ids)
-    drafter.push(text)
-    found = []
-    for token in tokens:
-        context = np.asarray(text, np.int32)[None, :-1]
-        state = sampler.init(context, loaded.model.config.vocab_size)
-        sequel = drafting.Sequel(text, state, jax.random.key(0), 0)
-        found.append(drafter.propose(sequel, (), count, lambda mark: True))
-        text.append(token)
-        drafter.push([token])
-    drafter.close()
-    return found
-
-
-def engine_draws(
-    loaded: airjax.Engine,
-    ids: Sequence[int],
-    count: int,
-    stop_ids: frozenset[int] = frozenset(),
-    sampler: sampling.Transform | None = None,
-    generate: Callable[..., Any] = engine.generate,
-) -> list[engine.Draw]:
-    """Draws after a prompt; `loaded.stats` counts."""
-    model = loaded.model
-    model.stats = engine.Stats()
-    state = engine.new_state(model)
-    draws = list(
-        generate(
-            model,
-            state,
-            list(ids),
-            sampler=sampling.greedy() if sampler is None else sampler,
-            key=jax.random.key(0),
-            max_tokens=count,
-            stop_ids=stop_ids,
-        )
-    )
-    model.wait()
-    state.close()
-    return draws
 
 
 class Replay:
@@ -253,7 +49,7 @@ class Replay:
         """One text; `warm` compiles only."""
         drafts, model = self._loaded.drafts, self._loaded.model
         assert drafts is not None
-        tokens = entry["tokens"][: 6 if warm else _CAPACITY]
+        tokens = entry["tokens"][: 6 if warm else CAPACITY]
         sampler = dictation(tokens)
         law = drafts.law()
         # Each kind begins with nothing learnt: a user has one kind of text.
@@ -299,7 +95,7 @@ class Replay:
 
 def dictation(tokens: Sequence[int]) -> sampling.Transform:
     """A sampler of which every draw is the next of `tokens`."""
-    return sampling.forced_tokens(list(tokens), capacity=_CAPACITY)
+    return sampling.forced_tokens(list(tokens), capacity=CAPACITY)
 
 
 def check(folder: Path) -> str:
@@ -334,6 +130,7 @@ def check(folder: Path) -> str:
 class Spoiled:
     """Knows the text, and is wrong in places that move."""
 
+    name = "spoiled"
     token_s = 0.0
 
     def __init__(self, text: Sequence[int]) -> None:
@@ -360,8 +157,8 @@ class Spoiled:
 def run(options: argparse.Namespace) -> None:
     """Writes the models, checks, measures costs, then dictates until the deadline; prints a table last."""
     begin = time.monotonic()
-    options.position = _CONTEXT - _CAPACITY // 2 - 33
-    options.context, options.compute_dtype, options.resident = _CONTEXT, None, "auto"
+    options.position = CONTEXT - CAPACITY // 2 - 33
+    options.context, options.compute_dtype, options.resident = CONTEXT, None, "auto"
     texts = [json.loads(Path(each).read_text()) for each in options.texts.split(",")]
     folder = Path(tempfile.mkdtemp(prefix="airjax-", dir=options.folder))
 
@@ -395,7 +192,7 @@ def run(options: argparse.Namespace) -> None:
         ) as loaded:
             plan = loaded.plan
             say(f"{len(plan.streamed)} of {len(plan.kv_slots)} layers streamed")
-            costs = speculation.costs_of(loaded, options, dictation(range(_CAPACITY)))
+            costs = speculation.costs_of(loaded, options, dictation(range(CAPACITY)))
             lines += [
                 f"{rows:>2} rows: {seconds * 1e3:7.1f} ms, {seconds / costs[1]:.3f} of one row, "
                 f"{seconds / plain_s:.3f} of plain"
@@ -441,11 +238,12 @@ def dictated(
 ) -> list[str]:
     """Replays texts of each kind by turns while there is time."""
     kinds = texts["kinds"]
-    replay.text("chat", kinds["chat"][-1], warm=True)
+    first = min(kinds)
+    replay.text(first, kinds[first][-1], warm=True)
     say(f"{name}: compiled")
     # Of every passage and question, or code and edit, a different pair.
     for number in sorted(range(max(len(each) for each in kinds.values())), key=lambda number: number % 4):
-        for kind in ("chat", "code edit", "extraction", "story"):
+        for kind in sorted(kinds):
             if number < len(kinds[kind]) and go_on():
                 replay.text(kind, kinds[kind][number])
                 say(replay.lines(name)[list(replay.counts).index(kind)])
@@ -458,21 +256,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("record", "count", "run"))
-    parser.add_argument("--model", help="of record: the GGUF file that writes")
-    parser.add_argument("--draft", default="none", help="of record: the GGUF file that guesses")
-    parser.add_argument("--out", help="of record: where to")
-    parser.add_argument("--every", type=int, default=1, help="of record: of the prompts of each kind")
-    parser.add_argument("--tokens", type=int, default=_CAPACITY, help="of record: of each text")
-    parser.add_argument(
-        "--guesses", type=int, default=7, help="of record: of the draft model at each position"
-    )
-    parser.add_argument("--row_cost", type=float, default=0.001, help="of count: of a row more, in sweeps")
     parser.add_argument("--shape", default="70b", choices=sorted(synthetic.SHAPES))
     parser.add_argument("--draft_shape", default="1b", choices=sorted(synthetic.SHAPES))
     parser.add_argument("--vram_budget_gib", type=float, default=18.62)
     parser.add_argument("--ram_budget_gib", type=float, default=110)
-    parser.add_argument("--texts", default=",".join(str(path) for path in _TEXTS if path.exists()))
+    parser.add_argument("--texts", default=",".join(str(path) for path in TEXTS if path.exists()))
     parser.add_argument("--folder", default="/dev/shm")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--draft_max", type=int, default=31)
@@ -482,9 +270,8 @@ def main() -> None:
     parser.add_argument(
         "--check", action=argparse.BooleanOptionalAction, default=True, help="first, on a small model"
     )
-    parser.add_argument("--deadline_s", type=float, default=235)
-    options = parser.parse_args()
-    {"record": record, "count": count, "run": run}[options.what](options)
+    parser.add_argument("--deadline_s", type=float, default=200)
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -165,7 +165,12 @@ def define_draft(values: Flags) -> None:
         "that stay on the device), or a smaller GGUF file. The text is the same.",
         flag_values=values,
     )
-    flags.DEFINE_integer("draft_max", 15, "Tokens to guess at most, 1 to 31.", flag_values=values)
+    flags.DEFINE_integer(
+        "draft_max",
+        None,
+        "Tokens to guess at most, 1 to 31; default: 31 where layers are streamed, else 15.",
+        flag_values=values,
+    )
 
 
 def define_sampler(values: Flags, max_tokens: int) -> None:

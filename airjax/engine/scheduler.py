@@ -28,6 +28,7 @@ from airjax.engine.batch import (
     write_pages,
 )
 from airjax.engine.drafting.batch import BatchDrafts, still_right
+from airjax.engine.drafting.guarded import warn
 from airjax.engine.drafting.rows import padded
 from airjax.engine.drafting.shared import SharedModel
 from airjax.engine.drafting.smaller import Vocabulary
@@ -165,13 +166,14 @@ class Scheduler:
                 events += self._land(flight)
             else:
                 events += self._admit()
-                if self._drafts is not None:
-                    self._drafts.propose([s for s in self._running if s.decodes], self._draws)
+                events += self._draft()
                 batch = self._choose()
                 if batch:
                     events += self._sweep(batch)
         except Exception as error:
             failed = [sequence for sequence in batch if sequence.slot >= 0]
+            if not batch:  # somebody has to go, or the same would happen for ever
+                failed = self._running[:] or self._waiting[:1]
             events += [self._fail(sequence, f"the sweep failed: {error}") for sequence in failed]
             self._start_over()
         # What is in flight may still be at work.
@@ -251,7 +253,7 @@ class Scheduler:
         """Takes waiting sequences in, the oldest first, while there is a row and room for their prompt.
 
         Returns:
-          The ends of those whose sampler does not fit the model.
+          The ends of those that could not be taken in, such as by a sampler that does not fit the model.
         """
         failures: list[Event] = []
         while self._waiting and self._slots:
@@ -270,9 +272,36 @@ class Scheduler:
             bisect.insort(self._running, sequence, key=lambda s: s.number)
             try:
                 self._bring_in(sequence)
-            except ValueError as error:
+            except Exception as error:
                 failures.append(self._fail(sequence, str(error)))
+                if not isinstance(error, ValueError):  # pages or rows may be gone
+                    self._start_over()
         return failures
+
+    def _draft(self) -> list[Event]:
+        """Asks for guesses for those that decode. Whatever fails there, they go on.
+
+        Returns:
+          The ends of those whose constraint failed.
+        """
+        if self._drafts is None:
+            return []
+        decoding = [sequence for sequence in self._running if sequence.decodes]
+        try:
+            broken = self._drafts.propose(decoding, self._draws)
+        except Exception as error:
+            warn("this batch", error)
+            drafts, self._drafts = self._drafts, None
+            for sequence in decoding:
+                sequence.draft = ()
+            with contextlib.suppress(Exception):
+                drafts.close()
+            return []
+        return [
+            self._fail(sequence, f"the constraint failed: {broken[sequence.number]}")
+            for sequence in decoding
+            if sequence.number in broken
+        ]
 
     def _bring_in(self, sequence: BatchSequence) -> None:
         """Gives an admitted sequence its row of the sampler's state, and a preempted one its cache again."""

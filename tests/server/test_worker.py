@@ -7,14 +7,40 @@ from toy_models import toy_llama
 from toy_server import serve_toy
 
 from airjax import engine as engines
+from airjax.engine import drafting
+from airjax.engine.drafting.law import Costs
 from airjax.server import worker
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    path = toy_llama(tmp_path_factory.mktemp("toy") / "toy.gguf", layers=1, block_type="Q8_0")
+def path(tmp_path_factory):
+    return toy_llama(tmp_path_factory.mktemp("toy") / "toy.gguf", layers=1, block_type="Q8_0")
+
+
+@pytest.fixture(scope="module")
+def client(path):
     with serve_toy(path) as client:
         yield client
+
+
+def test_a_drafter_that_fails_costs_a_request_its_drafts_and_nothing_else(path, client, monkeypatch, caplog):
+    body = {"prompt": "abcabcabc", "max_tokens": 12, "temperature": 0, "logprobs": 1}
+    (expected,) = client.post("/v1/completions", json=body).json()["choices"]
+
+    def failing(*_):
+        raise RuntimeError("a broken table")
+
+    monkeypatch.setattr(Costs, "known", True)
+    monkeypatch.setattr(Costs, "seconds", lambda self, rows: 1.0)
+    monkeypatch.setattr(drafting.Lookup, "propose", failing)
+    with serve_toy(path, load={"draft": "lookup"}) as drafted:
+        for _ in range(2):
+            (choice,) = drafted.post("/v1/completions", json=body).json()["choices"]
+            assert choice == expected
+    told = {record.getMessage() for record in caplog.records if "drafting by" in record.getMessage()}
+    assert told == {
+        "airjax: drafting by lookup failed, the text goes on without: RuntimeError: a broken table"
+    }
 
 
 def test_after_a_long_sweep_a_client_that_comes_back_at_once_misses_none(client, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from airjax.engine.drafting.choice import Choice, choose
 from airjax.engine.drafting.drafter import NOTHING, Draft, Drafter, Sequel
+from airjax.engine.drafting.guarded import Guarded, warn
 from airjax.engine.drafting.law import MARGIN, Acceptance, Costs, chances_of
 from airjax.engine.drafting.ngrams import Lookup
 from airjax.engine.drafting.rows import exact
@@ -44,8 +46,9 @@ class BatchDrafts:
         self._acceptance = Acceptance()
         self._idle = 0
         self._unasked = 0
+        self._broken: dict[int, Exception] = {}
 
-    def propose(self, sequences: Sequence[BatchSequence], draws: Draws | None = None) -> None:
+    def propose(self, sequences: Sequence[BatchSequence], draws: Draws | None = None) -> dict[int, Exception]:
         """Gives decoding sequences their drafts, each of its own length, none where that gives more tokens per second.
 
         A token is worth the probability that it and those before it are right; the tokens of all sequences are taken
@@ -54,12 +57,17 @@ class BatchDrafts:
         Args:
           sequences: that decode.
           draws: their samplers, for a draft model.
+
+        Returns:
+          Numbers of those whose constraint failed, and how: it is no longer known where that is. A drafter that fails
+          is never asked again by its sequence, or if it is the draft model by any.
         """
+        self._broken.clear()
         if self.asleep:
             self.asleep -= 1
-            return
+            return {}
         if not self._costs.known or not sequences:
-            return
+            return {}
         plain = len(sequences) / self._costs.seconds(len(sequences))
         counts = range(len(sequences) + 1, len(sequences) * (1 + self._draft_max) + 1)
         # Were every token right, and still not worth it, then nothing needs to be asked.
@@ -87,6 +95,7 @@ class BatchDrafts:
         self._idle = 0 if best else self._idle + 1
         if self._idle >= _PATIENCE or not choices:
             self.asleep = _SLEEP
+        return dict(self._broken)
 
     def forget(self, number: int) -> None:
         """Frees what is kept of a sequence that left."""
@@ -147,7 +156,14 @@ class BatchDrafts:
             row_s = self._costs.seconds(rows + len(asked)) - self._costs.seconds(rows)
             return sum(chances) * token_s > shared.step_s + max(row_s, 0.0)
 
-        drafts = shared.propose([sequences[at] for at in asked], draws, self._draft_max, go_on)
+        try:
+            drafts = shared.propose([sequences[at] for at in asked], draws, self._draft_max, go_on)
+        except Exception as error:
+            warn(shared.name, error)
+            self._shared = None
+            with contextlib.suppress(Exception):  # its cache may be gone already
+                shared.close()
+            return choices
         for at, draft in zip(asked, drafts, strict=True):
             sequence = sequences[at]
             choice = self._choice(sequence, _Given(draft))
@@ -156,11 +172,11 @@ class BatchDrafts:
                 choices[at] = choice
         return choices
 
-    def _lookup(self, sequence: BatchSequence) -> Lookup:
+    def _lookup(self, sequence: BatchSequence) -> Guarded:
         if sequence.drafter is None:
-            sequence.drafter, sequence.acceptance = Lookup(), Acceptance(self._acceptance)
-        lookup: Lookup = sequence.drafter
-        lookup.push(sequence.ids[len(lookup) :])
+            sequence.drafter, sequence.acceptance = Guarded(Lookup()), Acceptance(self._acceptance)
+        lookup: Guarded = sequence.drafter
+        lookup.push(sequence.ids[lookup.pushed :])
         return lookup
 
     def _choice(self, sequence: BatchSequence, drafter: Drafter) -> Choice:
@@ -172,13 +188,18 @@ class BatchDrafts:
             self._model.plan.context - len(sequence.ids),
         )
         sequel = Sequel(sequence.ids, None, request.key, sequence.drawn)
-        choice = choose(drafter, sequel, request.constraint, request.stop_ids, max(most, 0), None)
+        try:
+            choice = choose(drafter, sequel, request.constraint, request.stop_ids, max(most, 0), None)
+        except Exception as error:
+            self._broken[sequence.number] = error
+            return Choice(NOTHING, None)
         return choice.kept(choice.draft.trunk())
 
 
 class _Given:
     """A draft that was made already."""
 
+    name = "model"
     token_s = 0.0
 
     def __init__(self, draft: Draft) -> None:

@@ -71,6 +71,17 @@ class Draft(NamedTuple):
                 kept.append(at)
         return self if len(kept) == len(self.tokens) else self.only(kept)
 
+    def known(self, tokens: Sequence[int]) -> int:
+        """How many of the first of `tokens` it has, one after another."""
+        place = -1
+        for count, token in enumerate(tokens):
+            later = range(place + 1, len(self.tokens))
+            found = next((at for at in later if self.above[at] == place and self.tokens[at] == token), None)
+            if found is None:
+                return count
+            place = found
+        return len(tokens)
+
     def trunk(self) -> Draft:
         """The chain of most probable children."""
         if self.parents is None:
@@ -84,6 +95,11 @@ NOTHING = Draft((), ())
 
 class Drafter(Protocol):
     """Guesses how a sequence goes on. It belongs to one sequence, whose tokens it sees by `push`."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
 
     @property
     def token_s(self) -> float:

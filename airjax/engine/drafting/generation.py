@@ -10,6 +10,7 @@ import numpy as np
 
 from airjax.engine.drafting.choice import choose
 from airjax.engine.drafting.drafter import NOTHING, Draft, Drafter, Sequel
+from airjax.engine.drafting.guarded import Guarded
 from airjax.engine.drafting.law import Law
 from airjax.engine.drafting.rows import (
     Rows,
@@ -51,7 +52,7 @@ def generate_drafted(
       model: the open model.
       state: the empty KV cache of one sequence.
       prompt: at least one token, fewer than the context.
-      drafter: for this sequence alone; closed at the end.
+      drafter: for this sequence alone; closed at the end. If it fails the sequence goes on without, see `Guarded`.
       draft_max: tokens of a draft at most.
       sampler: transform of the logits.
       key: a typed key, consumed; the n-th draw uses it folded with n.
@@ -68,6 +69,7 @@ def generate_drafted(
     """
     stats, plan = model.stats, model.plan
     stats.prompt_tokens = len(prompt)
+    drafter = Guarded(drafter)
     run = _Run(model, state, drafter, sampler, key, constraint, law)
     try:
         start = time.perf_counter()

@@ -23,10 +23,8 @@ _PRIOR_WEIGHT = 4.0
 # Older tokens count less: a text changes.
 _DECAY = 0.98
 # After so many draws without a draft that paid, the drafter is asked less and less.
-_PATIENCE = 8
-_LONGEST_SLEEP = 64
-# A drafter is slow if a token takes it so much of a sweep.
-_DEAR = 0.005
+PATIENCE = 8
+LONGEST_SLEEP = 64
 
 
 class Costs:
@@ -151,8 +149,7 @@ class Law:
     Args:
       costs: of the model.
       acceptance: of the sequence.
-      may_sleep: stop asking for a while where no draft paid, so that sweeps can be dispatched ahead. A slow drafter is
-        left in peace in any case.
+      may_sleep: stop asking for a while where no draft paid, so that sweeps can be dispatched ahead.
     """
 
     def __init__(self, costs: Costs, acceptance: Acceptance, may_sleep: bool = False) -> None:
@@ -161,7 +158,6 @@ class Law:
         self.acceptance = acceptance
         self._idle = 0
         self._asleep = 0
-        self._token_s = 0.0
 
     @property
     def asleep(self) -> bool:
@@ -182,7 +178,7 @@ class Law:
         counts = range(1, most + 1)
         worth = [count for count in counts if (count + 1) * plain > self.costs.seconds(count + 1) * MARGIN]
         if not worth:
-            self._idle += _LONGEST_SLEEP
+            self._idle += LONGEST_SLEEP
             self._rest()
             return 0
         return worth[-1]
@@ -198,11 +194,14 @@ class Law:
             self._rest()
         return draft.only(kept)
 
-    def rate(self, draft: Draft, seconds: float = 0.0) -> float:
-        """Tokens per second of a sweep that checks the best part of a draft which takes `seconds` to make."""
-        return max(self._best(draft, seconds)[1], 1 / (self.costs.seconds(1) + seconds))
+    def rate(self, draft: Draft, most: int, seconds: float = 0.0) -> float:
+        """Tokens per second of a sweep that checks the best part of a draft which takes `seconds` to make.
 
-    def _best(self, draft: Draft, seconds: float, most: int | None = None) -> tuple[list[int], float]:
+        A part has at most `most` tokens: a tree may have more than there are rows.
+        """
+        return max(self._best(draft, seconds, most)[1], 1 / (self.costs.seconds(1) + seconds))
+
+    def _best(self, draft: Draft, seconds: float, most: int) -> tuple[list[int], float]:
         """Which tokens of a draft give the most tokens per second, and how many; at least one where there is any.
 
         A token is worth the probability that it and those before it are right, which falls along each branch: so
@@ -229,7 +228,6 @@ class Law:
           A function to call with the mark of each drafted token.
         """
         chance, rows = 1.0, 1
-        self._token_s = token_s
 
         def go_on(mark: Any) -> bool:
             nonlocal chance, rows
@@ -247,10 +245,8 @@ class Law:
 
     def _rest(self) -> None:
         self._idle += 1
-        # A slow drafter must not be asked in vain for ever either.
-        slow = self.costs.known and self._token_s > _DEAR * self.costs.seconds(1)
-        if (self._may_sleep or slow) and self._idle >= _PATIENCE:
-            self._asleep = min(self._idle, _LONGEST_SLEEP)
+        if self._may_sleep and self._idle >= PATIENCE:
+            self._asleep = min(self._idle, LONGEST_SLEEP)
 
 
 def chances_of(draft: Draft, acceptance: Acceptance) -> list[float]:

@@ -36,6 +36,7 @@ class Lookup:
     were others than in its source goes on behind them: an edited text.
     """
 
+    name = "lookup"
     token_s = 0.0
 
     def __init__(self) -> None:
@@ -45,10 +46,6 @@ class Lookup:
         self._earlier: dict[int, list[int]] = {length: [] for length in _LENGTHS}
         self._source = -1  # of the next token, if the copy goes on
         self._edited = 0  # the newest tokens that were others than in the source
-
-    def __len__(self) -> int:
-        """How many tokens were pushed."""
-        return len(self._ids)
 
     def push(self, tokens: Sequence[int]) -> None:
         """Takes note of tokens. An n-gram is entered when its follower comes: so the end never finds itself."""

@@ -109,7 +109,7 @@ def most_rows(model: Model) -> int:
 
 def padded(rows: int) -> int:
     """How many rows a sweep of `rows` takes where they share a call."""
-    return next(size for size in _SIZES if size >= rows)
+    return next((size for size in _SIZES if size >= rows), rows)
 
 
 def sweep_rows(model: Model, state: State, rows: Rows, first: int) -> Swept:

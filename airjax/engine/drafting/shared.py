@@ -60,6 +60,8 @@ class SharedModel:
       rows_of: from a number of sequences to the rows of a call.
     """
 
+    name = "the draft model"
+
     def __init__(self, model: Model, vocabulary: Vocabulary | None, rows_of: Callable[[int], int]) -> None:
         self._model = model
         self._vocabulary = vocabulary

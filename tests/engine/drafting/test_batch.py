@@ -1,5 +1,7 @@
 """Drafts in a batch: each sequence its own, and the tokens of every sequence those without drafts."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -88,6 +90,7 @@ class Knowing(BatchDrafts):
                 sequence.masks = np.stack(masks)
             sequence.draft, sequence.marks = tuple(draft), (("lookup", 2),) * len(draft)
             sequence.acceptance = sequence.acceptance or Acceptance()
+        return {}
 
 
 def run(loaded, texts=None, stop=frozenset()):
@@ -208,21 +211,22 @@ PROMPTS = [[5, 6, 7, 8] * 4, [9, 10, 11] * 5, list(range(40, 110))]
 
 
 def eager(monkeypatch):
-    """Rows and guesses that cost nothing, so that all are checked, on a CPU too; and nothing from lookup."""
+    """Rows and guesses that cost nothing, so that all are checked, on a CPU too."""
     monkeypatch.setattr(Costs, "known", True)
     monkeypatch.setattr(Costs, "seconds", lambda self, rows: 1.0)
     monkeypatch.setattr(SharedModel, "step_s", 0.0)
-    monkeypatch.setattr(drafting.Lookup, "propose", lambda *_: NOTHING)
 
 
-def batch(path, draft, monkeypatch=None, **options):
+def batch(path, draft, monkeypatch=None, sampler=SAMPLER, **options):
     with load(path, draft=draft, **options) as loaded:
         if monkeypatch is not None:
             eager(monkeypatch)
-        scheduler = loaded.scheduler(SAMPLER)
+            if draft != "lookup":
+                monkeypatch.setattr(drafting.Lookup, "propose", lambda *_: NOTHING)
+        scheduler = loaded.scheduler(sampler)
         keys = [jax.random.key(n) for n in range(len(PROMPTS))]
         numbers = [
-            scheduler.submit(engine.Request(tuple(ids), SAMPLER, key, max_tokens=20 - 4 * n))
+            scheduler.submit(engine.Request(tuple(ids), sampler, key, max_tokens=20 - 4 * n))
             for n, (ids, key) in enumerate(zip(PROMPTS, keys, strict=True))
         ]
         texts = {number: [] for number in numbers}
@@ -258,3 +262,105 @@ def test_another_draft_model_leaves_the_texts_of_a_batch_alone(tmp_path, monkeyp
     assert stats.accepted_tokens < stats.drafted_tokens
     assert stats.drafted_tokens > 20
     assert held == (0, 0)
+
+
+def failing(times, message):
+    """A function that raises so many times, and what it counts with."""
+    calls = []
+
+    def fail():
+        calls.append(message)
+        if len(calls) <= times:
+            raise RuntimeError(message)
+
+    return fail, calls
+
+
+@pytest.mark.parametrize("times", [1, 10**6])
+def test_a_drafter_that_fails_takes_the_drafts_of_its_sequence_alone(tmp_path, monkeypatch, caplog, times):
+    path = toy_llama(tmp_path / "toy.gguf", block_type="Q8_0", layers=1)
+    expected, _, _ = batch(path, "none", sampler=sampling.greedy())
+    fail, calls = failing(times, "a broken table")
+    propose = drafting.Lookup.propose
+
+    def for_one(self, sequel, *rest):
+        if sequel.ids[: len(PROMPTS[1])] == PROMPTS[1]:
+            fail()
+        return propose(self, sequel, *rest)
+
+    monkeypatch.setattr(drafting.Lookup, "propose", for_one)
+    texts, stats, _ = batch(path, "lookup", monkeypatch, sampler=sampling.greedy(), draft_max=3)
+    assert texts == expected
+    assert stats.drafted_tokens > 0
+    assert len(calls) == 1  # not asked again
+    assert [record.getMessage() for record in caplog.records] == [
+        "airjax: drafting by lookup failed, the text goes on without: RuntimeError: a broken table"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "who"),
+    [(SharedModel, "_guess", "the draft model"), (BatchDrafts, "_guesses", "this batch")],
+)
+@pytest.mark.parametrize("times", [1, 10**6])
+def test_where_shared_drafting_fails_the_batch_goes_on(
+    tmp_path, monkeypatch, caplog, owner, method, who, times
+):
+    path = toy_llama(tmp_path / "toy.gguf", block_type="Q8_0", layers=1)
+    expected, _, _ = batch(path, "none")
+    fail, calls = failing(times, "device lost")
+    whole = getattr(owner, method)
+    monkeypatch.setattr(owner, method, lambda self, *rest: (fail(), whole(self, *rest))[1])
+    texts, _, _ = batch(path, path, monkeypatch)
+    assert texts == expected
+    assert len(calls) == 1
+    (record,) = caplog.records
+    assert f"drafting by {who} failed" in record.getMessage()
+    assert "device lost" in record.getMessage()
+
+
+def test_a_constraint_that_fails_while_a_draft_is_chosen_ends_its_sequence_alone(tmp_path, monkeypatch):
+    eager(monkeypatch)
+    path = toy_llama(tmp_path / "toy.gguf", block_type="Q8_0", layers=1)
+    with load(path, draft="lookup", draft_max=3) as loaded:
+        model = loaded.model
+        scheduler = loaded.scheduler(SAMPLER)
+        asked = [dataclasses.replace(request, top_logprobs=0) for request in requests(model)[:2]]
+        odd = asked[1].constraint
+        mask = odd.mask
+        fail, _ = failing(10**6, "too complex")
+        odd.mask = lambda: fail() if len(odd.seen) == 3 else mask()
+        numbers = [scheduler.submit(request) for request in asked]
+        ends = {}
+        while scheduler.busy:
+            ends |= {event.request: event for event in scheduler.step() if event.finish_reason}
+        scheduler.close()
+    assert [ends[number].finish_reason for number in numbers] == ["length", "error"]
+    assert ends[numbers[1]].error == "the constraint failed: too complex"
+
+
+@pytest.mark.parametrize(("where", "ended"), [("first_row", 1), ("_choose", 4)])
+def test_what_fails_before_a_sweep_is_never_tried_for_ever(path, monkeypatch, where, ended):
+    """Where one request is to blame it alone ends, else those that run."""
+    with load(path) as loaded:
+        scheduler = loaded.scheduler(SAMPLER)
+        broken, *others = requests(loaded.model)
+        fail, _ = failing(10**6 if where == "first_row" else 1, "no memory")
+        owner = scheduler._draws if where == "first_row" else scheduler
+        whole = getattr(owner, where)
+
+        def failing_one(*rest):
+            if where == "_choose" or rest[0] is broken:
+                fail()
+            return whole(*rest)
+
+        for request in (*others, broken) if where == "first_row" else (broken, *others):
+            scheduler.submit(request)
+        monkeypatch.setattr(type(owner), where, lambda self, *rest: failing_one(*rest))
+        reasons = []
+        for _ in range(200):
+            reasons += [event.finish_reason for event in scheduler.step() if event.finish_reason]
+        assert not scheduler.busy
+        assert reasons.count("error") == ended
+        assert len(reasons) == 4
+        scheduler.close()

@@ -55,6 +55,7 @@ class OneWay:
 
 
 class Silent:
+    name = "silent"
     token_s = 0.0
 
     def push(self, tokens):

@@ -11,6 +11,7 @@ from airjax.api import RequestError
 from airjax.engine import drafting
 from airjax.engine.drafting.combined import Combined
 from airjax.engine.drafting.law import Acceptance, Costs, Law
+from airjax.engine.drafting.rows import padded
 from airjax.gguf import GGUFError
 from airjax.plan import PlanError
 from airjax.text import Tokenizer, Translation, same_vocabulary
@@ -94,13 +95,51 @@ def test_the_resident_layers_draft_in_the_cache_of_the_sequence(tmp_path, toy):
         model = target.model
         assert model.plan.resident
         assert model.plan.streamed
+        assert target.drafts.draft_max == 31
         expected = plain(model)
         assert drafted(model, lambda state: drafting.ResidentLayers(model, state, SAMPLER)) == expected
         assert model.stats.drafted_tokens
 
 
+class Failing(drafting.Lookup):
+    """Fails when it is asked for the third time."""
+
+    name = "a cache on disk"
+    asked = closed = 0
+
+    def propose(self, *arguments):
+        self.asked += 1
+        if self.asked == 3:
+            raise OSError("no space left")
+        return super().propose(*arguments)
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_text_goes_on_without_a_drafter_that_fails(llama, caplog, beside):
+    slow = Failing()
+
+    def make(state):
+        if not beside:
+            return slow
+        law = Law(Costs(False, lambda rows: rows), Acceptance())
+        return Combined(drafting.Lookup(), slow, law)
+
+    with airjax.load(llama, vram_budget_gib=1, context=256) as target:
+        expected = plain(target.model)
+        assert drafted(target.model, make) == expected
+    assert (slow.asked, slow.closed) == (3, 1)
+    (record,) = caplog.records
+    assert "drafting by a cache on disk failed" in record.getMessage()
+    assert "OSError: no space left" in record.getMessage()
+
+
 def test_the_free_draft_is_taken_unless_the_slow_one_promises_more():
     class Stub:
+        name = "stub"
+
         def __init__(self, token, mark, token_s):
             self.token, self.mark, self.token_s = token, mark, token_s
 
@@ -124,6 +163,26 @@ def test_the_free_draft_is_taken_unless_the_slow_one_promises_more():
     assert asked(("lookup", 2), 0.9) == 1
 
 
+def test_trees_of_more_tokens_than_there_are_rows_are_weighed_too():
+    """As those of lookup are where 31 tokens are asked for: three ways to go on."""
+    costs = Costs(False, padded)
+    for count in (1, 32):
+        for _ in range(2):
+            costs.observe(count, 1.0, 0.0, "p")
+    tree = drafting.Draft(
+        (*range(31), *range(40, 48), *range(50, 58)),
+        (("lookup", 32, 0),) * 31 + (("lookup", 32, 1),) * 16,
+        (*range(-1, 30), -1, *range(31, 38), -1, *range(39, 46)),
+    )
+    lookup, slow = Failing(), Failing()
+    lookup.propose = lambda *_: tree
+    law = Law(costs, Acceptance())
+    draft = Combined(lookup, slow, law).propose(
+        drafting.Sequel([1], None, jax.random.key(0), 0), (), 31, bool
+    )
+    assert len(law.keep(draft, 31).tokens) == 31
+
+
 def test_a_draft_model_is_counted_in_the_budget(llama, other):
     with airjax.load(llama, vram_budget_gib=0.6, context=256) as alone:
         whole = alone.plan.vram_budget_bytes
@@ -131,7 +190,7 @@ def test_a_draft_model_is_counted_in_the_budget(llama, other):
         tokens = list(both.generate(ids_of(both.model), max_tokens=10, ignore_eos=True))
         assert len(tokens) == 10
         left = both.plan.vram_budget_bytes
-        assert both.drafts is not None
+        assert both.drafts.draft_max == 15  # all layers stay
     with airjax.load(other, vram_budget_gib=0.6, context=256) as small:
         assert whole - left == small.plan.peak_bytes
 

@@ -36,6 +36,7 @@ class Oracle:
     def __init__(self, text, wrong=3):
         self.text, self.wrong, self.asked = text, wrong, 0
 
+    name = "oracle"
     token_s = 0.0
 
     def push(self, tokens):

@@ -109,7 +109,7 @@ def test_a_slow_drafter_stops_where_the_next_token_is_not_worth_its_time():
     assert drafted(0.3) == 1
     assert 2 <= drafted(0.1) <= 3
     assert drafted(0.01) > drafted(0.1)
-    assert law.rate(chain([MARK]), 0.0) > law.rate(chain([MARK]), 1.0)
+    assert law.rate(chain([MARK]), 9, 0.0) > law.rate(chain([MARK]), 9, 1.0)
 
 
 def test_probabilities_fall_into_ten_classes():
