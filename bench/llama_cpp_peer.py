@@ -198,6 +198,7 @@ class Peer:
         options = lib.llama_model_default_params()
         on_gpu = weights.layers if weights.experts else count
         options.n_gpu_layers = on_gpu + 1 if lib.llama_supports_gpu_offload() else 0  # and the output matrix
+        options.split_mode = lib.LLAMA_SPLIT_MODE_NONE  # one GPU, of however many
         options.no_alloc = states_only
         options.load_mode = lib.LLAMA_LOAD_MODE_NONE if pinned or states_only else lib.LLAMA_LOAD_MODE_MMAP
         pattern = overrides(weights, count)

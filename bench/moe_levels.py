@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="30b-a3b,120b-a5b")
     parser.add_argument("--skews", default="0,1")
     parser.add_argument("--budgets_gb", default="8,20")
+    parser.add_argument("--cases", help="skew:budget, a list, instead of all skews with all budgets")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--decode", type=int, default=32)
     parser.add_argument("--peer_decode", type=int, default=16, help="llama.cpp's, which has no cache to warm")
@@ -269,6 +270,12 @@ def main() -> None:
     budgets = [float(budget) for budget in args.budgets_gb.split(",")]
     batches = [int(batch) for batch in args.batches.split(",")]
     engines = args.engines.split(",")
+    cases = list(itertools.product(map(float, args.skews.split(",")), budgets))
+    if args.cases:
+        cases = [
+            (float(skew), float(budget))
+            for skew, budget in (part.split(":") for part in args.cases.split(","))
+        ]
     if args.model:
         for line in each(args.model, budgets[0], batches, args.decode, args.ram_gib, args.resident):
             print(json.dumps(line), flush=True)
@@ -278,7 +285,7 @@ def main() -> None:
     for shape in args.shapes.split(","):
         path, written = args.folder / f"airjax-{shape}.gguf", False
         try:
-            for skew in (float(skew) for skew in args.skews.split(",")):
+            for skew in dict.fromkeys(skew for skew, _ in cases):
                 unwritten = ""
                 try:
                     _write(path, shape, skew, written)
@@ -286,6 +293,7 @@ def main() -> None:
                     print(f"{path}: skew {skew:g}, {time.monotonic() - begin:.0f} s", flush=True)
                 except OSError as error:
                     unwritten = str(error)
+                budgets = [budget for of, budget in cases if of == skew]
                 for budget, engine in itertools.product(budgets, engines):
                     found: dict[int, dict[str, Any] | str] = dict.fromkeys(batches, unwritten)
                     if not unwritten:

@@ -2,9 +2,10 @@
 
     python bench/pieces.py [--settings=70b:18.62:1:128,70b:18.62:32:128,70b:18.62:1:0] [--deadline_s=140]
 
-A setting is a shape, the VRAM budget in GiB, how many sequences, and the largest piece in MiB (0 for whole layers). All
-run in one process, so the peak is that of the process so far. What does not fit before the deadline is left out. The
-link is measured as by `gpu_levels`.
+A setting is a shape, the VRAM budget in GiB, how many sequences, the largest piece in MiB (0 for whole layers), and the
+slots of the ring where they are not to be three. All run in one process, so the peak is that of the process so far.
+What does not fit before the deadline is left out. The link is measured as by `gpu_levels`, whose models are taken where
+it kept them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import gpu_levels
 import synthetic
 
 
-def one(path: str, budget_gib: float, batch: int, piece_mib: int, link: float | None) -> str:
+def one(path: str, budget_gib: float, batch: int, piece_mib: int, depth: int, link: float | None) -> str:
     """Runs one setting; what it gave."""
     import airjax
     from airjax import bench, plan
@@ -29,6 +30,7 @@ def one(path: str, budget_gib: float, batch: int, piece_mib: int, link: float | 
         path,
         vram_budget_gib=budget_gib,
         ram_budget_gib=110,
+        stream_depth=depth,
         context=bench.context_for(batch, prompt, decode, plan.PREFILL_CHUNK),
         max_batch=None if batch == 1 else batch,
     ) as engine:
@@ -64,9 +66,10 @@ def main() -> None:
     longest = 0.0
     try:
         for setting in args.settings.split(","):
-            shape, budget_gib, batch, piece_mib = setting.split(":")
+            shape, budget_gib, batch, piece_mib, *depth = setting.split(":")
             start = time.monotonic()
-            if shape not in written:
+            path = args.folder / f"airjax-levels-{shape}.gguf"
+            if shape not in written and not path.exists():
                 written[shape] = args.folder / f"airjax-pieces-{shape}.gguf"
                 kind = gguf.GGMLQuantizationType.Q4_K
                 synthetic.write(str(written[shape]), synthetic.SHAPES[shape], kind)
@@ -75,7 +78,9 @@ def main() -> None:
             if start - begin + longest > args.deadline_s:
                 print(f"{setting}: no time left before the deadline", flush=True)
                 continue
-            told = one(str(written[shape]), float(budget_gib), int(batch), int(piece_mib), link)
+            path = written.get(shape, path)
+            slots = int(depth[0]) if depth else 3
+            told = one(str(path), float(budget_gib), int(batch), int(piece_mib), slots, link)
             longest = max(longest, time.monotonic() - start)
             print(f"{setting}: {told}", flush=True)
     finally:

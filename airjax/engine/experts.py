@@ -23,28 +23,16 @@ if TYPE_CHECKING:
     from airjax.engine.model import Model
 
 
-# The beginnings of the names of a router's tensors and of the norms before it.
-_READ_BY_ROUTER = ("ffn_gate_inp.", "exp_probs_b.", "ffn_norm.", "post_attention_norm.")
-
-
 @flax.struct.dataclass
 class Routed:
     """Tokens between attention and their experts.
 
     Attributes:
-      x: hidden states after attention, `[B, T, D]`.
-      h: what the experts take, `[B, T, D]`.
-      ids: `[B, T, k]` int32.
-      gates: `[B, T, k]`.
-      beside: what shared experts gave, `[B, T, D]`, or None.
+      chosen: what their layer needs of them.
       picks: `[B * T, k]` int32, and beside them the experts that the next layer's router would choose now.
     """
 
-    x: Array
-    h: Array
-    ids: Array
-    gates: Array
-    beside: Array | None
+    chosen: models.Chosen
     picks: Array
 
 
@@ -78,7 +66,8 @@ def _router_of(model: Model, layer: int) -> tuple[Buffers | None, Layout | None]
     if isinstance(buffers, dict):
         if layer not in model.routers:
             ((capability, arrays),) = buffers.items()
-            some = tuple(item for item in layout.tensors if item[0].startswith(_READ_BY_ROUTER))
+            read = models.read_by_router(model.config)
+            some = tuple(item for item in layout.tensors if item[0].startswith(read))
             part = {capability: {name: arrays[name] for name, _ in some}}
             model.routers[layer] = part, layout._replace(tensors=some)
         return model.routers[layer]
@@ -112,16 +101,16 @@ def run_experts(
     )
     groups = pool.need(layer, np.bincount(picks[:, :used].reshape(-1), minlength=experts))
     slots = model.expert_slots(layer)
-    # Biases of experts are not in the pool.
-    layout = model.manifest.layers[layer].layout if config.experts.biases else None
-    buffers = model.weights.take(layer) if config.experts.biases else None
+    # Biases of experts and norms behind them are not in the pool.
+    layout = model.manifest.layers[layer].layout if config.experts.with_layer else None
+    buffers = model.weights.take(layer) if config.experts.with_layer else None
     before: list[Array | None] = [None] * len(routed)
     for group in groups[:-1]:
         pool.fetch(layer, group)
         active = _mask(group, experts)
         products = products_step(slots, layout, config)
         before = [
-            products(*pool.place(layer), buffers, part.h, part.ids, own, active)
+            products(*pool.place(layer), buffers, part.chosen, own, active)
             for part, own in zip(routed, before, strict=True)
         ]
     last = groups[-1] if groups else np.zeros(0, np.int64)
@@ -129,7 +118,8 @@ def run_experts(
     only = _mask(last, experts) if len(groups) > 1 else None
     finish = finish_step(slots, layout, config)
     xs = [
-        finish(*pool.place(layer), buffers, part, own, only) for part, own in zip(routed, before, strict=True)
+        finish(*pool.place(layer), buffers, part.chosen, own, only)
+        for part, own in zip(routed, before, strict=True)
     ]
     if picks.shape[1] > used:
         likely = np.bincount(picks[:, used:].reshape(-1), minlength=experts)
@@ -152,16 +142,16 @@ def attend(
     config: Config,
     kind: str,
     length: int | None,
-) -> tuple[Array, Array, KVCache]:
-    """A layer up to its router, inside jit: hidden states after attention, what the experts take, and the cache."""
+) -> tuple[models.Chosen, KVCache]:
+    """A layer up to its experts, inside jit, and its cache."""
     architecture: Any = models.get(config.architecture)
     q, k, v = architecture.attend_inputs(weights, x, positions, config, kind)
     cache = layers.write_rows(cache, k, v, positions)
     form = architecture.attention_form(config, kind)
     sinks = architecture.attention_sinks(weights, config)
     attended = layers.attention(q, cache, positions, **form._asdict(), length=length, sinks=sinks)
-    x, h = architecture.feed_forward_input(weights, x, attended, config)
-    return x, h, cache
+    x = architecture.begun(weights, x, positions, config, kind)
+    return architecture.choose(weights, x, attended, config), cache
 
 
 @functools.cache
@@ -177,19 +167,15 @@ def route_step(
     ) -> tuple[Routed, LayerKV]:
         weights = models.unpack(buffers, layout)
         cache: KVCache = kv if table is None else PagedKV(kv, table)
-        x, h, cache = attend(weights, x, cache, positions, config, kind, length)
-        ids, gates = models.route(h, weights, config)
-        picks = ids.reshape(-1, ids.shape[-1])
+        chosen, cache = attend(weights, x, cache, positions, config, kind, length)
+        picks = chosen.ids.reshape(-1, chosen.ids.shape[-1])
         if following is not None and after is not None:
-            likely, _ = models.route(
-                architecture.feed_forward_norm(models.unpack(after, following), x, config),
-                models.unpack(after, following),
-                config,
-            )
+            router, new = models.unpack(after, following), chosen.x
+            h = architecture.feed_forward_norm(router, new, config)
+            likely, _ = architecture.route(router, new, new, h, config)
             picks = jnp.concatenate([picks, likely.reshape(picks.shape)], axis=1)
-        routed = Routed(x, h, ids, gates, models.shared(h, weights, config), picks)
         assert not isinstance(cache, TreeKV)
-        return routed, cache.pages if isinstance(cache, PagedKV) else cache
+        return Routed(chosen, picks), cache.pages if isinstance(cache, PagedKV) else cache
 
     return route
 
@@ -198,7 +184,7 @@ def route_step(
 def products_step(
     slots: tuple[ExpertSlot, ...], layout: Layout | None, config: Config
 ) -> Callable[..., Array]:
-    """jitted `(pool, table, first unit, buffers, h, ids, products before, active [E]) -> products [B, T, k, D]`."""
+    """jitted `(pool, table, first unit, buffers, Chosen, products before, active [E]) -> products [B, T, k, D]`."""
 
     @jit
     def run(
@@ -206,21 +192,20 @@ def products_step(
         table: Array,
         first: Array,
         buffers: Buffers | None,
-        h: Array,
-        ids: Array,
+        chosen: models.Chosen,
         before: Array | None,
         active: Array,
     ) -> Array:
-        own = _biases(buffers, layout, config)
+        weights = _weights(buffers, layout)
         where = _where(table, first, active, config)
-        return pool_products(pool, where, own, h, ids, before, slots, config)
+        return pool_products(pool, where, weights, chosen, before, slots, config)
 
     return run
 
 
 @functools.cache
 def finish_step(slots: tuple[ExpertSlot, ...], layout: Layout | None, config: Config) -> Callable[..., Array]:
-    """jitted `(pool, table, first unit, buffers, Routed, products before, active [E]) -> x [B, T, D]`; buffers,
+    """jitted `(pool, table, first unit, buffers, Chosen, products before, active [E]) -> x [B, T, D]`; buffers,
     products and what is active may be None."""
     architecture: Any = models.get(config.architecture)
 
@@ -230,23 +215,20 @@ def finish_step(slots: tuple[ExpertSlot, ...], layout: Layout | None, config: Co
         table: Array,
         first: Array,
         buffers: Buffers | None,
-        routed: Routed,
+        chosen: models.Chosen,
         before: Array | None,
         active: Array | None,
     ) -> Array:
-        own = _biases(buffers, layout, config)
+        weights = _weights(buffers, layout)
         where = _where(table, first, active, config)
-        made = pool_products(pool, where, own, routed.h, routed.ids, before, slots, config)
-        down = models.combined(made, routed.gates, routed.beside)
-        return architecture.feed_forward_output({}, routed.x, down, config)
+        made = pool_products(pool, where, weights, chosen, before, slots, config)
+        return architecture.mixed(weights, chosen, made, config)
 
     return run
 
 
-def _biases(buffers: Buffers | None, layout: Layout | None, config: Config) -> dict[str, Array]:
-    if buffers is None or layout is None:
-        return {}
-    return models.biases(models.unpack(buffers, layout), config)
+def _weights(buffers: Buffers | None, layout: Layout | None) -> Weights:
+    return {} if buffers is None or layout is None else models.unpack(buffers, layout)
 
 
 def _where(table: Array, first: Array, active: Array | None, config: Config) -> Array:
@@ -258,16 +240,16 @@ def _where(table: Array, first: Array, active: Array | None, config: Config) -> 
 def pool_products(
     pool: Array,
     where: Array,
-    own_biases: dict[str, Array],
-    h: Array,
-    ids: Array,
+    weights: Weights,
+    chosen: models.Chosen,
     before: Array | None,
     slots: tuple[ExpertSlot, ...],
     config: Config,
 ) -> Array:
-    """`models.expert_products` with experts that lie in the pool, inside jit."""
+    """`models.chosen_products` with experts that lie in the pool, inside jit."""
     parts = {
         slot.name.removesuffix(".weight"): quants.Stacked(pool, slot.type, slot.shape, slot.offset)
         for slot in slots
     }
-    return models.expert_products(h, ids, parts, own_biases, where, before, config)
+    own = models.biases(weights, config)
+    return models.chosen_products(chosen, models.by_matrix(parts), own, where, before, config)

@@ -126,11 +126,8 @@ def _layer(
     positions: Array,
 ) -> tuple[Held, Array, KVCache]:
     architecture: Any = models.get(config.architecture)
-    x, h, cache = attend(weights, x, cache, positions, config, block.kind, block.length)
-    ids, gates = models.route(h, weights, config)
-    chosen = jnp.where(positions[..., None] < 0, -1, ids)
-    state, where = fetch(state, form, source, chosen.reshape(-1))
-    own = models.biases(weights, config)
-    made = pool_products(state.buffers[form.kind], where, own, h, ids, None, block.slots, config)
-    down = models.combined(made, gates, models.shared_apart(h, ids, weights, config))
-    return state, architecture.feed_forward_output({}, x, down, config), cache
+    chosen, cache = attend(weights, x, cache, positions, config, block.kind, block.length)
+    needed = jnp.where(positions[..., None] < 0, -1, chosen.ids)
+    state, where = fetch(state, form, source, needed.reshape(-1))
+    made = pool_products(state.buffers[form.kind], where, weights, chosen, None, block.slots, config)
+    return state, architecture.mixed(weights, chosen, made, config), cache

@@ -117,7 +117,7 @@ def _by_expert(
     pool, units = _array((max(plan.expert_slots), span.slot_bytes), jnp.uint8), span.experts * config.n_layers
     place = pool, _array((units,), jnp.int32), _array((), jnp.int32)
     return _workspace(route, buffers, buffers, x, kv, table, positions) + _workspace(
-        finish_step(span.slots, layout, config), *place, buffers, routed, None, None
+        finish_step(span.slots, layout, config), *place, buffers, routed.chosen, None, None
     )
 
 

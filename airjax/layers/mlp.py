@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from airjax.types import Array
 
-Activation = Literal["silu", "gelu", "exact gelu", "squared relu", "clamped"]
+Activation = Literal["silu", "gelu", "exact gelu", "relu", "squared relu", "clamped"]
 
 
 def activate(x: Array, activation: Activation) -> Array:
@@ -26,6 +26,8 @@ def activate(x: Array, activation: Activation) -> Array:
     """
     if activation == "silu":
         return jax.nn.silu(x)
+    if activation == "relu":
+        return jax.nn.relu(x)
     if activation == "squared relu":
         return jnp.square(jax.nn.relu(x))
     return jax.nn.gelu(x, approximate=activation == "gelu")

@@ -10,7 +10,9 @@ import dataclasses
 
 from airjax.gguf import GGUF, GGUFError
 from airjax.models import (
+    afmoe,
     arcee,
+    arctic,
     baichuan,
     bailingmoe,
     bailingmoe2,
@@ -20,6 +22,7 @@ from airjax.models import (
     cohere2,
     command_r,
     dbrx,
+    deci,
     deepseek,
     deepseek2,
     dots1,
@@ -43,24 +46,36 @@ from airjax.models import (
     hunyuan_dense,
     hunyuan_moe,
     internlm2,
+    jais,
+    jais2,
     llama,
     llama4,
+    mimo2,
     minicpm,
     minimax_m2,
     mistral3,
+    mistral4,
     mpt,
     nemotron,
     olmo,
     olmo2,
     olmoe,
+    orion,
+    pangu_embedded,
     phi2,
     phi3,
+    plamo,
     qwen,
     qwen2,
     qwen2moe,
+    qwen2vl,
     qwen3,
     qwen3moe,
+    qwen3vl,
+    qwen3vlmoe,
+    refact,
     seed_oss,
+    smallthinker,
     smollm3,
     stablelm,
     starcoder,
@@ -78,16 +93,17 @@ from airjax.models.architecture import unpack as unpack
 from airjax.models.decoder import ROPE_DIVISORS as ROPE_DIVISORS
 from airjax.models.decoder import DecoderConfig as DecoderConfig
 from airjax.models.decoder import for_context
-from airjax.models.experts import EXPERT_MATRICES as EXPERT_MATRICES
+from airjax.models.experts import EXPERT_STACKS as EXPERT_STACKS
 from airjax.models.experts import GATHERED_BYTES as GATHERED_BYTES
+from airjax.models.experts import Chosen as Chosen
 from airjax.models.experts import biases as biases
 from airjax.models.experts import block_rows as block_rows
+from airjax.models.experts import by_matrix as by_matrix
+from airjax.models.experts import chosen_products as chosen_products
 from airjax.models.experts import combined as combined
 from airjax.models.experts import decoded_experts as decoded_experts
 from airjax.models.experts import expert_products as expert_products
-from airjax.models.experts import route as route
-from airjax.models.experts import shared as shared
-from airjax.models.experts import shared_apart as shared_apart
+from airjax.models.experts import read_by_router as read_by_router
 from airjax.models.experts import with_kernels as with_kernels
 from airjax.models.passing import held_at_once as held_at_once
 from airjax.models.passing import passing_order as passing_order
@@ -103,7 +119,9 @@ from airjax.models.sharding import local_config as local_config
 from airjax.models.sharding import spread as spread
 
 _MODULES = (
+    afmoe,
     arcee,
+    arctic,
     baichuan,
     bailingmoe,
     bailingmoe2,
@@ -113,6 +131,7 @@ _MODULES = (
     cohere2,
     command_r,
     dbrx,
+    deci,
     deepseek,
     deepseek2,
     dots1,
@@ -136,24 +155,36 @@ _MODULES = (
     hunyuan_dense,
     hunyuan_moe,
     internlm2,
+    jais,
+    jais2,
     llama,
     llama4,
+    mimo2,
     minicpm,
     minimax_m2,
     mistral3,
+    mistral4,
     mpt,
     nemotron,
     olmo,
     olmo2,
     olmoe,
+    orion,
+    pangu_embedded,
     phi2,
     phi3,
+    plamo,
     qwen,
     qwen2,
     qwen2moe,
+    qwen2vl,
     qwen3,
     qwen3moe,
+    qwen3vl,
+    qwen3vlmoe,
+    refact,
     seed_oss,
+    smallthinker,
     smollm3,
     stablelm,
     starcoder,
@@ -169,6 +200,7 @@ _HYPHENATED = {
     "hunyuan_dense": "hunyuan-dense",
     "hunyuan_moe": "hunyuan-moe",
     "minimax_m2": "minimax-m2",
+    "pangu_embedded": "pangu-embedded",
 }
 _ARCHITECTURES: dict[str, Architecture] = {
     _HYPHENATED.get(name, name): module.ARCHITECTURE
@@ -200,8 +232,16 @@ _REASONS = {
         ),
         "rwkv7",
     ),
-    "has a rope in sections, of images": ("hunyuan_vl", "paddleocr", "qwen2vl", "qwen3vl", "qwen3vlmoe"),
+    "reads images": ("chameleon", "cogvlm", "deepseek2-ocr", "hunyuan_vl", "paddleocr"),
     "has layers that share embeddings and keys with others": ("gemma3n",),
+    "has attention that picks positions by an index": ("glm-dsa",),
+    "has an activation with constants of each layer": ("apertus",),
+    "has norms inside attention and feed-forward parts": ("bitnet",),
+    "has experts of two kinds": ("grovemoe",),
+    "has layers that differ in their heads and gates": ("openelm", "step35"),
+    "has latent attention of a form of its own": ("minicpm3", "plm"),
+    "has a form that is not established": ("gptj", "grok", "maincoder", "plamo3"),
+    "has a router of its own": ("phimoe",),
     "is no decoder-only language model": (
         *("bert", "clip", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llama-embed"),
         *("modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "t5", "t5encoder", "wavtokenizer-dec"),

@@ -36,7 +36,8 @@ class Config:
     `compute_dtype` is the dtype of products ("float32", "bfloat16", "float16"), `kv_dtype` the form of the KV cache
     (one of `layers.KV_DTYPES`), `experts` an `experts.Experts` where the feed-forward part is a mixture of them. With a
     `mesh` the sizes are those of one device's part; see `sharding`. `kv_copies` neighbours have the same KV heads.
-    `long_rope` says that the rope is that of long contexts, where a model has two.
+    `long_rope` says that the rope is that of long contexts, where a model has two; `feed_forward_name` names the norm
+    before the feed-forward part.
     """
 
     architecture: str
@@ -55,6 +56,7 @@ class Config:
     mesh: Any = field(default=None, kw_only=True)
     kv_copies: int = field(default=1, kw_only=True)
     long_rope: bool = field(default=False, kw_only=True)
+    feed_forward_name: str = field(default="ffn_norm", kw_only=True)
 
     def kv_shape(self, kind: str) -> tuple[int, int]:
         """Heads of keys and values, and their width, in a kind of layer; the heads of one device."""
@@ -188,7 +190,9 @@ def common_sizes(
     compute_dtype: str,
     eps: str = "layer_norm_rms_epsilon",
     head_dim: int | None = None,
+    heads: int | None = None,
     kv_heads: int | None = None,
+    d_ff: int | None = None,
 ) -> dict[str, Any]:
     """The fields of `Config` from the metadata every decoder-only file has.
 
@@ -197,7 +201,8 @@ def common_sizes(
       compute_dtype: as in `Config`.
       eps: the name that the file has for the constant of its norms.
       head_dim: of the cache's rows, where it is not that of keys and values in the file.
-      kv_heads: of keys and values, where the file has a number for each layer.
+      heads, kv_heads, d_ff: of queries, of keys and values, and the feed-forward part's width, where the file has a
+        number for each layer.
 
     Raises:
       GGUFError: a key is missing, or a value makes no model.
@@ -213,7 +218,7 @@ def common_sizes(
             )
         return value
 
-    heads = key("attention.head_count")
+    heads = key("attention.head_count") if heads is None else heads
     d_model = key("embedding_length")
     kv_heads = key("attention.head_count_kv", heads) if kv_heads is None else kv_heads
     if heads % kv_heads:
@@ -247,13 +252,31 @@ def common_sizes(
         "n_heads": heads,
         "n_kv_heads": kv_heads,
         "head_dim": head_dim,
-        "d_ff": key("feed_forward_length"),
+        "d_ff": key("feed_forward_length") if d_ff is None else d_ff,
         "vocab_size": gguf.tensors["token_embd.weight"].shape[0],
         "context_length": key("context_length"),
         "norm_eps": norm_eps,
         "compute_dtype": compute_dtype,
         "kv_dtype": _KV_DTYPE_OF[compute_dtype],
     }
+
+
+def layer_numbers(gguf: GGUF, name: str) -> list[int]:
+    """A key with a number for each layer, or one for all.
+
+    Raises:
+      GGUFError: it is missing, or has as many numbers as no layers.
+    """
+    arch = gguf.get("general.architecture", str)
+    count, full = gguf.get(f"{arch}.block_count", int), f"{arch}.{name}"
+    numbers = np.atleast_1d(gguf.metadata.get(full, ())).tolist()
+    numbers = numbers * count if len(numbers) == 1 else numbers
+    if len(numbers) != count or not all(isinstance(number, int) for number in numbers):
+        raise GGUFError(
+            f"{gguf.path}: {full} must be a whole number for each of {count} layers, "
+            f"got {gguf.metadata.get(full)}: convert the model again"
+        )
+    return numbers
 
 
 def check_tensors(gguf: GGUF, architecture: Architecture, config: Config) -> None:

@@ -5,8 +5,6 @@ Databricks, Introducing DBRX: A New State-of-the-Art Open LLM, 2024.
 
 from __future__ import annotations
 
-import dataclasses
-
 from airjax.gguf import GGUF
 from airjax.models.architecture import common_sizes
 from airjax.models.decoder import Decoder, DecoderConfig, rope_fields
@@ -16,7 +14,6 @@ from airjax.models.experts import read_experts
 def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
     """Reads the configuration from a file's metadata; raises GGUFError where it can't be run."""
     sizes = common_sizes(gguf, compute_dtype, "layer_norm_epsilon")
-    experts = read_experts(gguf, sizes, normalized=True, width="feed_forward_length")
     return DecoderConfig(
         **sizes,
         **rope_fields(gguf, sizes),
@@ -25,8 +22,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
         fused_qkv=True,
         qkv_bound=gguf.get("dbrx.attention.clamp_kqv", float, 0.0),
         feed_forward_name="attn_output_norm",
-        # The pool does not know the norm that this router reads by its name.
-        experts=dataclasses.replace(experts, pooled=False),
+        experts=read_experts(gguf, sizes, normalized=True, width="feed_forward_length"),
     )
 
 

@@ -25,7 +25,17 @@ from airjax.models.architecture import (
     project_many,
     vector,
 )
-from airjax.models.experts import ROUTER, expert_specs, feed_forward
+from airjax.models.experts import (
+    ROUTER,
+    Chosen,
+    biases,
+    chosen_products,
+    chosen_sum,
+    expert_specs,
+    route,
+    shared_apart,
+    stacks,
+)
 from airjax.types import Array, KVCache
 
 _FIRST, _UNROTATED = " first", " unrotated"
@@ -44,6 +54,7 @@ class DecoderConfig(Config):
       rope_scale: factor of the rotated elements (YaRN's attention factor), but for those layers.
       rope_interleaved: pairs are neighbours, else halves.
       unrotated_every: each so manyth layer has no rope (SmolLM3); 0 for none.
+      layer_kinds: of each layer, where they come in no such order (MiMo-V2); empty where they do.
       sliding_window: of local layers; 0 for none.
       local_kv_heads, local_head_dim: of those layers, where they are others; 0 for the same (Gemma 4).
       chunked: the windows stand side by side (Llama 4).
@@ -74,7 +85,6 @@ class DecoderConfig(Config):
       residual_scale: factor of what is added to the hidden states (Granite).
       logit_divisor: of the logits (Granite).
       sinks: each head has a score that takes its part of the softmax (gpt-oss).
-      feed_forward_name: of the norm before the feed-forward part.
     """
 
     rope_frequencies: tuple[float, ...]
@@ -85,6 +95,7 @@ class DecoderConfig(Config):
     rope_scale: float = 1.0
     rope_interleaved: bool = False
     unrotated_every: int = 0
+    layer_kinds: tuple[str, ...] = ()
     sliding_window: int = 0
     local_kv_heads: int = 0
     local_head_dim: int = 0
@@ -114,7 +125,6 @@ class DecoderConfig(Config):
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
     sinks: bool = False
-    feed_forward_name: str = "ffn_norm"
 
     def kv_shape(self, kind: str) -> tuple[int, int]:
         """Heads of keys and values, and their width, in a kind of layer; the heads of one device."""
@@ -189,6 +199,8 @@ class Decoder:
 
     def layer_kind(self, config: DecoderConfig, layer: int) -> str:
         """Whether a layer sees the whole context, and whether it turns its queries and keys."""
+        if config.layer_kinds:
+            return config.layer_kinds[layer]
         local = config.sliding_window and (not config.global_every or (layer + 1) % config.global_every)
         unrotated = config.unrotated_every and (layer + 1) % config.unrotated_every == 0
         begins = layer == 0 and (config.learned_positions or config.embedding_norm)
@@ -217,7 +229,7 @@ class Decoder:
 
     def attention_sinks(self, weights: Weights, config: DecoderConfig) -> Array | None:
         """A score of each head that gives nothing, `[N]`; None without."""
-        return vector(weights, "attn_sinks.weight") if config.sinks else None
+        return vector(weights, "attn_sinks.weight") if "attn_sinks.weight" in weights else None
 
     def attend_inputs(
         self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str
@@ -248,7 +260,7 @@ class Decoder:
         if config.qk_norm == "plain" and rotated:
             q, k = (layers.rms_norm(y, jnp.ones(()), config.norm_eps) for y in (q, k))
         if config.attention_growth and not (rotated and config.attention_growth_unrotated):
-            q = q * _growth(positions, config)[..., None, None]
+            q = q * growth(positions, config)[..., None, None]
         return q, k, v
 
     def begun(self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str) -> Array:
@@ -267,9 +279,47 @@ class Decoder:
 
     def attend_output(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Array:
         """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states."""
+        if f"{ROUTER}.weight" in weights:
+            chosen = self.choose(weights, x, attended, config)
+            products = chosen_products(
+                chosen, stacks(weights, config), biases(weights, config), None, None, config
+            )
+            return self.mixed(weights, chosen, products, config)
         x, h = self.feed_forward_input(weights, x, attended, config)
-        down = _feed_forward(h, weights, config)
+        down = feed_forward(h, weights, config)
         return self.feed_forward_output(weights, x, down, config)
+
+    def choose(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Chosen:
+        """`attend_output` of a mixture of experts up to their products, which need nothing else of the layer.
+
+        Args:
+          weights: the layer's tensors but for the experts.
+          x: as in `block`.
+          attended: `[B, T, N, H]`.
+          config: sizes and constants (static).
+        """
+        new, h = self.feed_forward_input(weights, x, attended, config)
+        ids, gates = self.route(weights, x, new, h, config)
+        return Chosen(new, h, ids, gates, shared_apart(h, ids, weights, config))
+
+    def route(
+        self, weights: Weights, x: Array, new: Array, h: Array, config: DecoderConfig
+    ) -> tuple[Array, Array]:
+        """The experts `[B, T, k]` of each token and their weights `[B, T, k]`.
+
+        Args:
+          weights: those of the router and of the norm before it.
+          x: the input of the layer, `[B, T, D]`.
+          new: the hidden states after attention.
+          h: `feed_forward_norm` of them.
+          config: sizes and constants (static).
+        """
+        return route(h, weights, config)
+
+    def mixed(self, weights: Weights, chosen: Chosen, products: Array, config: DecoderConfig) -> Array:
+        """The new hidden states by what the experts made of their tokens, `[B, T, k, D]`; `weights` may be empty unless
+        `Experts.read_after`."""
+        return self.feed_forward_output(weights, chosen.x, chosen_sum(products, chosen, config), config)
 
     def feed_forward_input(
         self, weights: Weights, x: Array, attended: Array, config: DecoderConfig
@@ -333,19 +383,22 @@ class Decoder:
         return logits
 
 
-def rope_fields(gguf: GGUF, sizes: dict[str, Any], base: float = 10_000.0) -> dict[str, Any]:
+def rope_fields(
+    gguf: GGUF, sizes: dict[str, Any], base: float = 10_000.0, sections: bool = False
+) -> dict[str, Any]:
     """`rope_frequencies` and `rope_scale` by the keys that all files share: width, base, scaling, divisors.
 
     Args:
       gguf: the open file.
       sizes: from `common_sizes`.
       base: where the file gives none.
+      sections: pairs may belong to sections with positions of their own, which in a text are all the same.
 
     Raises:
       GGUFError: a scaling that can't be run, or a value that makes no rope.
     """
     arch, path = sizes["architecture"], gguf.path
-    if f"{arch}.rope.dimension_sections" in gguf.metadata:
+    if f"{arch}.rope.dimension_sections" in gguf.metadata and not sections:
         raise GGUFError(
             f"{path}: {arch}.rope.dimension_sections (a rope in sections, of images) can't be run"
         )
@@ -378,6 +431,23 @@ def rope_fields(gguf: GGUF, sizes: dict[str, Any], base: float = 10_000.0) -> di
         )
     linear = factor if scaling == "linear" else 1.0
     return {"rope_frequencies": tuple(layers.rope_frequencies(width, base, linear, factors).tolist())}
+
+
+def growth_fields(gguf: GGUF, sizes: dict[str, Any]) -> dict[str, Any]:
+    """`attention_growth` and its length, by the keys that Mistral's files share.
+
+    Raises:
+      GGUFError: a length that is none.
+    """
+    arch = sizes["architecture"]
+    original = gguf.get(f"{arch}.rope.scaling.original_context_length", int, sizes["context_length"])
+    length = gguf.get(f"{arch}.attention.temperature_length", int, original)
+    if length < 1:
+        raise GGUFError(f"{gguf.path}: {arch}.attention.temperature_length must be at least 1, got {length}")
+    return {
+        "attention_growth": gguf.get(f"{arch}.attention.temperature_scale", float, 0.0),
+        "attention_growth_length": length,
+    }
 
 
 def window_fields(gguf: GGUF, sizes: dict[str, Any], every: int) -> dict[str, Any]:
@@ -460,9 +530,8 @@ def _added(x: Array, update: Array, weights: Weights, norm: str, config: Decoder
     return x + (update if config.residual_scale == 1 else update * config.residual_scale)
 
 
-def _feed_forward(h: Array, weights: Weights, config: DecoderConfig) -> Array:
-    if f"{ROUTER}.weight" in weights:
-        return feed_forward(h, weights, config)
+def feed_forward(h: Array, weights: Weights, config: DecoderConfig) -> Array:
+    """A layer's plain feed-forward part: `[B, T, D]` to `[B, T, D]`."""
     if not config.gated:
         up = project(h, weights, "ffn_up", config)
         return project(layers.activate(up, config.activation), weights, "ffn_down", config)
@@ -473,7 +542,7 @@ def _feed_forward(h: Array, weights: Weights, config: DecoderConfig) -> Array:
     return project(layers.gated(gate, up, config.activation), weights, "ffn_down", config)
 
 
-def _growth(positions: Array, config: DecoderConfig) -> Array:
+def growth(positions: Array, config: DecoderConfig) -> Array:
     """Factor of the queries at each position: 1 in the first step, then more with the logarithm of the step."""
     first = 1 if config.attention_growth_unrotated else 0
     step = (jnp.maximum(positions, 0) + first) // config.attention_growth_length

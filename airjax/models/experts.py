@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +22,14 @@ from airjax.models.architecture import Config, TensorSpec, Weights, project, pro
 from airjax.types import Array
 
 ROUTER = "ffn_gate_inp"
-_CHOICE_BIAS = "exp_probs_b.bias"
+CHOICE_BIAS = "exp_probs_b.bias"
 # By the numbers that files have for them.
 _SCORINGS: dict[int, layers.Scoring] = {1: "softmax", 2: "sigmoid", 3: "softmax of chosen"}
 _FUNCTION_OF = {scoring: number for number, scoring in _SCORINGS.items()}
 _FUSED_GATE = "ffn_gate_up_exps"
 EXPERT_MATRICES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+# All stacks that files have.
+EXPERT_STACKS = (_FUSED_GATE, *EXPERT_MATRICES)
 # As in `quants.matmul`: up to this many rows each goes to its experts alone.
 _FEW_ROWS = 8
 # Up to this many rows, and tokens of an expert on average, the fused kernels are faster than decoding experts and a
@@ -55,8 +58,8 @@ class Experts:
       every: of the others each so manyth layer is a mixture (Llama 4).
       on_input: a token's weight for an expert multiplies what the expert takes, not what it gives (Llama 4).
       capability: of the CUDA device whose kernels multiply the experts; "" for XLA alone.
-      fused_gate: gate and up of the experts are one stack (Gemma 4).
-      pooled: experts can come through a pool, which hands on their inputs and adds their sum as they are.
+      fused_gate: gate and up of the experts are one stack.
+      read_after: what follows the experts reads the layer's other tensors too (Gemma 4).
     """
 
     count: int
@@ -72,11 +75,35 @@ class Experts:
     on_input: bool = False
     capability: str = ""
     fused_gate: bool = False
-    pooled: bool = True
+    read_after: bool = False
 
     def in_layer(self, layer: int) -> bool:
         """Whether a layer is a mixture."""
         return layer >= self.first and (layer + 1) % self.every == 0
+
+    @property
+    def with_layer(self) -> bool:
+        """Whether the experts' products, or what follows them, read the layer's other tensors."""
+        return self.biases or self.read_after
+
+
+@flax.struct.dataclass
+class Chosen:
+    """Tokens between attention and their experts.
+
+    Attributes:
+      x: hidden states after attention, `[B, T, D]`.
+      h: what the experts take, `[B, T, D]`.
+      ids: `[B, T, k]` int32.
+      gates: `[B, T, k]`.
+      beside: what is added to the experts' sum, `[B, T, D]`, or None.
+    """
+
+    x: Array
+    h: Array
+    ids: Array
+    gates: Array
+    beside: Array | None
 
 
 def read_experts(
@@ -145,7 +172,12 @@ def read_experts(
             f"{gguf.path}: {arch}.leading_dense_block_count must be at most block_count, got {first}"
         )
     return Experts(
-        count, key(width), routing, choice_bias=_has_choice_bias(gguf, sizes["n_layers"]), first=first
+        count,
+        key(width),
+        routing,
+        choice_bias=_in_any_layer(gguf, sizes, CHOICE_BIAS),
+        first=first,
+        fused_gate=_in_any_layer(gguf, sizes, f"{_FUSED_GATE}.weight"),
     )
 
 
@@ -153,7 +185,7 @@ def with_kernels(config: Config, gguf: GGUF, device: jax.Device) -> Config:
     """The configuration with which experts are multiplied by the fused kernels, if these are right on the device."""
     if getattr(config, "experts", None) is None:
         return config
-    types = {info.type for name, info in gguf.tensors.items() if name.split(".")[-2] in EXPERT_MATRICES}
+    types = {info.type for name, info in gguf.tensors.items() if name.split(".")[-2] in EXPERT_STACKS}
     capability = quants.mixture_usable(types, device)
     return dataclasses.replace(config, experts=dataclasses.replace(config.experts, capability=capability))
 
@@ -171,8 +203,8 @@ def shared_width(gguf: GGUF, experts: Experts) -> int:
     return width
 
 
-def _has_choice_bias(gguf: GGUF, n_layers: int) -> bool:
-    return any(f"blk.{layer}.{_CHOICE_BIAS}" in gguf.tensors for layer in range(n_layers))
+def _in_any_layer(gguf: GGUF, sizes: Mapping[str, Any], name: str) -> bool:
+    return any(f"blk.{layer}.{name}" in gguf.tensors for layer in range(sizes["n_layers"]))
 
 
 def expert_specs(config: Config) -> dict[str, TensorSpec]:
@@ -180,10 +212,12 @@ def expert_specs(config: Config) -> dict[str, TensorSpec]:
     experts, d = config.experts, config.d_model
     shapes: dict[str, tuple[int, ...]] = {
         ROUTER: (experts.count, d),
-        "ffn_gate_exps": (experts.count, experts.d_ff, d),
-        "ffn_up_exps": (experts.count, experts.d_ff, d),
         "ffn_down_exps": (experts.count, d, experts.d_ff),
     }
+    if experts.fused_gate:
+        shapes[_FUSED_GATE] = (experts.count, 2 * experts.d_ff, d)
+    else:
+        shapes |= {f"ffn_{part}_exps": (experts.count, experts.d_ff, d) for part in ("gate", "up")}
     if experts.shared_d_ff:
         shapes |= {"ffn_gate_shexp": (experts.shared_d_ff, d), "ffn_up_shexp": (experts.shared_d_ff, d)}
         shapes["ffn_down_shexp"] = (d, experts.shared_d_ff)
@@ -193,41 +227,33 @@ def expert_specs(config: Config) -> dict[str, TensorSpec]:
     if experts.biases:
         specs |= {f"{name}.bias": TensorSpec(shapes[name][:-1]) for name in (ROUTER, *EXPERT_MATRICES)}
     if experts.choice_bias:
-        specs[_CHOICE_BIAS] = TensorSpec((experts.count,))
+        specs[CHOICE_BIAS] = TensorSpec((experts.count,))
     return specs
 
 
-def feed_forward(h: Array, weights: Weights, config: Config) -> Array:
-    """A layer's feed-forward part with all of its experts at hand: `[B, T, D]` to `[B, T, D]`."""
-    ids, gates = route(h, weights, config)
-    scales = None
-    if config.experts.on_input:
-        scales, gates = gates, jnp.ones_like(gates)
-    own = biases(weights, config)
-    products = expert_products(h, ids, stacks(weights, config), own, None, None, config, scales)
-    return combined(products, gates, shared_apart(h, ids, weights, config))
-
-
 def shared_apart(h: Array, ids: Array, weights: Weights, config: Config) -> Array | None:
-    """`shared` in the program of the routed experts, whose `ids` it takes, with the numbers of a program of its own."""
+    """What every token goes through, `[B, T, D]`, by `apart`; None without."""
     if not config.experts.shared_d_ff:
         return None
+    return apart(h, ids, lambda h: _shared(h, weights, config))
 
-    def beside() -> Array:
-        found = shared(h, weights, config)
-        assert found is not None
-        return found
 
+def apart(h: Array, ids: Array, made: Callable[[Array], Array]) -> Array:
+    """`made(h)` in the program of the routed experts, whose `ids` it takes, with the numbers of one of its own."""
     # XLA's CPU backend would fuse the last factor of the shared experts with the sum, and round once less than where
     # the routed experts come through a pool, in a program of their own; into a `lax.cond` it does not fuse.
-    apart: Array = jax.lax.platform_dependent(
-        ids, cpu=lambda ids: _shared_alone(ids, h, beside), default=lambda ids: beside()
+    found: Array = jax.lax.platform_dependent(
+        h,
+        ids,
+        cpu=lambda h, ids: jax.lax.cond(ids[0, 0, 0] >= 0, made, jnp.zeros_like, h),
+        default=lambda h, ids: made(h),
     )
-    return apart
+    return found
 
 
-def _shared_alone(ids: Array, h: Array, beside: Callable[[], Array]) -> Array:
-    return jax.lax.cond(ids[0, 0, 0] >= 0, beside, lambda: jnp.zeros_like(h))
+def read_by_router(config: Config) -> tuple[str, ...]:
+    """The beginnings of the names of a router's tensors, and of the norm before it."""
+    return f"{ROUTER}.", CHOICE_BIAS, f"{config.feed_forward_name}."
 
 
 def route(h: Array, weights: Weights, config: Config) -> tuple[Array, Array]:
@@ -235,15 +261,12 @@ def route(h: Array, weights: Weights, config: Config) -> tuple[Array, Array]:
     logits = quants.matmul(h, weights[f"{ROUTER}.weight"], dtype=np.dtype(np.float32))
     if config.experts.biases:
         logits = logits + quants.dequantize(weights[f"{ROUTER}.bias"])
-    bias = quants.dequantize(weights[_CHOICE_BIAS]) if config.experts.choice_bias else None
+    bias = quants.dequantize(weights[CHOICE_BIAS]) if config.experts.choice_bias else None
     return layers.choose(logits, config.experts.routing, bias)
 
 
-def shared(h: Array, weights: Weights, config: Config) -> Array | None:
-    """What every token goes through, `[B, T, D]`; None without."""
+def _shared(h: Array, weights: Weights, config: Config) -> Array:
     experts = config.experts
-    if not experts.shared_d_ff:
-        return None
     gate, up = project_many(h, weights, ("ffn_gate_shexp", "ffn_up_shexp"), config)
     down = project(layers.gated(gate, up, experts.activation), weights, "ffn_down_shexp", config)
     if not experts.shared_gate:
@@ -255,13 +278,16 @@ def shared(h: Array, weights: Weights, config: Config) -> Array | None:
 def stacks(weights: Weights, config: Config) -> dict[str, quants.Stacked]:
     """The expert tensors of a layer, by name."""
     names = (_FUSED_GATE, EXPERT_MATRICES[2]) if config.experts.fused_gate else EXPERT_MATRICES
-    return {name: quants.stacked(weights[f"{name}.weight"]) for name in names}
+    return by_matrix({name: quants.stacked(weights[f"{name}.weight"]) for name in names})
 
 
-def _gate_and_up(x: Array, product: Callable[[Array, str], Array], experts: Experts) -> list[Array]:
-    if experts.fused_gate:
-        return jnp.split(product(x, _FUSED_GATE), 2, axis=-1)
-    return [product(x, name) for name in EXPERT_MATRICES[:2]]
+def by_matrix(parts: Mapping[str, quants.Stacked]) -> dict[str, quants.Stacked]:
+    """Stacks by the name of their matrix, where gate and up may be one."""
+    found = dict(parts)
+    if _FUSED_GATE in found:
+        gate, up = quants.halves(found.pop(_FUSED_GATE))
+        found |= {EXPERT_MATRICES[0]: gate, EXPERT_MATRICES[1]: up}
+    return found
 
 
 def biases(weights: Weights, config: Config) -> dict[str, Array]:
@@ -303,12 +329,29 @@ def expert_products(
     factors = None if scales is None else scales.reshape(-1, 1)
     experts = config.experts
     product = _by_pair if len(rows) <= _FEW_ROWS else _by_expert
-    # The kernels take gate and up as two stacks.
-    suited = experts.capability and not experts.fused_gate
     few = len(rows) <= _KERNEL_ROWS and len(pairs) <= _KERNEL_TOKENS * experts.count
-    if suited and few and quants.takes(*parts.values()):
+    if experts.capability and few and quants.takes(*parts.values()):
         product = _by_kernels
     return product(rows, pairs, factors, parts, own_biases, slots, out, config).reshape(*lead, used, -1)
+
+
+def chosen_products(
+    chosen: Chosen,
+    parts: Mapping[str, quants.Stacked],
+    own_biases: Mapping[str, Array],
+    slots: Array | None,
+    before: Array | None,
+    config: Config,
+) -> Array:
+    """`expert_products` of what a layer chose."""
+    scales = chosen.gates if config.experts.on_input else None
+    return expert_products(chosen.h, chosen.ids, parts, own_biases, slots, before, config, scales)
+
+
+def chosen_sum(products: Array, chosen: Chosen, config: Config) -> Array:
+    """`combined` of what a layer chose."""
+    gates = jnp.ones_like(chosen.gates) if config.experts.on_input else chosen.gates
+    return combined(products, gates, chosen.beside)
 
 
 def combined(products: Array, gates: Array, beside: Array | None) -> Array:
@@ -376,7 +419,7 @@ def _by_pair(
             y = quants.matmul_each(x, parts[name], index, dtype=dtype)
             return y + own_biases[name][expert] if own_biases else y
 
-        gate, up = _gate_and_up(x, product, experts)
+        gate, up = (product(x, name) for name in EXPERT_MATRICES[:2])
         return product(layers.gated(gate, up, experts.activation), EXPERT_MATRICES[2])
 
     at_once = max(GATHERED_BYTES // sum(part.nbytes for part in parts.values()), 1)
@@ -427,7 +470,7 @@ def _by_expert(
             y = quants.matmul_blocks(x, parts[name], index, dtype=dtype)
             return y + own_biases[name][of_block][:, None] if own_biases else y
 
-        gate, up = _gate_and_up(x, product, experts)
+        gate, up = (product(x, name) for name in EXPERT_MATRICES[:2])
         made = product(layers.gated(gate, up, experts.activation), EXPERT_MATRICES[2])
         return out.at[own.reshape(-1)].set(made.reshape(-1, made.shape[-1]), mode="drop")
 

@@ -15,10 +15,12 @@ import numpy as np
 
 from airjax import layers, quants
 from airjax.gguf import GGUF, GGUFError
-from airjax.models.architecture import TensorSpec, Weights, common_sizes, project, project_many, vector
-from airjax.models.decoder import Decoder, DecoderConfig, rope_fields
-from airjax.models.experts import ROUTER, combined, expert_products, read_experts, stacks
+from airjax.models.architecture import TensorSpec, Weights, common_sizes, project_many, vector
+from airjax.models.decoder import Decoder, DecoderConfig, feed_forward, rope_fields
+from airjax.models.experts import ROUTER, Chosen, apart, combined, expert_specs, read_experts
 from airjax.types import Array
+
+_EXPERT_SCALE = "ffn_down_exps.scale"
 
 
 def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
@@ -65,8 +67,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
             experts,
             activation="gelu",
             shared_d_ff=sizes["d_ff"],
-            fused_gate=f"blk.0.{_FUSED}.weight" in gguf.tensors,
-            pooled=False,
+            read_after=True,
         )
     return DecoderConfig(
         **sizes,
@@ -84,9 +85,6 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
         embedding_scale=sizes["d_model"] ** 0.5,
         experts=experts,
     )
-
-
-_FUSED = "ffn_gate_up_exps"
 
 
 def _pattern(gguf: GGUF) -> list[bool]:
@@ -116,18 +114,13 @@ class GemmaDecoder(Decoder):
         specs["layer_output_scale.weight"] = TensorSpec((1,), optional=True)
         if config.experts is None:
             return specs
-        count, f, d = config.experts.count, config.experts.d_ff, config.d_model
-        shapes: dict[str, tuple[int, ...]] = {
-            f"{ROUTER}.weight": (count, d),
-            f"{ROUTER}.scale": (d,),
-            "ffn_down_exps.weight": (count, d, f),
-            **{f"{name}.weight": (d,) for name in ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2")},
-        }
-        if config.experts.fused_gate:
-            shapes[f"{_FUSED}.weight"] = (count, 2 * f, d)
-        else:
-            shapes |= {f"ffn_{part}_exps.weight": (count, f, d) for part in ("gate", "up")}
-        specs["ffn_down_exps.scale"] = TensorSpec((count,), optional=True)
+        d = config.d_model
+        norms = ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2")
+        shapes = {f"{name}.weight": (d,) for name in norms} | {f"{ROUTER}.scale": (d,)}
+        # The shared part is the layer's own feed-forward part, by its own names.
+        routed = dataclasses.replace(config.experts, shared_d_ff=0)
+        specs |= expert_specs(dataclasses.replace(config, experts=routed))
+        specs[_EXPERT_SCALE] = TensorSpec((config.experts.count,), optional=True)
         return specs | {name: TensorSpec(shape) for name, shape in shapes.items()}
 
     def attend_inputs(
@@ -151,32 +144,47 @@ class GemmaDecoder(Decoder):
         )
         return q, k, layers.rms_norm(v, jnp.ones(()), config.norm_eps)
 
-    def attend_output(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Array:
-        """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states."""
+    def choose(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Chosen:
+        """As in `Decoder`; beside the experts is a plain feed-forward part, and each has norms of its own."""
+        new, h = self.feed_forward_input(weights, x, attended, config)
+        ids, gates = self.route(weights, x, new, h, config)
 
-        def norm(y: Array, name: str) -> Array:
-            return layers.rms_norm(y, vector(weights, f"{name}.weight"), config.norm_eps)
+        def beside(h: Array) -> Array:
+            return _norm(feed_forward(h, weights, config), weights, "post_ffw_norm_1", config)
 
-        x, h = self.feed_forward_input(weights, x, attended, config)
-        gate, up = project_many(h, weights, ("ffn_gate", "ffn_up"), config)
-        down = project(layers.gated(gate, up, config.activation), weights, "ffn_down", config)
-        if config.experts is not None:
-            routed = _routed(x, norm(x, "pre_ffw_norm_2"), weights, config)
-            down = norm(down, "post_ffw_norm_1") + norm(routed, "post_ffw_norm_2")
-        x = self.feed_forward_output(weights, x, down, config)
+        return Chosen(new, _norm(new, weights, "pre_ffw_norm_2", config), ids, gates, apart(h, ids, beside))
+
+    def route(
+        self, weights: Weights, x: Array, new: Array, h: Array, config: DecoderConfig
+    ) -> tuple[Array, Array]:
+        """As in `Decoder`; the router looks at the hidden states themselves, by a norm of its own."""
+        scale = vector(weights, f"{ROUTER}.scale") * config.d_model**-0.5
+        logits = quants.matmul(
+            layers.rms_norm(new, scale, config.norm_eps),
+            weights[f"{ROUTER}.weight"],
+            dtype=np.dtype(np.float32),
+        )
+        ids, gates = layers.choose(logits, config.experts.routing)
+        if _EXPERT_SCALE in weights:
+            gates = gates * vector(weights, _EXPERT_SCALE)[ids]
+        return ids, gates
+
+    def mixed(self, weights: Weights, chosen: Chosen, products: Array, config: DecoderConfig) -> Array:
+        """As in `Decoder`."""
+        routed = _norm(combined(products, chosen.gates, None), weights, "post_ffw_norm_2", config)
+        assert chosen.beside is not None
+        return self.feed_forward_output(weights, chosen.x, chosen.beside + routed, config)
+
+    def feed_forward_output(self, weights: Weights, x: Array, down: Array, config: DecoderConfig) -> Array:
+        """The hidden states with what the feed-forward part gave, scaled."""
+        x = super().feed_forward_output(weights, x, down, config)
         if "layer_output_scale.weight" not in weights:
             return x
         return x * vector(weights, "layer_output_scale.weight")
 
 
-def _routed(x: Array, h: Array, weights: Weights, config: DecoderConfig) -> Array:
-    """What the chosen experts make of `h`; the router looks at `x`, `[B, T, D]` each."""
-    looked = layers.rms_norm(x, vector(weights, f"{ROUTER}.scale") * config.d_model**-0.5, config.norm_eps)
-    logits = quants.matmul(looked, weights[f"{ROUTER}.weight"], dtype=np.dtype(np.float32))
-    ids, gates = layers.choose(logits, config.experts.routing)
-    if "ffn_down_exps.scale" in weights:
-        gates = gates * vector(weights, "ffn_down_exps.scale")[ids]
-    return combined(expert_products(h, ids, stacks(weights, config), {}, None, None, config), gates, None)
+def _norm(x: Array, weights: Weights, name: str, config: DecoderConfig) -> Array:
+    return layers.rms_norm(x, vector(weights, f"{name}.weight"), config.norm_eps)
 
 
 ARCHITECTURE = GemmaDecoder(config_from_gguf)

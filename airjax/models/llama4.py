@@ -38,9 +38,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
         attention_scale=sizes["head_dim"] ** -0.5,
         rope_interleaved=True,
         qk_norm="" if experts.count == _EXPERTS_OF_MAVERICK else "plain",
-        experts=dataclasses.replace(
-            experts, every=every, shared_d_ff=experts.d_ff, on_input=True, pooled=False
-        ),
+        experts=dataclasses.replace(experts, every=every, shared_d_ff=experts.d_ff, on_input=True),
     )
 
 

@@ -9,7 +9,7 @@ import math
 
 from airjax.gguf import GGUF, GGUFError
 from airjax.models.architecture import common_sizes
-from airjax.models.decoder import Decoder, DecoderConfig, rope_fields
+from airjax.models.decoder import Decoder, DecoderConfig, growth_fields, rope_fields
 
 
 def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
@@ -25,20 +25,12 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
     if multiplier and "rope_scale" in rope:
         factor = gguf.get("mistral3.rope.scaling.factor", float)
         rope["rope_scale"] /= 1 + 0.1 * multiplier * math.log(factor)
-    growth = gguf.get("mistral3.attention.temperature_scale", float, 0.0)
-    original = gguf.get("mistral3.rope.scaling.original_context_length", int, sizes["context_length"])
-    length = gguf.get("mistral3.attention.temperature_length", int, original)
-    if length < 1:
-        raise GGUFError(
-            f"{gguf.path}: mistral3.attention.temperature_length must be at least 1, got {length}"
-        )
     return DecoderConfig(
         **sizes,
         **rope,
+        **growth_fields(gguf, sizes),
         attention_scale=sizes["head_dim"] ** -0.5,
         rope_interleaved=True,
-        attention_growth=growth,
-        attention_growth_length=length,
     )
 
 

@@ -130,6 +130,8 @@ def check_cuts(path: str, config: Config, types: Iterable[tuple[str, GGMLType]],
         what = "a norm over all heads at once"
     elif config.alibi:
         what = "a bias of each head"
+    elif config.layer_kinds:
+        what = "a model whose layers differ in their heads"
     elif config.local_head_dim:
         what = "a model with heads of several widths"
     if what or not isinstance(config, DecoderConfig):

@@ -79,15 +79,10 @@ def shuttle_of(kv_shuttle: Switch, max_batch: int | None) -> Switch:
 
 
 def check_dense(gguf: GGUF, config: Config) -> None:
-    """Refuses resident=dense where experts can't be streamed one by one.
+    """Refuses resident=dense of a model without experts.
 
     Raises:
       PlanError: with what else to pass.
     """
     if config.experts is None:
         raise PlanError(f"{gguf.path}: resident=dense is for mixtures of experts: pass --resident=auto")
-    if not config.experts.pooled:
-        raise PlanError(
-            f"{gguf.path}: the experts of a {config.architecture} model can't be streamed one by one: "
-            "pass --resident=auto, which streams whole layers"
-        )

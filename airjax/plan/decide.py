@@ -133,7 +133,7 @@ def make_plan(
 
 def _by_expert(config: Config, asked: Asked, streams: bool) -> bool:
     """Whether experts are to be streamed one by one, where that fits."""
-    if config.experts is None or not config.experts.pooled or asked.first_layer is not None:
+    if config.experts is None or asked.first_layer is not None:
         return False
     wanted = asked.resident == "dense" or (streams and asked.resident == "auto")
     return wanted and asked.kv_shuttle != "on"

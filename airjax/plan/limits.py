@@ -6,7 +6,7 @@ from airjax import models
 
 PREFILL_CHUNK = 512
 EMBEDDING = "token_embd.weight"
-EXPERT_TENSORS = tuple(f"{name}.weight" for name in models.EXPERT_MATRICES)
+EXPERT_TENSORS = tuple(f"{name}.weight" for name in models.EXPERT_STACKS)
 # Where fused kernels may exist; whether they do is known when the device is there.
 KERNEL_BACKENDS = ("gpu", "cuda")
 # Positions of one page of a batch's cache.

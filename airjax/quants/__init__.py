@@ -2,6 +2,7 @@
 
 from airjax.quants.dense import decoded_tiles as decoded_tiles
 from airjax.quants.experts import Stacked as Stacked
+from airjax.quants.experts import halves as halves
 from airjax.quants.experts import matmul_blocks as matmul_blocks
 from airjax.quants.experts import matmul_each as matmul_each
 from airjax.quants.experts import stacked as stacked

@@ -321,11 +321,12 @@ DEVICE void share(const uint4* x, const int* table, const Stack& first, const St
   }
 }
 
-enum Activation { silu, gelu, exact_gelu, squared_relu, clamped };
+enum Activation { silu, gelu, exact_gelu, relu, squared_relu, clamped };
 
 // airjax/layers/mlp.py
 template <Activation A> DEVICE float gated(float gate, float up) {
   if (A == silu) return gate / (1.0f + expf(-gate)) * up;
+  if (A == relu) return fmaxf(gate, 0.0f) * up;
   if (A == squared_relu) return fmaxf(gate, 0.0f) * fmaxf(gate, 0.0f) * up;
   if (A == exact_gelu) return 0.5f * gate * (1.0f + erff(gate * 0.70710678f)) * up;
   if (A == gelu) return 0.5f * gate * (1.0f + tanhf(0.79788456f * (gate + 0.044715f * gate * gate * gate))) * up;

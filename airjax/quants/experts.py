@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -24,12 +25,21 @@ class Stacked:
       type: the block format (static).
       shape: of one expert's part (static).
       offset: bytes (static).
+      lead: bytes of an expert before its part (static).
+      stride: bytes from an expert to the next in `[bytes]`; 0 for those of the part (static).
     """
 
     buffer: Array
     type: Any = flax.struct.field(pytree_node=False)
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
     offset: int = flax.struct.field(pytree_node=False, default=0)
+    lead: int = flax.struct.field(pytree_node=False, default=0)
+    stride: int = flax.struct.field(pytree_node=False, default=0)
+
+    @property
+    def step(self) -> int:
+        """Bytes from one expert to the next."""
+        return self.buffer.shape[1] if self.buffer.ndim == 2 else self.stride or self.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +61,13 @@ def stacked(w: QTensor) -> Stacked:
     return part
 
 
+def halves(w: Stacked) -> tuple[Stacked, Stacked]:
+    """The first and the second half of the rows of each expert's matrix, where they lie."""
+    rows, width = w.shape
+    first = dataclasses.replace(w, shape=(rows // 2, width), stride=w.stride or w.nbytes)
+    return first, dataclasses.replace(first, lead=w.lead + first.nbytes)
+
+
 def take(w: Stacked, index: Array) -> QTensor:
     """The parts of some experts, gathered before they are decoded.
 
@@ -61,15 +78,16 @@ def take(w: Stacked, index: Array) -> QTensor:
     Returns:
       `[P, *shape]`.
     """
-    nbytes, buffer, offset = w.nbytes, w.buffer, w.offset
+    nbytes, step, buffer, offset = w.nbytes, w.step, w.buffer, w.offset
     if buffer.ndim == 1 and buffer.size >= 2**31:
         # Indices are 32-bit numbers, so a larger buffer is cut into rows first.
-        count = (buffer.size - offset) // nbytes
-        buffer, offset = buffer[offset : offset + count * nbytes].reshape(count, nbytes), 0
+        count = (buffer.size - offset) // step
+        buffer, offset = buffer[offset : offset + count * step].reshape(count, step), 0
+    offset += w.lead
 
     def one(at: Array) -> Array:
         if buffer.ndim == 1:
-            return jax.lax.dynamic_slice(buffer, (offset + at * nbytes,), (nbytes,))
+            return jax.lax.dynamic_slice(buffer, (offset + at * step,), (nbytes,))
         return jax.lax.dynamic_slice(buffer, (at, offset), (1, nbytes))[0]
 
     width = row_bytes(w.type, w.shape[-1])

@@ -30,7 +30,7 @@ _UNIT_WEIGHTS: dict[GGMLType, int] = {
     GGMLType.MXFP4: 256,
 }
 TYPES = frozenset(_UNIT_WEIGHTS)
-ACTIVATIONS = ("silu", "gelu", "exact gelu", "squared relu", "clamped")
+ACTIVATIONS = ("silu", "gelu", "exact gelu", "relu", "squared relu", "clamped")
 _MOST_EXPERTS = 1024
 _TILE_ROWS = 16
 _PREPARE_THREADS = 512
@@ -77,7 +77,7 @@ def takes(*ws: Stacked) -> bool:
         and w.shape[0] % 32 == 0
         and w.shape[1] % GGML_QUANT_SIZES[w.type][0] == 0
         # Q4_K and Q5_K are read in 16 bytes.
-        and (GGML_QUANT_SIZES[w.type][1] % 16 != 0 or (w.offset % 16 == 0 and _stride(w) % 16 == 0))
+        and (GGML_QUANT_SIZES[w.type][1] % 16 != 0 or ((w.offset + w.lead) % 16 == 0 and w.step % 16 == 0))
         for w in ws
     )
 
@@ -261,7 +261,9 @@ def _launch(
     pointers = ["const uint4* x", "const int* table", *(f"const char* w{i}" for i in range(len(buffers)))]
     pointers += [f"const float* b{i}" for i in range(len(given))]
     pointers.append(f"{'float' if result.dtype == np.float32 else 'unsigned short'}* y")
-    stacks = [f"const Stack s{i} = {{w{at[i]} + {w.offset}ll, {_stride(w)}ll}};" for i, w in enumerate(ws)]
+    stacks = [
+        f"const Stack s{i} = {{w{at[i]} + {w.offset + w.lead}ll, {w.step}ll}};" for i, w in enumerate(ws)
+    ]
     entry = f"""extern "C" __global__ void __launch_bounds__({threads}, {tuned.blocks}) {name}(
     {", ".join(pointers)}) {{
   {" ".join(stacks)}
@@ -303,11 +305,6 @@ def _defines(ws: Sequence[Stacked], tuned: Tuning, terms: int, rows: int, share:
 def _source(file: str, defines: dict[str, int], entry: str) -> str:
     lines = [f"#define {name} {value}" for name, value in defines.items()]
     return "\n".join([*lines, cuda.text("warps.cu"), cuda.text(file), entry])
-
-
-def _stride(w: Stacked) -> int:
-    """Bytes from one expert to the next."""
-    return w.nbytes if w.buffer.ndim == 1 else w.buffer.shape[1]
 
 
 def _pitch(type: GGMLType) -> int:

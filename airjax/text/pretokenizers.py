@@ -48,6 +48,10 @@ def _modern(digits: str) -> str:
     return f"{_CONTRACTIONS}|{_LETTERS}|{digits}|{_SYMBOLS}[\\r\\n]*|{_LINES}"
 
 
+# Long blanks in pieces of powers of two.
+_HALVED_BLANKS = "|".join(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2")) + r"|\s"
+
+
 def _cased(ending: str, digits: str) -> str:
     """Words that end where lower case turns to upper; beyond ASCII a letter counts as both."""
     upper, lower = r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"
@@ -56,14 +60,18 @@ def _cased(ending: str, digits: str) -> str:
     return f"{words}|{digits}|{_SYMBOLS}[\\r\\n/]*|{_LINES}"
 
 
-_DEEPSEEK_V3 = PreTokenizer(
-    (
-        r"\p{N}{1,3}",
-        _CJK,
-        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-        r"| ?[\p{P}\p{S}]+[\r\n]*|" + _LINES,
-    )
+_DEEPSEEK_WORDS = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|" + _LINES
 )
+_DEEPSEEK_V3 = PreTokenizer((r"\p{N}{1,3}", _CJK, _DEEPSEEK_WORDS))
+# Numbers in threes from their end, words of scripts without blanks apart.
+_AFMOE_SCRIPTS = (
+    r"[\x{4E00}-\x{9FFF}\x{3400}-\x{4DBF}\x{F900}-\x{FAFF}\x{3040}-\x{30FF}\x{FF65}-\x{FF9F}\x{2F00}-\x{2FDF}"
+    r"\x{0E40}-\x{0EFF}\x{1780}-\x{17FF}\x{1000}-\x{109F}\x{AA60}-\x{AA7F}\x{A9E0}-\x{A9FF}\x{AC00}-\x{D7AF}"
+    r"\x{1100}-\x{11FF}]+"
+)
+_AFMOE = (r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", _AFMOE_SCRIPTS, _DEEPSEEK_WORDS)
 _SINGLE_DIGITS = PreTokenizer((_DIGIT, _GPT2))
 _PLAIN = PreTokenizer((_GPT2,))
 _LLAMA3 = PreTokenizer((_modern(r"\p{N}{1,3}"),), whole_words=True, add_bos=True)
@@ -128,6 +136,8 @@ _NAMES: dict[PreTokenizer, tuple[str, ...]] = {
     PreTokenizer((r"\p{Han}+|" + _cased_with_marks(r"&&[^\p{Han}]", r"[\r\n]"),)): ("kimi-k2",),
     PreTokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", _cased_with_marks("", r"[\r\n/]"))): ("tiny_aya", "cohere2moe"),
     PreTokenizer((r"\p{N}{1,3}", _modern(r"\p{N}+")), whole_words=True): ("minicpm5",),
+    PreTokenizer(_AFMOE): ("afmoe",),
+    PreTokenizer((_modern(r"\p{N}{1,3}").replace(_BLANKS, _HALVED_BLANKS),)): ("jais-2",),
 }
 
 PRETOKENIZERS: dict[str, PreTokenizer] = {name: rule for rule, names in _NAMES.items() for name in names}

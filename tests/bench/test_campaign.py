@@ -1,6 +1,7 @@
 """A list of benchmarks: what waits for what, what each sees, and that nothing outlives its time."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -75,3 +76,15 @@ def test_a_list_that_cannot_be_carried_out_is_refused(tmp_path, jobs, message):
     path.write_text(json.dumps(jobs))
     with pytest.raises(SystemExit, match=message):
         campaign.read(path)
+
+
+BENCH = Path(campaign.__file__).parent
+
+
+@pytest.mark.parametrize("path", sorted((BENCH / "campaigns").glob("*.json")), ids=lambda path: path.stem)
+def test_the_lists_that_are_kept_name_scripts_and_options_that_exist(path):
+    for job in campaign.read(path):
+        script, rest = re.search(r"python3 bench/(\w+\.py)([^;&|]*)", job.command).groups()
+        source = (BENCH / script).read_text()
+        for option in re.findall(r" --(\w+)", rest):
+            assert f'"--{option}"' in source, f"{job.name}: {script} has no --{option}"

@@ -75,17 +75,22 @@ def test_factors_of_inputs_and_what_earlier_passes_made_count_as_in_xlas_forms(l
         )
         for name, n_out, n_in in zip(EXPERT_MATRICES, (32, 32, 64), (64, 64, 32), strict=True)
     }
+    # The same with gate and up in one stack, somewhere in a larger buffer.
+    both = jnp.concatenate([parts[name].buffer for name in EXPERT_MATRICES[:2]], axis=1).reshape(-1)
+    one = quants.Stacked(jnp.pad(both, (48, 5)), GGMLType.Q8_0, (64, 64), offset=48)
+    fused = models.by_matrix({"ffn_gate_up_exps": one, EXPERT_MATRICES[2]: parts[EXPERT_MATRICES[2]]})
     h = jnp.asarray(generator.normal(size=(3, 4, 64)), jnp.float32)
     ids = jnp.asarray(np.argsort(generator.random((3, 4, 4)))[..., :2], jnp.int32)
     slots = jnp.asarray([3, -1, 0, 1], jnp.int32)
     before = jnp.asarray(generator.normal(size=(3, 4, 2, 64)), jnp.float32)
     scales = jnp.asarray(generator.random((3, 4, 2)), jnp.float32)
     made = []
-    for capability in ("", "9.0"):
+    for capability, stacks in (("", parts), ("9.0", fused), ("", fused)):
         own = dataclasses.replace(experts, capability=capability)
         config = types.SimpleNamespace(experts=own, compute_dtype="float32", d_model=64)
-        made.append(models.expert_products(h, ids, parts, {}, slots, before, config, scales))
+        made.append(models.expert_products(h, ids, stacks, {}, slots, before, config, scales))
     assert len(launched) == 3
     np.testing.assert_allclose(made[1], made[0], atol=1e-5 * float(jnp.abs(made[0]).max()))
+    np.testing.assert_array_equal(made[2], made[0])
     missing = np.asarray(ids) == 1
     np.testing.assert_array_equal(np.asarray(made[1])[missing], np.asarray(before)[missing])

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 from toy_experts import random_ids, toy_mixture
+from toy_gemma4 import toy_gemma4
 from toy_models import toy_llama
 
 import airjax
-from airjax import engine, models, plan, sampling
+from airjax import engine, models, sampling
 from airjax.bench.compilations import compilations
 from airjax.commands.meter import report
 from airjax.engine import drafting, generation
@@ -71,7 +72,7 @@ def _fetched_by(who):
     """Experts are fetched by the host although the device could."""
     if who == "device":
         return contextlib.nullcontext()
-    return mock.patch.object(plan, "_fetchable", return_value=False)
+    return mock.patch("airjax.plan.experts._fetchable", return_value=False)
 
 
 def _load(path, slots=None, max_batch=None, by="host", **options):
@@ -93,10 +94,10 @@ def _load(path, slots=None, max_batch=None, by="host", **options):
     return loaded
 
 
-def _results(loaded):
-    ids = random_ids(loaded.model.config.vocab_size, 150)
+def _results(loaded, count=150, tokens=12):
+    ids = random_ids(loaded.model.config.vocab_size, count)
     logits = loaded.logits(ids)
-    draws = loaded.generate(ids[:11], max_tokens=12, key=jax.random.key(1), ignore_eos=True)
+    draws = loaded.generate(ids[:11], max_tokens=tokens, key=jax.random.key(1), ignore_eos=True)
     return logits, [(token.id, token.logprob) for token in draws]
 
 
@@ -139,27 +140,28 @@ def test_biases_sinks_windows_and_dense_layers_come_through_the_pool_too(tmp_pat
         assert tokens == expected[1]
 
 
-def test_experts_that_take_weighted_inputs_are_streamed_with_their_layers(tmp_path):
-    toy = toy_mixture(tmp_path / "toy.gguf", "llama4", block_type="Q4_0")
-    with pytest.raises(PlanError, match="experts of a llama4 model can't be streamed one by one"):
-        airjax.load(toy, vram_budget_gib=1, context=256, resident="dense")
-    with open_gguf(toy) as file:
-        _, config = models.from_gguf(file, "float32")
-        manifest, sizes = build_manifest(file), {"context": 64, "prefill_chunk": 64, "backend": "cpu"}
-        plans = [
-            make_plan(
-                file,
-                manifest,
-                config,
-                vram_budget_bytes=budget,
-                ram_budget_bytes=_RAM,
-                resident=kept,
-                **sizes,
-            )
-            for budget, kept in ((1 << 30, "none"), (1 << 30, "auto"))
-        ]
-    assert [len(plan.resident) for plan in plans] == [0, 4]
-    assert not any(plan.expert_slots for plan in plans)
+@pytest.mark.parametrize(
+    ("model", "by"),
+    [
+        ("dbrx", "host"),
+        ("llama4", "device"),
+        ("gemma4", "host"),
+        ("smallthinker", "host"),
+        ("arctic", "device"),
+    ],
+)
+def test_weighted_inputs_own_routers_and_norms_behind_experts_come_through_the_pool_too(tmp_path, model, by):
+    if model == "gemma4":
+        toy = toy_gemma4(tmp_path / "toy.gguf", experts=True, block_type="Q4_0", layers=2)
+    else:
+        layers = 4 if model == "llama4" else 2  # of which two are mixtures
+        toy = toy_mixture(tmp_path / "toy.gguf", model, block_type="Q4_0", layers=layers)
+    with _load(toy, resident="all") as loaded:
+        expected = _results(loaded, count=20, tokens=3)
+    with _load(toy, 5 if by == "host" else 9, by=by) as loaded:
+        logits, tokens = _results(loaded, count=20, tokens=3)
+        np.testing.assert_array_equal(logits, expected[0])
+        assert tokens == expected[1]
 
 
 @pytest.mark.parametrize("tier", ["ring", "pageable mapping"])

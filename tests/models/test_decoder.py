@@ -25,7 +25,8 @@ _ALIKE = {
     "minicpm",
     "qwen",
 }
-_ALIKE |= {"starcoder", "xverse", "ernie4_5", "mpt"}
+_ALIKE |= {"starcoder", "xverse", "ernie4_5", "mpt", "orion", "plamo", "refact", "jais", "jais2"}
+_ALIKE |= {"pangu-embedded", "qwen2vl", "qwen3vl"}
 _DISTINCT = pytest.mark.parametrize("architecture", sorted(set(DECODERS) - _ALIKE))
 
 
@@ -133,6 +134,9 @@ def test_a_file_without_one_of_its_tensors_is_refused_by_name(tmp_path, architec
         ("mistral3", {"expert_count": 4}, "a mistral3 model with experts"),
         ("mistral3", {"attention.temperature_length": 0}, "temperature_length must be at least 1"),
         ("falcon", {"attention.layer_norm_epsilon": 2.0}, "layer_norm_epsilon must be in"),
+        ("deci", {"attention.head_count_kv": [2, 4, 0, 1, 1]}, "layer 3 of a deci model must have 4 heads"),
+        ("deci", {"feed_forward_length": [128, 64, 96, 0, 0]}, "layer 3 has neither attention nor"),
+        ("deci", {"attention.head_count": [4, 4]}, "must be a whole number for each of 5 layers"),
     ],
 )
 def test_what_can_t_be_run_is_refused_by_name(tmp_path, monkeypatch, architecture, values, message):

@@ -9,12 +9,14 @@ from torch_mixtures import torch_mixture_logits
 from toy_experts import MIXTURES, random_ids, toy_mixture
 
 import airjax
+from airjax import models
 from airjax.gguf import GGUFError, build_manifest, describe, format_description, open_gguf
 
 _EVERY = pytest.mark.parametrize("model", sorted(MIXTURES))
 # The others differ from one of these in their configuration alone.
 _DISTINCT = pytest.mark.parametrize(
-    "model", ["deepseek2", "deepseek2-lite", "glm4moe", "gpt-oss", "llama4", "qwen2moe"]
+    "model",
+    ["afmoe", "arctic", "deepseek2", "deepseek2-lite", "glm4moe", "gpt-oss", "llama4", "mimo2", "qwen2moe"],
 )
 
 
@@ -158,6 +160,28 @@ def test_the_bare_functions_give_the_logits_of_the_engine(tmp_path, model):
 
 
 @pytest.mark.parametrize(
+    ("model", "values", "message"),
+    [
+        ("mimo2", {"attention.head_count_kv": [2, 4, 2, 2]}, "one number for layers with a window and one"),
+        ("mimo2", {"attention.value_length": 32}, "value_length must be at most key_length 16"),
+        ("mimo2", {"attention.sliding_window_pattern": [0, 1]}, "a whole number for each of 4 layers"),
+        ("mistral4", {"attention.temperature_length": 0}, "mistral4.attention.temperature_length must be"),
+    ],
+)
+def test_values_that_make_no_layer_are_refused_by_name(tmp_path, model, values, message):
+    values = MIXTURES[model]["values"] | values
+    with pytest.raises(GGUFError, match=message):
+        _load(toy_mixture(tmp_path / "toy.gguf", model, values=values))
+
+
+def test_every_name_that_gguf_has_is_run_or_refused_with_its_reason():
+    known = set(gguf.MODEL_ARCH_NAMES.values()) - {"(unknown)"}
+    refused = {name for names in models._REASONS.values() for name in names}
+    assert not refused & set(models._ARCHITECTURES)
+    assert known <= refused | set(models._ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"stacked": 5}, r"ffn_gate_inp.weight must have shape \(8, 64\) by the metadata, got \(5, 64\)"),
@@ -179,11 +203,12 @@ def test_a_file_that_makes_no_mixture_is_refused_by_name(tmp_path, options, mess
         ("jamba", "state-space, linear-attention or convolution layers and"),
         ("qwen3next", "state-space, linear-attention or convolution layers and"),
         ("lfm2", "state-space, linear-attention or convolution layers and"),
-        ("qwen3vl", "a rope in sections, of images and"),
+        ("cogvlm", "reads images and"),
         ("gemma3n", "layers that share embeddings"),
+        ("glm-dsa", "picks positions by an index and"),
         ("t5", "no decoder-only language model and"),
         ("dream", "by diffusion and"),
-        ("plamo3", ""),
+        ("unheard-of", ""),
     ],
 )
 def test_others_are_refused_by_name_and_still_described(tmp_path, architecture, reason):

@@ -10,7 +10,6 @@ from toy_gemma4 import torch_gemma4_logits, toy_gemma4
 import airjax
 from airjax import sampling
 from airjax.gguf import GGUFError
-from airjax.plan import PlanError
 
 _GREEDY = {"sampler": sampling.greedy(), "max_tokens": 3, "ignore_eos": True}
 
@@ -73,9 +72,3 @@ def test_a_cache_whose_layers_differ_is_the_same_on_the_host_in_pages_and_on_dis
 def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, values, message):
     with pytest.raises(GGUFError, match=message):
         _load(toy_gemma4(tmp_path / "toy.gguf", values=values))
-
-
-def test_its_experts_are_streamed_with_their_layers(tmp_path):
-    path = toy_gemma4(tmp_path / "toy.gguf", experts=True)
-    with pytest.raises(PlanError, match="experts of a gemma4 model can't be streamed one by one"):
-        _load(path, resident="dense")

@@ -13,6 +13,13 @@ _EXAONE_MOE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+_BLANKS = "|".join(
+    r"\s{" + count + r"}(?!\S)" for count in ["512", "256", "128", "64", "32", "16", "8", "4", "1,2"]
+)
+_AFMOE_WORDS = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 ORIGINALS: dict[str, tuple[str, ...]] = {
     "exaone-moe": (_EXAONE_MOE,),
     "kimi-k2": (
@@ -25,6 +32,16 @@ ORIGINALS: dict[str, tuple[str, ...]] = {
     ),
     "tiny_aya": _AYA,
     "cohere2moe": _AYA,
+    # As llama.cpp has them: scripts without blanks by name, numbers cut from their end.
+    "afmoe": (
+        r"(?<!\p{N})\p{N}{1,2}(?=(?:\p{N}{3})+(?!\p{N}))|\p{N}{3}|(?<!\p{N})\p{N}{1,2}(?!\p{N})",
+        r"[一-鿿㐀-䶿豈-\x{FAFF}\x{3040}-ヿ･-ﾟ⼀-\x{2FDF}เ-\x{0E7F}\x{0E80}-\x{0EFF}ក-\x{17FF}က-႟ꩠ-ꩿꧠ-\x{A9FF}가-\x{D7AF}ᄀ-ᇿ]+",
+        _AFMOE_WORDS,
+    ),
+    "jais-2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|" + _BLANKS + r"|\s{1}",
+    ),
     "minicpm5": (
         r"\p{N}{1,3}",
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*" + _REST,

@@ -226,6 +226,18 @@ _TWINS: dict[str, _Twin] = {
         },
     ),
     "gemma": _Twin("Gemma", _PLAIN),
+    "jais2": _Twin(
+        "Jais2",
+        _ATTENTION | _GATED | _TWO_NORMS,
+        lambda key, file: {
+            "layer_norm_eps": key("attention.layer_norm_epsilon"),
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    # What is read is a text, whose positions are the same in all sections of the rope.
+    "qwen2vl": _Twin("Qwen2", _PLAIN),
+    "qwen3vl": _Twin("Qwen3", _PLAIN | _HEAD_NORMS),
     "baichuan": _Twin("Llama", _PLAIN, permuted=True),
     "gpt2": _Twin(
         "GPT2",

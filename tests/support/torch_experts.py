@@ -71,9 +71,9 @@ def _model(file: GGUF) -> Any:
         }
         options["attention_bias"] = True
         options["rope_parameters"]["truncate"] = False
-    elif architecture == "deepseek2":
+    elif architecture in ("deepseek2", "mistral4"):
         sigmoid = key("expert_gating_func", 1) == 2
-        kind = "DeepseekV3" if sigmoid else "DeepseekV2"
+        kind = "Mistral4" if architecture == "mistral4" else "DeepseekV3" if sigmoid else "DeepseekV2"
         suffix = "_mla" if "blk.0.attn_k_b.weight" in file.tensors else ""
         rotated = key("rope.dimension_count")
         options |= {
@@ -88,15 +88,17 @@ def _model(file: GGUF) -> Any:
             "n_shared_experts": key("expert_shared_count"),
             "moe_intermediate_size": key("expert_feed_forward_length"),
             "norm_topk_prob": key("expert_weights_norm", False),
-            "routed_scaling_factor": key("expert_weights_scale"),
+            "routed_scaling_factor": key("expert_weights_scale", 1.0),
             "n_group": key("expert_group_count", 1),
             "topk_group": key("expert_group_used_count", 1),
-            "first_k_dense_replace": key("leading_dense_block_count"),
+            "first_k_dense_replace": key("leading_dense_block_count", 0),
         }
-        if not sigmoid:
+        if kind == "DeepseekV2":
             options["topk_method"] = "greedy" if options["n_group"] == 1 else "group_limited_greedy"
         if options["rope_parameters"]["rope_type"] == "yarn":
             options["rope_parameters"] |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+        if kind == "Mistral4":
+            options["rope_parameters"]["llama_4_scaling_beta"] = key("attention.temperature_scale")
     elif architecture == "glm4moe":
         kind = "Glm4Moe"
         width = key("attention.key_length")
@@ -124,6 +126,8 @@ def _model(file: GGUF) -> Any:
             options["shared_expert_intermediate_size"] = key("expert_shared_feed_forward_length")
     sizes = model_sizes(file, architecture)
     sizes["num_hidden_layers"] -= key("nextn_predict_layers", 0)
+    if kind == "Mistral4":  # which works it out
+        del options["head_dim"], sizes["head_dim"]
     config = getattr(transformers, f"{kind}Config")(**(sizes | options))
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     for name, module in model.named_modules():
@@ -172,9 +176,11 @@ def _state(file: GGUF) -> dict[str, torch.Tensor]:
             )
         if f"blk.{layer}.ffn_gate.weight" in file.tensors:
             continue
-        gate, up, down = (
-            decoded(file, f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up", "down")
-        )
+        down = decoded(file, f"blk.{layer}.ffn_down_exps.weight")
+        if f"blk.{layer}.ffn_gate_up_exps.weight" in file.tensors:
+            gate, up = decoded(file, f"blk.{layer}.ffn_gate_up_exps.weight").chunk(2, dim=1)
+        else:
+            gate, up = (decoded(file, f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up"))
         if architecture == "gpt-oss":
             # Columns of gate and up alternate, and matrices stand the other way.
             alternating = torch.stack([gate, up], dim=2).flatten(1, 2)

@@ -100,6 +100,61 @@ _TWINS: dict[str, _Twin] = {
         },
         bias="mlp.gate.moe_statics.e_score_correction_bias",
     ),
+    "qwen3vlmoe": _Twin(
+        "Qwen3Moe",
+        lambda key: {
+            "num_experts": key("expert_count"),
+            "moe_intermediate_size": key("expert_feed_forward_length"),
+            "norm_topk_prob": True,
+        },
+    ),
+    "afmoe": _Twin(
+        "Afmoe",
+        lambda key: {
+            "num_experts": key("expert_count"),
+            "num_shared_experts": key("expert_shared_count"),
+            "moe_intermediate_size": key("expert_feed_forward_length"),
+            "route_scale": key("expert_weights_scale"),
+            "num_dense_layers": key("leading_dense_block_count"),
+            "sliding_window": key("attention.sliding_window"),
+            "mup_enabled": True,
+        },
+        {
+            "attn_gate": "self_attn.gate_proj",
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_mlp_layernorm",
+            "post_ffw_norm": "post_mlp_layernorm",
+            "ffn_gate_inp": "mlp.router.gate",
+        },
+        bias="mlp.expert_bias",
+    ),
+    "mimo2": _Twin(
+        "MiMoV2Flash",
+        lambda key: {
+            "num_key_value_heads": int(min(key("attention.head_count_kv"))),
+            "v_head_dim": key("attention.value_length"),
+            "attention_value_scale": key("attention.value_scale"),
+            "n_routed_experts": key("expert_count"),
+            "moe_intermediate_size": key("expert_feed_forward_length"),
+            "norm_topk_prob": True,
+            "sliding_window": key("attention.sliding_window"),
+            "layer_types": [
+                "sliding_attention" if own else "full_attention"
+                for own in key("attention.sliding_window_pattern")
+            ],
+            "rope_parameters": {
+                name: {
+                    "rope_type": "default",
+                    "rope_theta": key(base),
+                    "partial_rotary_factor": key("rope.dimension_count") / key("attention.key_length"),
+                }
+                for name, base in (
+                    ("full_attention", "rope.freq_base"),
+                    ("sliding_attention", "rope.freq_base_swa"),
+                )
+            },
+        },
+    ),
     "dots1": _Twin("Dots1", _like_deepseek),
     "exaone-moe": _Twin(
         "ExaoneMoe",
@@ -209,6 +264,8 @@ def _state(file: GGUF, architecture: str, twin: _Twin) -> dict[str, torch.Tensor
                     heads = file.metadata[f"{architecture}.attention.{heads}"]
                     values = neighbours_to_halves(values, heads)
                 state[f"{there}.{theirs}.weight"] = values
+        if f"blk.{layer}.attn_sinks.weight" in file.tensors:
+            state[f"{there}.self_attn.sinks"] = decoded(file, f"blk.{layer}.attn_sinks.weight")
         if f"blk.{layer}.{_BIAS}" in file.tensors:
             bias = decoded(file, f"blk.{layer}.{_BIAS}")
             state[f"{there}.{twin.bias}"] = bias[None] if twin.kind == "Ernie4_5_Moe" else bias

@@ -25,12 +25,24 @@ class _Form(NamedTuple):
       ffn_norm: name of the norm before the feed-forward part.
       normalized: the weights of the chosen experts sum to one, though the file does not say it.
       scores: of the router, before the choice.
+      parallel: the feed-forward part takes what attention takes.
+      alibi: of the scores, where the file does not say it.
+      scale: of the scores, as a power of a head's width.
+      activation: of gates.
+      router: looks at the "h" of the experts, or at the layer's "input".
+      every: each so manyth layer from the first on has neither window nor rope.
     """
 
     neighbours: bool = False
     ffn_norm: str = "ffn_norm"
     normalized: bool = False
     scores: str = "softmax"
+    parallel: bool = False
+    alibi: float = 0.0
+    scale: float = -0.5
+    activation: str = "silu"
+    router: str = "h"
+    every: int = 0
 
 
 ARCHITECTURES = {
@@ -40,6 +52,14 @@ ARCHITECTURES = {
     "bailingmoe": _Form(neighbours=True),
     "bailingmoe2": _Form(scores="sigmoid"),
     "deepseek": _Form(neighbours=True),
+    "orion": _Form(),
+    "plamo": _Form(parallel=True),
+    "refact": _Form(alibi=8.0),
+    "jais": _Form(alibi=8.0, scale=-1.0),
+    "pangu-embedded": _Form(),
+    "smallthinker": _Form(normalized=True, scores="sigmoid", activation="relu", router="input", every=4),
+    "arctic": _Form(neighbours=True, normalized=True),
+    "deci": _Form(neighbours=True),
 }
 
 
@@ -75,15 +95,35 @@ class _Plain:
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         x = decoded(self.file, "token_embd.weight")[ids]
         for layer in range(self.key("block_count")):
-            block = f"blk.{layer}"
-            x = x + self.attention(self.norm(x, f"{block}.attn_norm"), block)
-            x = x + self.feed_forward(self.norm(x, f"{block}.{self.form.ffn_norm}"), block)
+            x = self.block(x, layer)
         x = self.norm(x, "output_norm")
         return self.linear(x, "output" if self.has("output.weight") else "token_embd")
 
-    def attention(self, h: torch.Tensor, block: str) -> torch.Tensor:
-        heads, groups = self.key("attention.head_count"), self.key("attention.head_count_kv")
-        width = self.key("attention.key_length")
+    def block(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        block, before = f"blk.{layer}", x
+        if self.has(f"{block}.attn_norm.weight"):
+            h = self.norm(x, f"{block}.attn_norm")
+            x = x + self.attention(h, layer)
+        if self.form.parallel:
+            return x + self.feed_forward(h, block, h)
+        if self.has(f"{block}.ffn_norm_exps.weight"):
+            experts = self.feed_forward(self.norm(before, f"{block}.ffn_norm_exps"), block, before)
+            return x + experts + self.gated(self.norm(x, f"{block}.ffn_norm"), block, "")
+        if not self.has(f"{block}.{self.form.ffn_norm}.weight"):
+            return x
+        return x + self.feed_forward(self.norm(x, f"{block}.{self.form.ffn_norm}"), block, before)
+
+    def of_layer(self, name: str, layer: int) -> int:
+        value = self.key(name)
+        return int(value if np.ndim(value) == 0 else value[layer])
+
+    def attention(self, h: torch.Tensor, layer: int) -> torch.Tensor:
+        block, width = f"blk.{layer}", self.key("attention.key_length")
+        heads, groups = (
+            self.of_layer(f"attention.{name}", layer) for name in ("head_count", "head_count_kv")
+        )
+        if groups == 0:  # a matrix in its place
+            return self.linear(h, f"{block}.attn_output")
         if self.has(f"{block}.attn_qkv.weight"):
             both = self.linear(h, f"{block}.attn_qkv")
             q, k, v = both.split((heads * width, groups * width, groups * width), dim=-1)
@@ -94,9 +134,19 @@ class _Plain:
         q, k, v = (part.reshape(len(h), -1, width).swapaxes(0, 1) for part in (q, k, v))  # [N, T, H]
         if self.has(f"{block}.attn_q_norm.weight"):
             q, k = self.norm(q, f"{block}.attn_q_norm"), self.norm(k, f"{block}.attn_k_norm")
-        q, k = self.turned(q), self.turned(k)
+        window = self.key("attention.sliding_window") if self.form.every else None
+        whole = bool(self.form.every) and layer % self.form.every == 0
+        alibi = self.key("attention.max_alibi_bias", self.form.alibi)
+        if not alibi and not whole:
+            q, k = self.turned(q), self.turned(k)
         k, v = (part.repeat_interleave(heads // groups, dim=0) for part in (k, v))
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        at = torch.arange(len(h))
+        behind = at[:, None] - at
+        seen = (behind >= 0) & (behind < (len(h) if window is None or whole else window))
+        slopes = 2.0 ** (-alibi * torch.arange(1, heads + 1) / heads) if alibi else torch.zeros(heads)
+        mask = (-slopes[:, None, None] * behind).masked_fill(~seen, float("-inf"))
+        scale = width**self.form.scale
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return self.linear(out.swapaxes(0, 1).reshape(len(h), -1), f"{block}.attn_output")
 
     def turned(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,10 +160,10 @@ class _Plain:
         out = out if self.form.neighbours else out.mT
         return torch.cat([out.flatten(-2), rest], dim=-1)
 
-    def feed_forward(self, h: torch.Tensor, block: str) -> torch.Tensor:
+    def feed_forward(self, h: torch.Tensor, block: str, before: torch.Tensor) -> torch.Tensor:
         if not self.has(f"{block}.ffn_gate_inp.weight"):
             return self.gated(h, block, "")
-        logits = self.linear(h, f"{block}.ffn_gate_inp")
+        logits = self.linear(h if self.form.router == "h" else before, f"{block}.ffn_gate_inp")
         scores = logits.sigmoid() if self.form.scores == "sigmoid" else logits.softmax(-1)
         bias = f"{block}.exp_probs_b.bias"
         compared = scores + decoded(self.file, bias) if self.has(bias) else scores
@@ -134,7 +184,7 @@ class _Plain:
         gate, up, down = (
             decoded(self.file, f"{block}.ffn_{part}_exps.weight") for part in ("gate", "up", "down")
         )
-        inner = functional.silu(torch.einsum("td,efd->tef", h, gate)) * torch.einsum("td,efd->tef", h, up)
+        inner = self.activation(torch.einsum("td,efd->tef", h, gate)) * torch.einsum("td,efd->tef", h, up)
         routed = torch.einsum("tef,edf,te->td", inner, down, gates)
         if not self.has(f"{block}.ffn_up_shexp.weight"):
             return routed
@@ -145,4 +195,7 @@ class _Plain:
         if not self.has(f"{block}.ffn_gate{suffix}.weight"):
             return self.linear(functional.gelu(up, approximate="tanh"), f"{block}.ffn_down{suffix}")
         gate = self.linear(h, f"{block}.ffn_gate{suffix}")
-        return self.linear(functional.silu(gate) * up, f"{block}.ffn_down{suffix}")
+        return self.linear(self.activation(gate) * up, f"{block}.ffn_down{suffix}")
+
+    def activation(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.relu(x) if self.form.activation == "relu" else functional.silu(x)

@@ -176,6 +176,75 @@ MIXTURES |= {
         "norms": ("attn_norm", "attn_output_norm"),
         "values": {"attention.layer_norm_epsilon": 1e-3, "attention.clamp_kqv": 0.8},
     },
+    "qwen3vlmoe": {
+        "count": 8,
+        "used": 3,
+        "qk_norm": True,
+        "values": {"rope.dimension_sections": [3, 3, 2, 0]},
+    },
+    "mistral4": {
+        "count": 8,
+        "used": 3,
+        "latent": {"q_rank": 96, "split": True},
+        "shared": 32,
+        "shared_gate": False,
+        "fused_experts": True,
+        "values": {
+            "expert_shared_count": 1,
+            "expert_weights_norm": True,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 64,
+            "rope.scaling.yarn_log_multiplier": 0.1,
+            "attention.temperature_scale": 0.5,
+        },
+    },
+    "afmoe": {
+        "count": 8,
+        "used": 3,
+        "qk_norm": True,
+        "norms": ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"),
+        "gated_attention": True,
+        "shared": 32,
+        "shared_gate": False,
+        "dense": (0,),
+        "choice_bias": True,
+        "layers": 4,
+        "values": {
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "attention.sliding_window": 8,
+        },
+    },
+    "smallthinker": {
+        "count": 8,
+        "used": 3,
+        "values": {"expert_gating_func": 2, "attention.sliding_window": 8},
+    },
+    "arctic": {
+        "count": 8,
+        "used": 2,
+        "norms": ("attn_norm", "ffn_norm", "ffn_norm_exps"),
+        "beside": True,
+    },
+    # Layers with a window have more KV heads, and sinks; values are narrower than keys.
+    "mimo2": {
+        "count": 8,
+        "used": 3,
+        "dense": (0,),
+        "choice_bias": True,
+        "local": [False, True, True, False],
+        "layers": 4,
+        "values": {
+            "attention.sliding_window": 8,
+            "attention.value_scale": 0.7,
+            "rope.dimension_count": 8,
+            "rope.freq_base_swa": 500.0,
+        },
+    },
     "bailingmoe": {
         "count": 8,
         "used": 3,
@@ -301,7 +370,9 @@ def toy_mixture(
     if latent:
         own, latent_matrices, latent_norms, latent_stacks = _latent_matrices(d, heads, **latent)
         kv_heads = 1 if latent["split"] else heads
-    toy.sizes(layers + guessing, d, 3 * f if options.get("dense") else f, heads, kv_heads, context=512)
+    local = options.get("local", ())[:layers]
+    stated = [2 * kv_heads if own else kv_heads for own in local] or kv_heads
+    toy.sizes(layers + guessing, d, 3 * f if options.get("dense") else f, heads, stated, context=512)
     metadata: dict[str, Any] = {
         "rope.freq_base": 10_000.0,
         "attention.key_length": width,
@@ -309,9 +380,11 @@ def toy_mixture(
         "expert_count": count,
         "expert_used_count": used,
     }
+    if local:
+        metadata |= {"attention.sliding_window_pattern": local, "attention.value_length": width // 2}
     if latent:
         metadata |= own
-    if architecture not in ("llama", "granitemoe", "olmoe", "hunyuan-moe", "minimax-m2", "dbrx"):
+    if architecture not in ("llama", "granitemoe", "olmoe", "hunyuan-moe", "minimax-m2", "dbrx", "arctic"):
         metadata["expert_feed_forward_length"] = f
     if shared and options.get("shared_gate", True):
         metadata["expert_shared_feed_forward_length"] = shared
@@ -325,11 +398,19 @@ def toy_mixture(
         ("attn_v", kv, d, 1.0),
         ("attn_output", d, q, 1.0),
     ]
+    if options.get("gated_attention"):
+        attention.append(("attn_gate", q, d, 1.5))
     if options.get("fused_qkv"):
         attention = [("attn_qkv", q + 2 * kv, d, 1.5), attention[-1]]
     if latent:
         attention = [(name, *shape, 1.5) for name, shape in latent_matrices.items()]
     for layer in range(layers):
+        if local:
+            own_kv = kv * (1 + local[layer])
+            attention = [("attn_q", q, d, 1.5), ("attn_k", own_kv, d, 1.5)]
+            attention += [("attn_v", own_kv // 2, d, 1.0), ("attn_output", d, q // 2, 1.0)]
+            if local[layer]:
+                toy.tensor(f"blk.{layer}.attn_sinks.weight", toy.generator.normal(scale=2, size=heads))
         if latent:
             for name, width in latent_norms.items():
                 toy.norm(f"blk.{layer}.{name}.weight", width)
@@ -349,9 +430,11 @@ def toy_mixture(
             whole = options["qk_norm"] == "whole"
             toy.norm(f"blk.{layer}.attn_q_norm.weight", q if whole else width)
             toy.norm(f"blk.{layer}.attn_k_norm.weight", kv if whole else width)
-        if layer in options.get("dense", ()):
-            for name, rows, columns in (("ffn_gate", 3 * f, d), ("ffn_up", 3 * f, d), ("ffn_down", d, 3 * f)):
+        plain = 3 * f if layer in options.get("dense", ()) else f
+        if layer in options.get("dense", ()) or options.get("beside"):
+            for name, rows, columns in (("ffn_gate", plain, d), ("ffn_up", plain, d), ("ffn_down", d, plain)):
                 toy.matrix(f"blk.{layer}.{name}.weight", rows, columns)
+        if layer in options.get("dense", ()):
             continue
         if options.get("choice_bias"):
             toy.tensor(f"blk.{layer}.exp_probs_b.bias", toy.generator.normal(scale=0.3, size=count))
@@ -362,9 +445,9 @@ def toy_mixture(
             toy.tensor(f"blk.{layer}.ffn_gate_inp.bias", toy.generator.normal(size=count))
         if options.get("sinks"):
             toy.tensor(f"blk.{layer}.attn_sinks.weight", toy.generator.normal(scale=2, size=heads))
+        fused = [("ffn_gate_up_exps", 2 * f, d)] if options.get("fused_experts") else []
         for name, rows, columns in (
-            ("ffn_gate_exps", f, d),
-            ("ffn_up_exps", f, d),
+            *(fused or (("ffn_gate_exps", f, d), ("ffn_up_exps", f, d))),
             ("ffn_down_exps", d, f),
         ):
             if name not in left_out:

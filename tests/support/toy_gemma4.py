@@ -45,9 +45,10 @@ def toy_gemma4(
     fused: bool = True,
     own_values: bool = False,
     block_type: str = "F32",
+    layers: int = 4,
     values: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes a gemma4 of four layers, each second of which has no window, wider heads and fewer of them.
+    """Writes a gemma4, each second of which has no window, wider heads and fewer of them.
 
     Args:
       path: the file.
@@ -55,11 +56,12 @@ def toy_gemma4(
       fused: gate and up of the experts are one stack.
       own_values: layers without a window have a matrix of values.
       block_type: of all matrices.
+      layers: how many, an even number.
       values: metadata that replaces its own.
     """
     d, f, heads = (256, 512, 4) if wide_blocks(block_type) else (64, 128, 4)
     toy = Toy(path, "gemma4", gemma4_metadata(), GGMLType[block_type], 0)
-    local = [True, False] * 2
+    local = [True, False] * (layers // 2)
     # Keys and values of all heads differ in size, too. Only models without values of their own have fewer heads.
     kv_heads, width = {True: 2, False: 2 if own_values else 1}, {True: d // 4, False: d}
     toy.sizes(len(local), d, f, heads, [kv_heads[own] for own in local], context=512)

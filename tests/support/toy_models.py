@@ -303,6 +303,25 @@ DECODERS: dict[str, dict[str, Any]] = {
         "values": {"attention.clamp_kqv": 0.8, "attention.max_alibi_bias": 8.0},
     },
     "xverse": {},
+    "orion": {"layer_norm": True},
+    "plamo": {"norms": ("attn_norm",)},
+    "refact": {"kv_heads": 1},
+    "jais": {
+        "layer_norm": True,
+        "fused_qkv": True,
+        "kv_heads": 4,
+        "biases": "all",
+        "values": {"attention.max_alibi_bias": 8.0},
+    },
+    "jais2": {"layer_norm": True, "gated": False, "biases": "all"},
+    "pangu-embedded": {"biases": ("attn_q", "attn_k", "attn_v", "attn_output")},
+    "qwen2vl": {
+        "biases": ("attn_q", "attn_k", "attn_v"),
+        "values": {"rope.dimension_sections": [2, 3, 3, 0]},
+    },
+    "qwen3vl": {"width": 24, "qk_norm": "head", "values": {"rope.dimension_sections": [4, 4, 4, 0]}},
+    # Of each layer: heads, KV heads and the width of the feed-forward part; the third has a matrix for attention.
+    "deci": {"forms": [(4, 2, 128), (4, 4, 64), (4, 0, 96), (0, 0, 64), (4, 1, 0)]},
     "minicpm": {"values": {"logit_scale": 4.0, "residual_scale": 0.3, "embedding_scale": 6.0}},
     "qwen": {
         "fused_qkv": True,
@@ -361,9 +380,15 @@ def toy_decoder(
     f = d * options.get("widened", 2)
     width = options.get("width", d // heads)
     architecture = options.get("architecture", architecture)
+    wider = d // 64
+    forms = [(own, kv, wider * width) for own, kv, width in options.get("forms", ())]
+    forms = forms or [(heads, kv_heads, f)] * layers
     toy = Toy(path, architecture, pairs_metadata("default", ["abcdefghijklmno "]), GGMLType[block_type], seed)
     stated = 2 * f if options.get("doubled") else f
-    toy.sizes(layers, d, stated, heads, kv_heads, context=512)
+    own_sizes: tuple[Any, Any, Any] = (stated, heads, kv_heads)
+    if "forms" in options:
+        own_sizes = tuple([form[n] for form in forms] for n in (2, 0, 1))
+    toy.sizes(len(forms), d, *own_sizes, context=512)
     toy.value("rope.freq_base", 10_000.0)
     toy.value("attention.key_length", width)
     toy.value("attention.value_length", width)
@@ -390,24 +415,29 @@ def toy_decoder(
         toy.bias("token_embd_norm.bias", d)
     if options.get("output_bias", False):
         toy.bias("output.bias", toy.vocabulary_size)
-    q, kv = heads * width, kv_heads * width
     fused = options.get("fused", options.get("fused_qkv", False))
     fused_gate = options.get("fused", options.get("fused_gate", False))
-    matrices = (
-        {"attn_qkv": (q + 2 * kv, d)} if fused else {"attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d)}
-    )
-    matrices |= {"attn_output": (d, q), "ffn_up": (2 * f, d) if fused_gate else (f, d), "ffn_down": (d, f)}
-    if not fused_gate and options.get("gated", True):
-        matrices["ffn_gate"] = (f, d)
     biases = options.get("biases", ())
-    for layer in range(layers):
+    for layer, (own, kv_heads, f) in enumerate(forms):
+        q, kv = heads * width, kv_heads * width
+        matrices = (
+            {"attn_qkv": (q + 2 * kv, d)}
+            if fused
+            else {"attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d)}
+        )
+        matrices = (matrices if kv else {}) | ({"attn_output": (d, q)} if own else {})
+        if f:
+            matrices |= {"ffn_up": (2 * f, d) if fused_gate else (f, d), "ffn_down": (d, f)}
+            if not fused_gate and options.get("gated", True):
+                matrices["ffn_gate"] = (f, d)
         for name, (rows, columns) in matrices.items():
             toy.matrix(
                 f"blk.{layer}.{name}.weight", rows, columns, 1.5 if name in ("attn_q", "attn_k") else 1.0
             )
             if biases == "all" or name in biases:
                 toy.bias(f"blk.{layer}.{name}.bias", rows)
-        for name in options.get("norms", ("attn_norm", "ffn_norm")):
+        norms = options.get("norms", (*(["attn_norm"] if own else []), *(["ffn_norm"] if f else [])))
+        for name in norms:
             toy.norm(f"blk.{layer}.{name}.weight", d)
             if norm_biases:
                 toy.bias(f"blk.{layer}.{name}.bias", d)
@@ -442,8 +472,8 @@ class Toy:
             if key != "general.architecture":
                 self._add(key, value)
 
-    def sizes(self, layers: int, d: int, f: int, heads: int, kv_heads: int, context: int) -> None:
-        """The metadata that every architecture has."""
+    def sizes(self, layers: int, d: int, f: Any, heads: Any, kv_heads: Any, context: int) -> None:
+        """The metadata that every architecture has; width and heads may be lists with a number for each layer."""
         self.value("block_count", layers)
         self.value("context_length", context)
         self.value("embedding_length", d)
