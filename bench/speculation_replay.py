@@ -170,10 +170,13 @@ def run(options: argparse.Namespace) -> None:
 
     lines: list[str] = []
     try:
-        if options.check:
+        if not options.nocheck:
             say(check(folder))
         paths = {}
         for shape in (options.shape, options.draft_shape):
+            if shape == options.shape and options.model:
+                paths[shape] = Path(options.model)
+                continue
             paths[shape] = folder / f"{shape}.gguf"
             nbytes = synthetic.write(
                 str(paths[shape]), synthetic.SHAPES[shape], gguf.GGMLQuantizationType.Q4_K
@@ -257,6 +260,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="70b", choices=sorted(synthetic.SHAPES))
+    parser.add_argument("--model", help="a file of the shape that is there already, which stays")
     parser.add_argument("--draft_shape", default="1b", choices=sorted(synthetic.SHAPES))
     parser.add_argument("--vram_budget_gib", type=float, default=18.62)
     parser.add_argument("--ram_budget_gib", type=float, default=110)
@@ -267,9 +271,7 @@ def main() -> None:
     parser.add_argument(
         "--plain_s", type=float, help="of a plain sweep, where it is known: it is not measured then"
     )
-    parser.add_argument(
-        "--check", action=argparse.BooleanOptionalAction, default=True, help="first, on a small model"
-    )
+    parser.add_argument("--nocheck", action="store_true", help="of a small model, first")
     parser.add_argument("--deadline_s", type=float, default=200)
     run(parser.parse_args())
 

@@ -163,6 +163,12 @@ def test_the_free_draft_is_taken_unless_the_slow_one_promises_more():
     assert asked(("lookup", 2), 0.9) == 1
 
 
+def test_a_tree_knows_a_text_as_far_as_one_of_its_branches_does():
+    tree = drafting.Draft((5, 6, 7, 6, 8), (("model", 5),) * 5, (-1, 0, 1, -1, 3))
+    for text, known in (([5, 6, 7, 9], 3), ([6, 8, 7], 2), ([5, 8], 1), ([7], 0), ([], 0)):
+        assert tree.known(text) == known
+
+
 def test_trees_of_more_tokens_than_there_are_rows_are_weighed_too():
     """As those of lookup are where 31 tokens are asked for: three ways to go on."""
     costs = Costs(False, padded)
