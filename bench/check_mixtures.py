@@ -24,6 +24,7 @@ from toy_gemma4 import toy_gemma4
 
 import airjax
 from airjax import quants
+from airjax.plan import Resident
 
 # Architecture, block type, layers.
 _CASES = (
@@ -42,10 +43,11 @@ _CASES = (
 _MOST_KL = 1e-6
 
 
-def run(path: Path, resident: str) -> tuple[np.ndarray, list[int], str]:
+def run(path: Path, resident: Resident) -> tuple[np.ndarray, list[int], str]:
     """Logits, greedy tokens, and who fetches experts."""
-    options = {"vram_budget_gib": 2, "context": 256, "compute_dtype": "float32", "resident": resident}
-    with airjax.load(str(path), **options) as loaded:
+    with airjax.load(
+        str(path), vram_budget_gib=2, context=256, compute_dtype="float32", resident=resident
+    ) as loaded:
         ids = random_ids(loaded.model.config.vocab_size, 40)
         logits = np.asarray(loaded.logits(ids))
         tokens = [token.id for token in loaded.generate(ids[:11], max_tokens=8, ignore_eos=True)]
