@@ -29,9 +29,8 @@ class Combined:
         self._slow = Guarded(slow)
         self._law = law
         self._newest = NOTHING  # of the slow one
-        self._unjudged: tuple[Sequence[int], float] | None = (
-            None  # what came before that, and the seconds it took
-        )
+        # What came before that, and the seconds it took, until the text shows what it was worth.
+        self._unjudged: tuple[Sequence[int], float] | None = None
         self._vain = 0  # of its newest guesses, those that did not pay
         self._peace = 0  # so often it is not asked
 
