@@ -2,12 +2,17 @@
 
 import itertools
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
 import real_models
+
+# Shells start background jobs with ctrl-C ignored, and what these start inherits that; tests send it to airjax.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test is timed: a machine may be busy.
 hypothesis.settings.register_profile("untimed", deadline=None)
