@@ -153,7 +153,7 @@ def test_attention_that_is_looked_at_has_all_heads(toy):
 class _Oracle:
     """Knows the text, and is wrong in every second draft."""
 
-    token_s, asked = 0.0, 0
+    name, token_s, asked = "oracle", 0.0, 0
 
     def __init__(self, text):
         self.text = text
