@@ -17,10 +17,10 @@ from airjax.engine.model import Model, alignment, check_devices, fetches, open_m
 from airjax.engine.pipeline import Stage, StagedWeights, plan_stages
 from airjax.engine.shards import cut_layers, local_manifest
 from airjax.engine.stats import Stats, has_compact_allocator
-from airjax.engine.weights import LayerWeights, matrix_types, open_weights, put_span
+from airjax.engine.weights import LayerWeights, matrix_types, open_weights, output_name, put_globals
 from airjax.gguf import GGUF, Manifest, build_manifest, open_gguf
 from airjax.models import Config, DecoderConfig
-from airjax.plan import EMBEDDING, Plan, PlanError, make_plan, plan_layers
+from airjax.plan import Plan, PlanError, make_plan, plan_layers
 from airjax.streaming import Links, Timeline, Turns
 
 Form = Literal["tensor", "pipeline", "replica"]
@@ -269,15 +269,13 @@ def _open_pipeline(
 ) -> tuple[Model, ...]:
     """A model whose stages are on the devices, as often as there are stages."""
     manifest = build_manifest(gguf, alignment(devices[0]))
-    architecture = models.get(config.architecture)
     opened: list[tuple[range, LayerWeights]] = []
-    output = "output.weight" if "output.weight" in manifest.globals else EMBEDDING
     registers = True
     try:
         for number, (part, device) in enumerate(zip(plan.parts, devices, strict=True)):
             owned = sorted([*part.resident, *part.streamed])
             kept = [manifest.layers[layer].layout for layer in part.resident]
-            kept += [manifest.globals[output].layout] if number == len(devices) - 1 else []
+            kept += [manifest.globals[output_name(manifest)].layout] if number == len(devices) - 1 else []
             capability = quants.usable(matrix_types(kept), device) if part.relaid else ""
             weights = open_weights(
                 gguf, manifest, part, device, timeline, capability, register=registers, lane=f"link {number}"
@@ -285,14 +283,7 @@ def _open_pipeline(
             registers = registers and not part.streamed
             opened.append((range(owned[0], owned[-1] + 1), weights))
         # The last device's part has what is outside the layers.
-        globals_ = {
-            name: put_span(gguf, span, device, capability if name == output else "")
-            for name, span in manifest.globals.items()
-            if name in architecture.global_specs(config)
-            and name.removesuffix(".weight") not in models.ROPE_DIVISORS
-            and not (plan.host_embedding and name == EMBEDDING)
-        }
-        jax.block_until_ready(globals_)
+        globals_ = put_globals(gguf, manifest, plan, config, device, capability)
     except BaseException:
         StagedWeights(opened).close()
         raise
@@ -303,7 +294,7 @@ def _open_pipeline(
     model = Model(
         gguf,
         manifest,
-        architecture,
+        models.get(config.architecture),
         models.with_kernels(config, gguf, device),
         plan,
         device,

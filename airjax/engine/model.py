@@ -28,8 +28,8 @@ from airjax.engine.weights import (
     open_pool,
     open_sharded_weights,
     open_weights,
-    put_shards,
-    put_span,
+    output_name,
+    put_globals,
 )
 from airjax.gguf import (
     GGUF,
@@ -44,7 +44,6 @@ from airjax.gguf import (
 )
 from airjax.models import Architecture, Buffers, Config, DecoderConfig
 from airjax.plan import (
-    EMBEDDING,
     EXPERT_TENSORS,
     Plan,
     PlanError,
@@ -376,9 +375,7 @@ def open_model(
         if plan.expert_slots:
             manifest, experts = split_experts(gguf, EXPERT_TENSORS, align)
         kept = [manifest.layers[layer].layout for layer in plan.resident]
-        # The matrix that makes the logits; an embedding that does not is only there for single rows to be taken out.
-        output = "output.weight" if "output.weight" in manifest.globals else "token_embd.weight"
-        kept.append(manifest.globals[output].layout)
+        kept.append(manifest.globals[output_name(manifest)].layout)
         capability = quants.usable(matrix_types(kept), device) if plan.relaid else ""
         config = models.with_kernels(config, gguf, device)
         if cut:
@@ -387,16 +384,9 @@ def open_model(
             weights = open_weights(
                 gguf, manifest, plan, device, timeline, capability, register=shared is None, lane=lane
             )
-        put, place = (put_shards, config.mesh) if cut else (put_span, device)
         try:
-            globals_ = {
-                name: put(gguf, span, place, capability if name == output else "")
-                for name, span in manifest.globals.items()
-                if name in architecture.global_specs(config)
-                and name.removesuffix(".weight") not in models.ROPE_DIVISORS
-                and not (plan.host_embedding and name == EMBEDDING)
-            }
-            jax.block_until_ready(globals_)
+            place = config.mesh if cut else device
+            globals_ = put_globals(gguf, manifest, plan, config, place, capability)
             pool = open_pool(gguf, experts, plan, device, timeline, shared is None) if experts else None
         except BaseException:
             weights.close()

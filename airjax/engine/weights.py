@@ -17,8 +17,8 @@ from airjax.engine.fetch import addressed_sources, mapped_sources, usable
 from airjax.engine.passing import Passing, ring_items
 from airjax.engine.shards import ShardedLayer, Shards, is_cut, own_ranges, put_rows
 from airjax.gguf import GGUF, ExpertSlot, ExpertSpan, GGMLType, Layout, Manifest, Slot, Span
-from airjax.models import Buffers
-from airjax.plan import Plan
+from airjax.models import Buffers, Config
+from airjax.plan import EMBEDDING, Plan
 from airjax.streaming import (
     CALL_BYTES,
     STAGED_BYTES,
@@ -142,6 +142,33 @@ def put_shards(gguf: GGUF, span: Span, mesh: Mesh, capability: str) -> Buffers:
     if not is_cut(span):
         return put_span(gguf, span, NamedSharding(mesh, models.WHOLE), capability)
     return _relaid(put_rows(gguf, span.name, mesh), span.layout, capability, mesh)
+
+
+def output_name(manifest: Manifest) -> str:
+    """The matrix that makes the logits; an embedding that does not is only there for single rows to be taken out."""
+    return "output.weight" if "output.weight" in manifest.globals else EMBEDDING
+
+
+def put_globals(
+    gguf: GGUF, manifest: Manifest, plan: Plan, config: Config, place: jax.Device | Mesh, capability: str
+) -> dict[str, Buffers]:
+    """Copies what is outside the layers and belongs on the device, or on those of a mesh, and waits for it."""
+    specs, output = models.get(config.architecture).global_specs(config), output_name(manifest)
+
+    def put(span: Span, capability: str) -> Buffers:
+        if isinstance(place, Mesh):
+            return put_shards(gguf, span, place, capability)
+        return put_span(gguf, span, place, capability)
+
+    globals_ = {
+        name: put(span, capability if name == output else "")
+        for name, span in manifest.globals.items()
+        if name in specs
+        and name.removesuffix(".weight") not in models.ROPE_DIVISORS
+        and not (plan.host_embedding and name == EMBEDDING)
+    }
+    jax.block_until_ready(globals_)
+    return globals_
 
 
 def _relaid(buffers: tuple[Array, ...], layout: Layout, capability: str, mesh: Mesh | None = None) -> Buffers:
