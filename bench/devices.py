@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import gguf
 import synthetic
+import tables
 
 GIB = 1 << 30
 # Some machines show their memory only as it is used, so what is free is not asked.
@@ -159,18 +160,11 @@ def case(
     from airjax import bench
     from airjax.plan import PlanError
 
-    compiled_s = 0.0
-
-    def note(event: str, duration_secs: float, **_: str | int) -> None:
-        nonlocal compiled_s
-        compiled_s += duration_secs if event.startswith("/jax/core/compile") else 0.0
-
-    jax.monitoring.register_event_duration_secs_listener(note)
     lanes = options.get("devices", 1) if options.get("parallel") in ("pipeline", "replica") else 1
     for batch, prompt in zip(batches, prompts, strict=True):
         context = bench.context_for(batch, prompt, decode, 512, lanes)
         max_batch = None if batch == 1 else -(-batch // lanes)
-        begin, compiled_s = time.perf_counter(), 0.0
+        begin, compiled_s = time.perf_counter(), bench.compilation_seconds()
         try:
             loaded = airjax.load(path, context=context, max_batch=max_batch, **options)
         except PlanError as error:
@@ -191,7 +185,7 @@ def case(
                 "load_s": load_s,
                 "whole_s": time.perf_counter() - begin,
                 # The programs are made side by side, so this may be more than what it took.
-                "compiled_s": compiled_s,
+                "compiled_s": bench.compilation_seconds() - compiled_s,
                 "tier": plan.tier,
                 "resident_layers": len(plan.resident),
                 "streamed_layers": len(plan.streamed),
@@ -395,13 +389,7 @@ def rows(
 
 def format_table(lines: Sequence[tuple[str, ...]]) -> str:
     """Aligned columns; a line that is too short ends in a sentence."""
-    whole = [line for line in lines if len(line) == len(_COLUMNS)]
-    widths = [max(len(line[at]) for line in [_COLUMNS, *whole]) for at in range(len(_COLUMNS))]
-    widths[0] = max(len(line[0]) for line in [_COLUMNS, *lines])
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip()
-        for line in [_COLUMNS, *lines]
-    )
+    return tables.aligned(_COLUMNS, lines)
 
 
 def format_links(name: str, probed: dict[str, Any] | None) -> str:

@@ -16,11 +16,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
 import synthetic
+import tables
 
 GIB = 1 << 30
 # Some machines show their memory only as it is used, so what is free is not asked.
@@ -228,15 +230,9 @@ def rows(level: Level, report: dict[str, Any] | str, link: float | None) -> list
     return lines
 
 
-def format_table(lines: list[tuple[str, ...]]) -> str:
-    """Aligned columns."""
-    whole = [line for line in lines if len(line) == len(_COLUMNS)]
-    widths = [max(len(line[at]) for line in [_COLUMNS, *whole]) for at in range(len(_COLUMNS))]
-    widths[0] = max(len(line[0]) for line in [_COLUMNS, *lines])
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip()
-        for line in [_COLUMNS, *lines]
-    )
+def format_table(lines: Sequence[tuple[str, ...]]) -> str:
+    """Aligned columns; a line that is too short ends in a sentence."""
+    return tables.aligned(_COLUMNS, lines)
 
 
 def _percent(share: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from airjax.bench.ceilings import load_ceilings as load_ceilings
 from airjax.bench.ceilings import save_ceilings as save_ceilings
+from airjax.bench.compilations import compilation_seconds as compilation_seconds
 from airjax.bench.machine import disk_of as disk_of
 from airjax.bench.machine import identity as identity
 from airjax.bench.measure import Measurement as Measurement

@@ -9,12 +9,13 @@ import jax
 
 class _Counter:
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.seconds = 0, 0.0
         jax.monitoring.register_event_duration_secs_listener(self._note)
 
     def _note(self, event: str, duration_secs: float, **_: str | int) -> None:
-        del duration_secs
-        self.count += event.startswith("/jax/core/compile")
+        if event.startswith("/jax/core/compile"):
+            self.count += 1
+            self.seconds += duration_secs
 
 
 @functools.cache
@@ -25,3 +26,8 @@ def _counter() -> _Counter:
 def compilations() -> int:
     """Traces, lowerings and compilations since the first call; only differences mean something."""
     return _counter().count
+
+
+def compilation_seconds() -> float:
+    """What these took, one by one: some are made side by side. Only differences mean something."""
+    return _counter().seconds
