@@ -1,20 +1,27 @@
 """Replays routing traces against the pool's policies: which share of the chosen experts would have been there.
 
     python bench/expert_policies.py [--trace=choices.npy] [--layers=48 --experts=128 --used=8] [--tokens=600]
+        [--rows=8,32,512]
 
 Without a trace three are made up: every expert equally likely; by Zipf's law, each layer with its own order; topics,
 where a tenth of the experts, others every 150 tokens, take half of the choices on top of Zipf's law. A trace is
 int32 `[tokens, layers, used]`. The first third of the tokens only fills the pool.
+
+With --rows so many tokens share a sweep, and the pool that the device fills is replayed, with its own tables: which
+share of the experts that a sweep needs was there, beside what the most used ones that fit in the pool would give.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from airjax.streaming.policy import LFU, LRU, NEVER, Policy
+from airjax.streaming import LFU, LRU, Form, Policy, assign, begin_step, empty
+from airjax.streaming.policy import NEVER
 
 POLICIES = {
     "LRU": LRU,
@@ -69,6 +76,27 @@ def hit_rate(trace: np.ndarray, experts: int, slots: int, policy: Policy) -> flo
     return hits / ((tokens - tokens // 3) * layers * used)
 
 
+def swept_hit_rate(trace: np.ndarray, experts: int, slots: int, rows: int) -> tuple[float, float]:
+    """Shares of the experts needed by sweeps of `rows` tokens: those there, and those that the most used give."""
+    tokens, layers, _ = trace.shape
+    form = Form(0, experts, ((0, 16),), slots, 16)
+    state, step = empty([(slots, 16)], experts, layers), jax.jit(assign, static_argnames="form")
+    needed = missed = 0
+    counts = np.zeros(layers * experts, np.int64)
+    sweeps = tokens // rows
+    for sweep in range(sweeps):
+        state = begin_step(state, Policy(64.0), (form,) * layers)
+        part = trace[sweep * rows : (sweep + 1) * rows]
+        for layer in range(layers):
+            state, _ = step(state, form, np.int32(layer * experts), part[:, layer].ravel())
+        if sweep >= sweeps // 3:
+            uses = np.asarray(state.uses) > 0
+            counts += uses
+            needed += int(uses.sum())
+            missed += int(np.asarray(state.fetched)[:, 0].sum())
+    return 1 - missed / needed, np.sort(counts)[-slots:].sum() / needed
+
+
 def main() -> None:
     """Parses the command line and prints a table."""
     parser = argparse.ArgumentParser(
@@ -79,12 +107,20 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--used", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=600)
+    parser.add_argument("--rows", default="", help="tokens that share a sweep, a list")
     args = parser.parse_args()
     if args.trace:
         traces = {args.trace.name: np.load(args.trace)}
     else:
         sizes = (args.tokens, args.layers, args.experts, args.used)
         traces = {kind: made_up(kind, *sizes) for kind in ("uniform", "zipf", "topics")}
+    if args.rows:
+        print(f"{'trace':<10}{'pool':>6}{'rows':>6}{'there':>8}{'at best':>9}")
+        for (name, trace), share, rows in itertools.product(traces.items(), _SHARES, args.rows.split(",")):
+            slots = int(share * trace.shape[1] * args.experts)
+            found = "".join(f"{rate:>9.1%}" for rate in swept_hit_rate(trace, args.experts, slots, int(rows)))
+            print(f"{name:<10}{share:>6.0%}{rows:>6}{found}", flush=True)
+        return
     print(f"{'trace':<10}{'pool':>6}  " + "".join(f"{name:>16}" for name in POLICIES))
     for name, trace in traces.items():
         for share in _SHARES:

@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,16 +140,21 @@ def measure_runs(options: argparse.Namespace) -> None:
             }
             old = counts.setdefault(kind, dict.fromkeys(new, 0))
             counts[kind] = {name: old[name] + new[name] for name in new}
+            print(f"{time.monotonic() - begin:4.0f} s  {shown(kind, counts[kind])}", file=sys.stderr)
     for kind, each in counts.items():
-        print(
-            f"{kind:<12}{each['same']}/{each['prompts']} the same, "
-            f"plain {each['tokens'] / each['plain_s']:.2f}, drafted {each['tokens'] / each['drafted_s']:.2f} tok/s "
-            f"({each['plain_s'] / each['drafted_s']:.2f} x), "
-            f"{each['tokens'] / max(each['sweeps'], 1):.2f} tokens per sweep, "
-            f"{each['accepted'] / max(each['drafted'], 1):.1%} right",
-            file=sys.stderr,
-        )
+        print(shown(kind, each), file=sys.stderr)
     print(json.dumps({"model": Path(options.model).name, "draft": Path(options.draft).name, "kinds": counts}))
+
+
+def shown(kind: str, counts: Mapping[str, float]) -> str:
+    """A line of what the prompts of a kind gave so far."""
+    return (
+        f"{kind:<12}{counts['same']}/{counts['prompts']} the same, "
+        f"plain {counts['tokens'] / counts['plain_s']:.2f}, drafted {counts['tokens'] / counts['drafted_s']:.2f} tok/s "
+        f"({counts['plain_s'] / counts['drafted_s']:.2f} x), "
+        f"{counts['tokens'] / max(counts['sweeps'], 1):.2f} tokens per sweep, "
+        f"{counts['accepted'] / max(counts['drafted'], 1):.1%} right"
+    )
 
 
 def by_turns(count: int) -> list[tuple[int, str, str]]:

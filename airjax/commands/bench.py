@@ -129,11 +129,13 @@ def parse_batches(text: str) -> list[int]:
 
 def _load(values: Flags, batch: int, trace: bool = False) -> Engine:
     from airjax import api, bench
+    from airjax.plan import PREFILL_CHUNK
 
     # Of several batches side by side each takes its share; whether there will be several "auto" decides later.
     lanes = len(api.choose_devices(parse_devices(values.devices))) if values.parallel != "tensor" else 1
+    chunk = values.prefill_chunk or PREFILL_CHUNK
     context = (
-        bench.context_for(batch, values.prompt, values.decode, values.prefill_chunk, lanes)
+        bench.context_for(batch, values.prompt, values.decode, chunk, lanes)
         if values.decode_at is None
         else values.decode_at + values.decode
     )

@@ -71,8 +71,9 @@ def define_plan(values: Flags) -> None:
     )
     flags.DEFINE_integer(
         "prefill_chunk",
-        512,
-        "Tokens of a prompt that share a sweep; fewer need less device memory beside the weights.",
+        None,
+        "Tokens of a prompt that share a sweep; fewer need less device memory beside the weights. Default: 512, up to "
+        "2048 where experts are streamed.",
         flag_values=values,
     )
     flags.DEFINE_string(

@@ -46,20 +46,30 @@ __device__ int rank_of(bool yes, int* total) {
   return before;
 }
 
+// Whether a slot, if it is one, holds nothing that the layer needs.
+__device__ __forceinline__ bool is_free(int slot, const int* held, const unsigned char* needed, int first) {
+  if (slot < 0) return false;
+  const int expert = held[slot] - first;
+  return expert < 0 || expert >= EXPERTS || !needed[expert];
+}
+
 // chosen [PAIRS]: experts, negative for none.
 // info [1 + 2 PARTS]: number of the layer's first unit; address of each tensor's first expert, low word first.
 // order [SLOTS]: slots in the order in which they are given away.
+// wanted: 1 for each unit that is worth a slot of its own.
 // table: slot of each unit, negative if it is not there.  held [SLOTS]: unit in each slot, negative for none.
-// given [2]: how many of `order` are given away; blocks that are done, 0 between launches.
+// given [4]: where those in transit begin; blocks that are done, 0 between launches; where the others begin; how many
+// slots of the order are in transit, for experts that are not wanted.
 // uses: how many tokens chose each unit.  fetched [layers][2]: experts; nanoseconds.
 // where [EXPERTS]: slot of each expert of the layer, negative if it is not there.
 extern "C" __global__ void __launch_bounds__(THREADS) airjax_fetch(
-    const int* chosen, const int* info, const int* order, int* table, int* held, int* given, int* uses,
-    int* fetched, char* pool, int* where) {
+    const int* chosen, const int* info, const int* order, const int* wanted, int* table, int* held,
+    int* given, int* uses, int* fetched, char* pool, int* where) {
   __shared__ unsigned char needed[EXPERTS];
   __shared__ short expert_of[EXPERTS];
   __shared__ int slot_of[EXPERTS];
-  __shared__ int last;
+  __shared__ int inner[EXPERTS], outer[EXPERTS];
+  __shared__ int last, inner_taken, outer_taken;
   const u64 begin = nanoseconds();
   const int thread = threadIdx.x, first = info[0];
   for (int e = thread; e < EXPERTS; e += THREADS) needed[e] = 0;
@@ -72,34 +82,57 @@ extern "C" __global__ void __launch_bounds__(THREADS) airjax_fetch(
     }
   }
   __syncthreads();
-  int missing = 0;
+  int missing = 0, staying = 0, passing = 0;
   for (int base = 0; base < EXPERTS; base += THREADS) {
     const int e = base + thread;
     const bool absent = e < EXPERTS && needed[e] && table[first + e] < 0;
-    int count;
-    const int rank = missing + rank_of(absent, &count);
-    if (absent) expert_of[rank] = e;
-    missing += count;
-  }
-  // The first slots of the order that hold nothing that this layer needs now.
-  const int cursor = given[0];
-  int found = 0, taken = 0;
-  for (int at = 0; found < missing && at < SLOTS; at += THREADS) {
-    const int place = at + thread;
-    const int slot = place < SLOTS ? order[(cursor + place) % SLOTS] : -1;
-    const int unit = slot >= 0 ? held[slot] : -1;
-    const bool own = unit >= first && unit < first + EXPERTS;
-    const bool free = slot >= 0 && !(own && needed[own ? unit - first : 0]);
-    int count;
-    const int rank = found + rank_of(free, &count);
-    if (free && rank < missing) {
-      slot_of[rank] = slot;
-      if (rank == missing - 1) last = place + 1;
+    const bool stays = absent && wanted[first + e];
+    int absents, stay, pass;
+    const int rank = missing + rank_of(absent, &absents);
+    const int stay_rank = staying + rank_of(stays, &stay), pass_rank = passing + rank_of(absent && !stays, &pass);
+    if (absent) {
+      expert_of[rank] = e;
+      slot_of[rank] = stays ? stay_rank : -1 - pass_rank;
     }
-    found += count;
+    missing += absents, staying += stay, passing += pass;
+  }
+  // The slots that hold nothing that this layer needs now, first those in transit, then as many others as are needed.
+  const int inner_begin = given[0], outer_begin = given[2], transit = given[3];
+  const int others = SLOTS - transit, turn = others > 0 ? others : 1;
+  int inner_frees = 0, outer_frees = 0;
+  if (thread == 0) inner_taken = outer_taken = 0;
+  __syncthreads();
+  for (int at = 0; inner_frees < missing && at < transit; at += THREADS) {
+    const int place = at + thread;
+    const int slot = place < transit ? order[(inner_begin + place) % transit] : -1;
+    const bool free = is_free(slot, held, needed, first);
+    int count;
+    const int rank = inner_frees + rank_of(free, &count);
+    if (free) {
+      if (rank < EXPERTS) inner[rank] = slot;
+      if (rank < passing) atomicMax(&inner_taken, place + 1);
+    }
+    inner_frees += count;
+  }
+  const int turned = passing < inner_frees ? passing : inner_frees;
+  for (int at = 0; outer_frees < missing - turned && at < others; at += THREADS) {
+    const int place = at + thread;
+    const int slot = place < others ? order[transit + (outer_begin + place) % turn] : -1;
+    const bool free = is_free(slot, held, needed, first);
+    int count;
+    const int rank = outer_frees + rank_of(free, &count);
+    if (free) {
+      if (rank < EXPERTS) outer[rank] = slot;
+      if (rank < staying) atomicMax(&outer_taken, place + 1);
+    }
+    outer_frees += count;
   }
   __syncthreads();
-  taken = missing ? last : 0;
+  for (int i = thread; i < missing; i += THREADS) {
+    const int rank = slot_of[i], place = rank >= 0 ? rank : staying + (-1 - rank) - turned;
+    if (rank < 0 && -1 - rank < turned) slot_of[i] = inner[-1 - rank];
+    else slot_of[i] = place < outer_frees ? outer[place] : inner[turned + place - outer_frees];
+  }
   __syncthreads();
   if (blockIdx.x == 0) {
     for (int e = thread; e < EXPERTS; e += THREADS) where[e] = table[first + e];
@@ -160,7 +193,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) airjax_fetch(
     held[slot_of[i]] = first + expert_of[i];
   }
   if (thread == 0) {
-    given[0] = (cursor + taken) % SLOTS;
+    given[0] = (inner_begin + inner_taken) % transit;
+    given[2] = (outer_begin + outer_taken) % turn;
     given[1] = 0;
     fetched[2 * (first / EXPERTS)] += missing;
     fetched[2 * (first / EXPERTS) + 1] += (int)(nanoseconds() - begin);

@@ -57,6 +57,7 @@ def fetch(state: Held, form: Form, sources: Sources, chosen: Array) -> tuple[Hel
         chosen,
         sources.info,
         state.orders[kind],
+        state.wanted,
         written=written,
         blocks=_BLOCKS,
         threads=_THREADS,
@@ -144,7 +145,10 @@ def _test(device: jax.Device, capability: str) -> str:
         step = jax.jit(fetch, static_argnames="form", donate_argnames="state")
         policy = streaming.Policy(4.0)
         for _ in range(4):
-            states = [streaming.begin_step(state, policy) for state in states]
+            states = [
+                streaming.begin_step(state, policy, (form,) * layers)
+                for state, form in zip(states, forms, strict=True)
+            ]
             for layer in range(layers):
                 chosen = generator.integers(-1, experts, 24).astype(np.int32)
                 first = layer * experts

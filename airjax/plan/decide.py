@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -82,7 +83,7 @@ def make_plan(
         as fit; "none" streams all layers, "all" streams nothing; "dense" streams experts even if all would fit.
       kv_shuttle: keep the KV cache on the host; "auto" does so where it does not fit on the device.
       tier: how streamed layers reach the device; "auto" chooses by the budgets.
-      prefill_chunk: tokens of a prompt that share a sweep; None for 512.
+      prefill_chunk: tokens of a prompt that share a sweep; None for 512, up to 2048 where experts are streamed.
       max_batch: sequences that may share a sweep, their cache in pages on the device; None for one alone.
       kv_tokens: positions that these hold together; None for the context of every one.
       compact: the device's allocator gives no buffer more than it needs.
@@ -122,7 +123,8 @@ def make_plan(
     if _by_expert(config, asked, streams):
         plan = plan_by_expert(gguf, config, asked, cache, _model_bytes(manifest))
         if plan is not None:
-            return plan
+            wide = _wide(gguf, manifest, config, asked, plan) if prefill_chunk is None else None
+            return wide or plan
         if resident == "dense":
             raise PlanError(
                 f"{gguf.path}: all but the experts does not fit in {vram_budget_bytes / GIB:.2f} GiB with a few "
@@ -137,6 +139,22 @@ def _by_expert(config: Config, asked: Asked, streams: bool) -> bool:
         return False
     wanted = asked.resident == "dense" or (streams and asked.resident == "auto")
     return wanted and asked.kv_shuttle != "on"
+
+
+def _wide(gguf: GGUF, manifest: Manifest, config: Config, asked: Asked, plan: Plan) -> Plan | None:
+    """The plan by expert with more tokens in a sweep, where such a prompt can be, and costs few slots; else None."""
+    most = asked.context * (asked.max_batch or 1)
+    for chunk in limits.EXPERT_CHUNKS:
+        if chunk > most:
+            continue
+        own = dataclasses.replace(asked, chunk=chunk)
+        wide = plan_by_expert(
+            gguf, config, own, sizes_of_cache(manifest, config, own), _model_bytes(manifest)
+        )
+        least = (1 - limits.EXPERT_CHUNK_SHARE) * sum(plan.expert_slots)
+        if wide is not None and wide.device_fetch == plan.device_fetch and sum(wide.expert_slots) >= least:
+            return wide
+    return None
 
 
 def _model_bytes(manifest: Manifest) -> int:

@@ -65,6 +65,7 @@ class DevicePool:
             form = Form(kind, experts, shape.parts, shape.slots, shape.slot_bytes, capability)
             self._forms |= dict.fromkeys(shape.layers, form)
             self._unit_bytes[list(shape.layers)] = sum(nbytes for _, nbytes in shape.parts)
+        self._of_layers = tuple(self._forms.get(layer) for layer in range(layers))
         sizes = tuple((shape.slots, shape.slot_bytes) for shape in shapes)
         with jax.default_device(device):
             self.state = jax.jit(empty, static_argnums=(0, 1, 2))(sizes, experts, layers)
@@ -86,7 +87,7 @@ class DevicePool:
 
     def begin_sweep(self) -> None:
         """A new sweep; also when the last one was left in the middle."""
-        self.state = begin_step(self.state, self._policy)
+        self.state = begin_step(self.state, self._policy, self._of_layers)
 
     def end_sweep(self, owner: Any) -> None:
         """Takes what this sweep counted, which the device may not have done yet, for `owner`."""

@@ -4,7 +4,20 @@ import jax
 import numpy as np
 import pytest
 
-from airjax.streaming import LFU, LRU, DevicePool, Policy, Shape, Sources, assign, fetch, view_of
+from airjax.streaming import (
+    LFU,
+    LRU,
+    DevicePool,
+    Form,
+    Policy,
+    Shape,
+    Sources,
+    assign,
+    begin_step,
+    empty,
+    fetch,
+    view_of,
+)
 
 _LAYERS, _EXPERTS = 3, 8
 _PARTS = ((0, 96), (128, 40))
@@ -116,6 +129,57 @@ def test_what_a_layer_needs_stays_and_the_least_worth_leaves():
     _check(pool, 2, _fetch(pool, 2, range(_EXPERTS)), range(_EXPERTS))
     assert (np.asarray(pool.state.table)[:_EXPERTS] == -1).all()
     pool.close()
+
+
+_WIDE, _DEEP = 16, 12
+
+
+def _hits(slots, sweeps, chosen_of):
+    """Experts needed in the last of some sweeps, how many of them were there, and the pool, which copies nothing."""
+    form = Form(0, _WIDE, ((0, 4),), slots, 4)
+    state = empty([(slots, 4)], _WIDE, _DEEP)
+    needed = fetched = 0
+    for _ in range(sweeps):
+        state = begin_step(state, Policy(64.0), (form,) * _DEEP)
+        for layer in range(_DEEP):
+            chosen = chosen_of(layer).astype(np.int32)
+            state, assigned = _assign(state, form, np.int32(layer * _WIDE), chosen)
+            assert (np.asarray(assigned.where)[chosen] >= 0).all()
+        needed = int((np.asarray(state.uses) > 0).sum())
+        fetched = int(np.asarray(state.fetched)[:, 0].sum())
+    return needed, needed - fetched, state
+
+
+def test_sweeps_that_need_more_than_the_pool_holds_find_what_it_can_keep():
+    # In the order of their last use each of these would be gone before it is asked for again.
+    needed, hits, _ = _hits(100, 8, lambda layer: np.arange(_WIDE))
+    assert needed == _DEEP * _WIDE
+    assert hits >= 75
+
+
+def test_of_a_large_batch_the_experts_that_most_tokens_choose_stay():
+    generator = np.random.default_rng(3)
+    often = [generator.permutation(_WIDE)[:3] for _ in range(_DEEP)]
+
+    def chosen(layer):
+        return np.r_[generator.permutation(_WIDE)[:6], np.repeat(often[layer], 4)]
+
+    needed, hits, state = _hits(_DEEP * 3 + 6, 20, chosen)
+    assert needed > 2 * (_DEEP * 3 + 6)
+    assert hits >= 0.9 * _DEEP * 3
+    there = np.asarray(state.table).reshape(_DEEP, _WIDE) >= 0
+    assert np.mean([there[layer, own].mean() for layer, own in enumerate(often)]) > 0.9
+
+
+def test_a_pool_of_one_expert_a_layer_has_room_for_nothing_else():
+    form = Form(0, 1, ((0, 4),), 1, 4)
+    state = empty([(1, 4)], 1, 3)
+    for _ in range(3):
+        state = begin_step(state, LRU, (form, form, form))
+        for layer in range(3):
+            state, assigned = _assign(state, form, np.int32(layer), np.array([0], np.int32))
+            assert int(assigned.number) == 1 and np.asarray(assigned.where).tolist() == [0]
+    assert np.asarray(state.held[0]).tolist() == [2]
 
 
 def test_assigning_copies_nothing_and_names_missing_experts_in_order():
