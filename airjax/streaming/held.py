@@ -179,10 +179,9 @@ class Assigned(NamedTuple):
 def assign(state: Held, form: Form, first: Array, chosen: Array) -> tuple[Held, Assigned]:
     """Gives slots to those chosen experts that are not there, and notes it in the tables; copies nothing.
 
-    None takes a slot of what the layer needs now. Of the others an expert that is wanted takes the next of the order
-    behind those in transit, and one that is not the next of those, in turn. Where these are too few, it takes what the
-    wanted ones of the layer leave, and where those are too few, they take slots in transit. There are at least as many
-    slots as experts.
+    None takes a slot that holds what the layer needs now. A wanted expert takes the next slot of the order behind those
+    in transit, any other the next of those in transit, in turn. What does not fit there takes of the other part: there
+    are at least as many slots as experts.
 
     Args:
       state: the pool.

@@ -163,12 +163,16 @@ def test_a_long_cache_and_pieces(toy, monkeypatch):
 
     def run():
         with _load(toy, **options) as loaded:
-            draws = loaded.generate(_IDS * 3, max_tokens=4, ignore_eos=True)
-            return [(token.id, token.logprob) for token in draws]
+            draws = list(loaded.generate(_IDS * 3, max_tokens=4, ignore_eos=True))
+            return [token.id for token in draws], [token.logprob for token in draws]
 
     expected = run()
     _cut(monkeypatch)
-    assert run() == expected
+    tokens, logprobs = run()
+    assert tokens == expected[0]
+    # Other programs: which sums XLA fuses, and so how they round, depends on the processor; a prompt in chunks of one
+    # token is off by 1e-3 in this model.
+    assert logprobs == pytest.approx(expected[1], abs=1e-3)
 
 
 def test_attention_can_be_seen_of_layers_in_pieces(toy, monkeypatch):
@@ -179,7 +183,8 @@ def test_attention_can_be_seen_of_layers_in_pieces(toy, monkeypatch):
 
     expected = seen()
     _cut(monkeypatch)
-    jax.tree.map(np.testing.assert_array_equal, seen(), expected)
+    # Other programs, see above.
+    jax.tree.map(lambda got, wanted: np.testing.assert_allclose(got, wanted, atol=2e-5), seen(), expected)
 
 
 @pytest.mark.parametrize("make", ["gemma3", "mixture"])
