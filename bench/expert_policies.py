@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from airjax.engine.weights import EXPERT_POLICY
 from airjax.streaming import LFU, LRU, Form, Policy, assign, begin_step, empty
 from airjax.streaming.policy import NEVER
 
@@ -85,7 +86,7 @@ def swept_hit_rate(trace: np.ndarray, experts: int, slots: int, rows: int) -> tu
     counts = np.zeros(layers * experts, np.int64)
     sweeps = tokens // rows
     for sweep in range(sweeps):
-        state = begin_step(state, Policy(64.0), (form,) * layers)
+        state = begin_step(state, EXPERT_POLICY, (form,) * layers)
         part = trace[sweep * rows : (sweep + 1) * rows]
         for layer in range(layers):
             state, _ = step(state, form, np.int32(layer * experts), part[:, layer].ravel())

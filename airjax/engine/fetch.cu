@@ -82,20 +82,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) airjax_fetch(
     }
   }
   __syncthreads();
-  int missing = 0, staying = 0, passing = 0;
+  int missing = 0, staying = 0;
   for (int base = 0; base < EXPERTS; base += THREADS) {
     const int e = base + thread;
     const bool absent = e < EXPERTS && needed[e] && table[first + e] < 0;
     const bool stays = absent && wanted[first + e];
-    int absents, stay, pass;
-    const int rank = missing + rank_of(absent, &absents);
-    const int stay_rank = staying + rank_of(stays, &stay), pass_rank = passing + rank_of(absent && !stays, &pass);
+    int absents, stay;
+    const int rank = missing + rank_of(absent, &absents), stay_rank = staying + rank_of(stays, &stay);
     if (absent) {
       expert_of[rank] = e;
-      slot_of[rank] = stays ? stay_rank : -1 - pass_rank;
+      // Its rank among those that stay, or below 0 among those that pass.
+      slot_of[rank] = stays ? stay_rank : -1 - (rank - stay_rank);
     }
-    missing += absents, staying += stay, passing += pass;
+    missing += absents, staying += stay;
   }
+  const int passing = missing - staying;
   // The slots that hold nothing that this layer needs now, first those in transit, then as many others as are needed.
   const int inner_begin = given[0], outer_begin = given[2], transit = given[3];
   const int others = SLOTS - transit, turn = others > 0 ? others : 1;

@@ -45,7 +45,7 @@ class Form(NamedTuple):
     @property
     def transit(self) -> int:
         """Slots, those of the least worth, that experts take in turn which are not worth a place of their own."""
-        # Of traces of 1 to 512 tokens a sweep more hits were lost by half as many or by twice as many.
+        # In replays half as many served batches a little better and long prompts worse, and twice as many the reverse.
         return max(self.experts // 4, 1)
 
 
@@ -128,7 +128,7 @@ def begin_sweep(state: Held, policy: Policy, forms: Sequence[Form | None]) -> He
       policy: gives the worths.
       forms: of each layer, None for one without experts.
     """
-    transit = {form.kind: form.transit for form in forms if form is not None}
+    kinds = {form.kind: form for form in forms if form is not None}
     now = state.sweeps.astype(jnp.float32)
     used = policy.used(state.keys, jnp.maximum(state.uses, 1), now, jnp)
     keys = jnp.where(state.uses > 0, used, state.keys)
@@ -139,7 +139,7 @@ def begin_sweep(state: Held, policy: Policy, forms: Sequence[Form | None]) -> He
     wanted = jnp.zeros_like(state.wanted)
     # To change places has its price.
     worths = keys + _STAYING * (state.table >= 0)
-    for form in {form for form in forms if form is not None}:
+    for form in kinds.values():
         own = np.repeat([other == form for other in forms], form.experts)
         worth = jnp.where(own, worths, NEVER)
         best = jnp.argsort(-worth, stable=True)[: form.slots - form.transit]
@@ -149,7 +149,7 @@ def begin_sweep(state: Held, policy: Policy, forms: Sequence[Form | None]) -> He
         orders=orders,
         # Slots that hold nothing come first in the order, and are there for whatever comes.
         given=tuple(
-            jnp.zeros_like(given).at[3].set(jnp.maximum(jnp.sum(held < 0), transit[kind]))
+            jnp.zeros_like(given).at[3].set(jnp.maximum(jnp.sum(held < 0), kinds[kind].transit))
             for kind, (given, held) in enumerate(zip(state.given, state.held, strict=True))
         ),
         wanted=wanted,
@@ -200,7 +200,9 @@ def assign(state: Held, form: Form, first: Array, chosen: Array) -> tuple[Held, 
     absent = needed & (row < 0)
     stays = absent & (jax.lax.dynamic_slice(state.wanted, (first,), (experts,)) > 0)
     passes = absent & ~stays
-    count, staying, passing = jnp.sum(absent), jnp.sum(stays), jnp.sum(passes)
+    count, staying = jnp.sum(absent), jnp.sum(stays)
+    # Where each missing expert goes if they lie close together, in their order; the others beyond the end.
+    place = jnp.where(absent, jnp.cumsum(absent) - 1, experts)
     # The slots in transit, then all others, each from where the layer before ended.
     steps = jnp.arange(form.slots, dtype=jnp.int32)
     inner = steps < transit
@@ -215,12 +217,12 @@ def assign(state: Held, form: Form, first: Array, chosen: Array) -> tuple[Held, 
         jnp.zeros(form.slots, jnp.int32).at[jnp.where(free, free_rank, form.slots)].set(slots, mode="drop")
     )
     inner_frees, outer_frees = jnp.sum(free & inner), jnp.sum(free & ~inner)
-    turned = jnp.minimum(passing, inner_frees)
+    turned = jnp.minimum(count - staying, inner_frees)
     passing_rank = jnp.cumsum(passes) - 1
     outer = jnp.where(stays, jnp.cumsum(stays) - 1, staying + passing_rank - turned)
     outer = jnp.where(outer < outer_frees, inner_frees + outer, turned + outer - outer_frees)
     victims = frees[jnp.where(passes & (passing_rank < turned), passing_rank, outer)]
-    victims = jnp.zeros(experts, jnp.int32).at[_to(absent)].set(victims, mode="drop")
+    victims = jnp.zeros(experts, jnp.int32).at[place].set(victims, mode="drop")
     inner_taken = free & (free_rank < turned)
     outer_taken = free & (free_rank >= inner_frees) & (free_rank < inner_frees + staying)
     given = given.at[0].set((given[0] + jnp.max(jnp.where(inner_taken, steps + 1, 0))) % transit)
@@ -229,7 +231,7 @@ def assign(state: Held, form: Form, first: Array, chosen: Array) -> tuple[Held, 
     units = state.table.shape[0]
     some = jnp.arange(experts) < count
     missing = jnp.full(experts, experts, jnp.int32)
-    missing = missing.at[_to(absent)].set(jnp.arange(experts, dtype=jnp.int32), mode="drop")
+    missing = missing.at[place].set(jnp.arange(experts, dtype=jnp.int32), mode="drop")
     evicted = held[victims]
     table = state.table.at[jnp.where(some & (evicted >= 0), evicted, units)].set(-1, mode="drop")
     table = table.at[jnp.where(some, first + missing, units)].set(victims, mode="drop")
@@ -266,11 +268,6 @@ def fetch(state: Held, form: Form, sources: Sources, chosen: Array) -> tuple[Hel
 
     buffer = jax.lax.fori_loop(0, assigned.number, one, state.buffers[form.kind])
     return dataclasses.replace(state, buffers=_put(state.buffers, form.kind, buffer)), assigned.where
-
-
-def _to(some: Array) -> Array:
-    """Where each of some goes if they lie close together, in their order; the others beyond the end."""
-    return jnp.where(some, jnp.cumsum(some) - 1, len(some))
 
 
 def _put(all: tuple[Array, ...], at: int, new: Array) -> tuple[Array, ...]:

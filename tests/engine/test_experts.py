@@ -36,27 +36,27 @@ def path(tmp_path_factory):
     )
 
 
-def _budget(path, slots, **options):
-    """The device memory with which the pool has so many slots."""
+@contextlib.contextmanager
+def _planner(path):
+    """Gives the plan for a budget and options, by expert where nothing else is said."""
     with open_gguf(path) as file:
         _, config = models.from_gguf(file, "float32")
         manifest = build_manifest(file)
 
+        def plan(budget, **options):
+            defaults = {"backend": "cpu", "ram_budget_bytes": _RAM, "context": 256, "resident": "dense"}
+            return make_plan(file, manifest, config, vram_budget_bytes=budget, **defaults | options)
+
+        yield plan
+
+
+def _budget(path, slots, **options):
+    """The device memory with which the pool has so many slots."""
+    with _planner(path) as plan:
+
         def planned(budget):
             try:
-                return sum(
-                    make_plan(
-                        file,
-                        manifest,
-                        config,
-                        backend="cpu",
-                        vram_budget_bytes=budget,
-                        ram_budget_bytes=_RAM,
-                        context=256,
-                        resident="dense",
-                        **options,
-                    ).expert_slots
-                )
+                return sum(plan(budget, **options).expert_slots)
             except PlanError:
                 return 0
 
@@ -343,23 +343,13 @@ def _draws(loaded, generate, prompt, **options):
 
 
 def test_long_prompts_share_a_sweep_where_that_costs_few_slots(path):
-    def planned(budget, **options):
-        with open_gguf(path) as file:
-            _, config = models.from_gguf(file, "float32")
-            defaults = {
-                "backend": "cpu",
-                "vram_budget_bytes": budget,
-                "ram_budget_bytes": _RAM,
-                "context": 256,
-            }
-            return make_plan(file, build_manifest(file), config, **defaults | {"resident": "dense"} | options)
-
     small, batch = _budget(path, 40, max_batch=8), {"max_batch": 8}
-    assert planned(small, **batch).prefill_chunk == 512
-    # Where all experts have a slot, more tokens take none of them.
-    large = planned(1 << 30, **batch)
-    assert (large.prefill_chunk, sum(large.expert_slots)) == (2048, _EXPERTS * _LAYERS)
-    assert planned(1 << 30, max_batch=4).prefill_chunk == 1024
-    assert planned(1 << 30).prefill_chunk == 512  # no prompt is longer than its context
-    assert planned(1 << 30, prefill_chunk=64, **batch).prefill_chunk == 64
-    assert planned(1 << 30, resident="all", **batch).prefill_chunk == 512
+    with _planner(path) as plan:
+        assert plan(small, **batch).prefill_chunk == 512
+        # Where all experts have a slot, more tokens take none of them.
+        large = plan(1 << 30, **batch)
+        assert (large.prefill_chunk, sum(large.expert_slots)) == (2048, _EXPERTS * _LAYERS)
+        assert plan(1 << 30, max_batch=4).prefill_chunk == 1024
+        assert plan(1 << 30).prefill_chunk == 512  # no prompt is longer than its context
+        assert plan(1 << 30, prefill_chunk=64, **batch).prefill_chunk == 64
+        assert plan(1 << 30, resident="all", **batch).prefill_chunk == 512
