@@ -9,6 +9,7 @@ from toy_models import toy_llama
 from toy_server import serve_toy
 
 from airjax import engine as engines
+from airjax.engine import scheduler
 
 
 @pytest.fixture(scope="module")
@@ -139,18 +140,20 @@ def test_an_error_in_mid_batch_loses_that_request_alone(client, monkeypatch):
     assert answer.status_code == 500 and "no token" in answer.json()["error"]["message"]
 
 
-def test_a_sweep_that_fails_loses_those_in_it_and_the_next_ones_get_their_own_answers(client, monkeypatch):
+@pytest.mark.parametrize("failing", [1, 3])
+def test_a_sweep_that_fails_loses_those_in_it_and_the_next_ones_get_their_own_answers(client, monkeypatch, failing):
     prompts = ["abc", "abcd", "bcde", "abcdef"]
     alone = together(client, prompts)
-    sweep, steps = engines.Scheduler._sweep, []
+    sweep, steps = scheduler.shared_sweep, []
 
-    def fail(self, batch):
-        steps.append(len(batch))
-        if len(steps) == 3:
+    # Every sweep ends here, also one that is dispatched before the draws of the last are read.
+    def fail(*arguments):
+        steps.append(arguments)
+        if len(steps) == failing:
             raise RuntimeError("the link is down")
-        return sweep(self, batch)
+        return sweep(*arguments)
 
-    monkeypatch.setattr(engines.Scheduler, "_sweep", fail)
+    monkeypatch.setattr(scheduler, "shared_sweep", fail)
     found = together(client, prompts)
     assert all(got in (expected, (500, "")) for got, expected in zip(found, alone, strict=True))
     assert (500, "") in found
