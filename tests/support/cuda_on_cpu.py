@@ -77,7 +77,8 @@ def _built(source, name):
     )
     head = f"{shim}\n#define DEVICE static inline\n#define MAGIC 0x43004300u\n{formats}\n"
     source = source.replace(warps, f"{head}{common}").replace("DEVICE u32 byte(", "u32 byte(")
-    source = re.sub(r"^(\s+)DEVICE ", r"\1inline ", source, flags=re.MULTILINE)  # of members
+    # Members can't be static. Functions must be: the shared memory of one that is not is one for all libraries.
+    source = re.sub(r"^([ \t]+)DEVICE ", r"\1inline ", source, flags=re.MULTILINE)
     parameters = re.search(rf"{name}\(([^)]*)\)", source[source.rindex('extern "C"') :]).group(1).split(",")
     given = ", ".join(f"({p.rsplit(maxsplit=1)[0].strip()})a[{i}]" for i, p in enumerate(parameters))
     source += f'\nextern "C" void airjax_entry(void** a) {{ {name}({given}); }}\n'
