@@ -61,8 +61,9 @@ def load(
       kv_dtype: how the KV cache is stored: "f32", "f16", "bf16", or "q8_0" for 8-bit integers with a scale for each
         32 elements; "auto" for the compute dtype.
       tier: how streamed layers reach the device; see `airjax.plan.Tier`.
-      prefill_chunk: tokens of a prompt that share a sweep; None for 512, up to 2048 where experts are streamed. With
-        1 a prompt takes the very steps of decoding, so its logits are bit for bit those that decoding saw.
+      prefill_chunk: tokens of a prompt that share a sweep; None for 512, or up to 2048 on a GPU where these
+        cost nothing else. With 1 a prompt takes the very steps of decoding, so its logits are bit for bit those that
+        decoding saw.
       max_batch: sequences that may share a sweep, for `generate_batch` and `scheduler`; None for one alone.
       kv_tokens: positions that the caches of a batch hold together; None for the context of every sequence.
       draft: how `generate` and `chat` guess the next tokens, which one sweep then checks: "none"; "lookup" for what

@@ -72,8 +72,8 @@ def define_plan(values: Flags) -> None:
     flags.DEFINE_integer(
         "prefill_chunk",
         None,
-        "Tokens of a prompt that share a sweep; fewer need less device memory beside the weights. Default: 512, up to "
-        "2048 where experts are streamed.",
+        "Tokens of a prompt that share a sweep; fewer need less device memory beside the weights. Default: 512, or "
+        "up to 2048 on a GPU where these cost nothing else.",
         flag_values=values,
     )
     flags.DEFINE_string(

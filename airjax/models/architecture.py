@@ -157,6 +157,11 @@ def vector(weights: Weights, name: str) -> Array:
     return quants.dequantize(weights[name])
 
 
+def bias_of(weights: Weights, name: str) -> Array | None:
+    """The bias `name.bias` as float32 `[n]`, where the file has one."""
+    return vector(weights, f"{name}.bias") if f"{name}.bias" in weights else None
+
+
 def project(x: Array, weights: Weights, name: str, config: Config) -> Array:
     """`x @ W.T (+ b)` with the weight `name.weight` and, where the file has one, the bias `name.bias`.
 
@@ -179,10 +184,8 @@ def project_many(x: Array, weights: Weights, names: Sequence[str], config: Confi
     ys = quants.matmul_many(x, ws, dtype=np.dtype(config.compute_dtype))
     if config.mesh is not None:
         ys = [jax.lax.psum(y, AXIS) if name in COLUMN_CUT else y for y, name in zip(ys, names, strict=True)]
-    return [
-        y + vector(weights, f"{name}.bias") if f"{name}.bias" in weights else y
-        for y, name in zip(ys, names, strict=True)
-    ]
+    biases = [bias_of(weights, name) for name in names]
+    return [y if bias is None else y + bias for y, bias in zip(ys, biases, strict=True)]
 
 
 def common_sizes(

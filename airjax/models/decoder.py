@@ -7,6 +7,7 @@ LLaMA, 2023, has the plain form; what departs from it is named at the fields.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from airjax.models.architecture import (
     Config,
     TensorSpec,
     Weights,
+    bias_of,
     project,
     project_many,
     vector,
@@ -532,14 +534,17 @@ def _added(x: Array, update: Array, weights: Weights, norm: str, config: Decoder
 
 def feed_forward(h: Array, weights: Weights, config: DecoderConfig) -> Array:
     """A layer's plain feed-forward part: `[B, T, D]` to `[B, T, D]`."""
-    if not config.gated:
-        up = project(h, weights, "ffn_up", config)
-        return project(layers.activate(up, config.activation), weights, "ffn_down", config)
-    if config.fused_gate:
-        gate, up = jnp.split(project(h, weights, "ffn_up", config), 2, axis=-1)
-    else:
-        gate, up = project_many(h, weights, ("ffn_gate", "ffn_up"), config)
-    return project(layers.gated(gate, up, config.activation), weights, "ffn_down", config)
+    names = ("ffn_gate", "ffn_up") if config.gated and not config.fused_gate else ("ffn_up",)
+    act = layers.gated if config.gated else layers.activate
+    inner = quants.matmul_combined(
+        h,
+        [weights[f"{name}.weight"] for name in names],
+        [bias_of(weights, name) for name in names],
+        functools.partial(act, activation=config.activation),
+        dtype=np.dtype(config.compute_dtype),
+        halves=config.fused_gate,
+    )
+    return project(inner, weights, "ffn_down", config)
 
 
 def growth(positions: Array, config: DecoderConfig) -> Array:

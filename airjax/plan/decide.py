@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from airjax import models
@@ -83,7 +84,8 @@ def make_plan(
         as fit; "none" streams all layers, "all" streams nothing; "dense" streams experts even if all would fit.
       kv_shuttle: keep the KV cache on the host; "auto" does so where it does not fit on the device.
       tier: how streamed layers reach the device; "auto" chooses by the budgets.
-      prefill_chunk: tokens of a prompt that share a sweep; None for 512, up to 2048 where experts are streamed.
+      prefill_chunk: tokens of a prompt that share a sweep; None for 512, or up to 2048 where these cost nothing else,
+        or few slots where experts are streamed.
       max_batch: sequences that may share a sweep, their cache in pages on the device; None for one alone.
       kv_tokens: positions that these hold together; None for the context of every one.
       compact: the device's allocator gives no buffer more than it needs.
@@ -123,14 +125,14 @@ def make_plan(
     if _by_expert(config, asked, streams):
         plan = plan_by_expert(gguf, config, asked, cache, _model_bytes(manifest))
         if plan is not None:
-            wide = _wide(gguf, manifest, config, asked, plan) if prefill_chunk is None else None
-            return wide or plan
+            return plan if prefill_chunk else _wide_by_expert(gguf, manifest, config, asked, plan)
         if resident == "dense":
             raise PlanError(
                 f"{gguf.path}: all but the experts does not fit in {vram_budget_bytes / GIB:.2f} GiB with a few "
                 "experts beside it: pass --resident=none to stream whole layers, or a larger --vram_budget_gib"
             )
-    return _plan_by_layer(gguf, manifest, config, asked, cache, streams)
+    plan = _plan_by_layer(gguf, manifest, config, asked, cache, streams)
+    return plan if prefill_chunk else _wide_by_layer(gguf, manifest, config, asked, plan)
 
 
 def _by_expert(config: Config, asked: Asked, streams: bool) -> bool:
@@ -141,20 +143,41 @@ def _by_expert(config: Config, asked: Asked, streams: bool) -> bool:
     return wanted and asked.kv_shuttle != "on"
 
 
-def _wide(gguf: GGUF, manifest: Manifest, config: Config, asked: Asked, plan: Plan) -> Plan | None:
-    """The plan by expert with more tokens in a sweep, where such a prompt can be, and costs few slots; else None."""
-    most = asked.context * (asked.max_batch or 1)
-    for chunk in limits.EXPERT_CHUNKS:
-        if chunk > most:
-            continue
-        own = dataclasses.replace(asked, chunk=chunk)
+def _wide_by_expert(gguf: GGUF, manifest: Manifest, config: Config, asked: Asked, plan: Plan) -> Plan:
+    """The plan with more tokens in a sweep, where such a prompt can be, and costs few slots."""
+    for own in _wider(asked):
         wide = plan_by_expert(
             gguf, config, own, sizes_of_cache(manifest, config, own), _model_bytes(manifest)
         )
         least = (1 - limits.EXPERT_CHUNK_SHARE) * sum(plan.expert_slots)
         if wide is not None and wide.device_fetch == plan.device_fetch and sum(wide.expert_slots) >= least:
             return wide
-    return None
+    return plan
+
+
+def _wide_by_layer(gguf: GGUF, manifest: Manifest, config: Config, asked: Asked, plan: Plan) -> Plan:
+    """The plan with more tokens in a sweep, where such a prompt can be, and nothing else leaves the device for it."""
+    # On a CPU products of 512 rows keep it busy anyhow, stages of a pipeline take the chunks of a prompt in turn, and
+    # the kernels for experts take no more rows.
+    if not asked.kernels or asked.first_layer is not None or config.experts is not None:
+        return plan
+    for own in _wider(asked):
+        cache = sizes_of_cache(manifest, config, own)
+        with contextlib.suppress(PlanError):
+            wide = _plan_by_layer(gguf, manifest, config, own, cache, bool(plan.streamed))
+            if (wide.bytes_per_sweep, wide.host_embedding, wide.shuttle, wide.tier) == (
+                plan.bytes_per_sweep,
+                plan.host_embedding,
+                plan.shuttle,
+                plan.tier,
+            ):
+                return wide
+    return plan
+
+
+def _wider(asked: Asked) -> Iterator[Asked]:
+    most = asked.context * (asked.max_batch or 1)
+    return (dataclasses.replace(asked, chunk=chunk) for chunk in limits.WIDE_CHUNKS if chunk <= most)
 
 
 def _model_bytes(manifest: Manifest) -> int:

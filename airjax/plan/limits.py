@@ -5,9 +5,10 @@ from __future__ import annotations
 from airjax import models
 
 PREFILL_CHUNK = 512
-# Where experts are streamed, a long prompt needs nearly all of them in each sweep, however many tokens it has: then
-# more tokens share one, unless what they need would take more than such a share of the experts' slots.
-EXPERT_CHUNKS = (2048, 1024)
+# More tokens share a sweep, and the decoding of its weights, where that costs nothing else on the device.
+WIDE_CHUNKS = (2048, 1024)
+# Where experts are streamed, a long prompt needs nearly all of them in each sweep, however many tokens it has: there it
+# may cost such a share of the experts' slots.
 EXPERT_CHUNK_SHARE = 0.07
 EMBEDDING = "token_embd.weight"
 EXPERT_TENSORS = tuple(f"{name}.weight" for name in models.EXPERT_STACKS)

@@ -69,8 +69,10 @@ def workspace_bytes(config: Config, manifest: Manifest, context: int, chunk: int
     attention = max(scores, decoded * max(_tile(wide, d), _tile(d, wide))) + 4 * chunk * 4 * (d + wide)
     experts, feed_forward = config.experts, 0.0
     if experts is None or not all(experts.in_layer(layer) for layer in range(config.n_layers)):
-        # Gate, up and their product, and the hidden states in a few forms.
-        feed_forward = chunk * 4 * (4 * d + 3 * f) + decoded * max(_tile(f, d), _tile(d, f))
+        # The hidden states in a few forms; of gate and up, whose tiles share the limit of one, only what they make.
+        whole = chunk <= quants.MOST_ROWS or any(span.layout.pieces for span in manifest.layers)
+        products = 12 * f if whole else item_bytes * f + 8 * -(-f // quants.decoded_tiles(f, d, 2))
+        feed_forward = chunk * (16 * d + products) + decoded * max(_tile(f, d), _tile(d, f))
     if experts is not None:
         feed_forward = max(feed_forward, experts_workspace(config, chunk, decoded))
     logits = 2 * item_bytes * _tile(config.vocab_size, d) + 3 * max(

@@ -6,7 +6,9 @@ from airjax.quants.experts import halves as halves
 from airjax.quants.experts import matmul_blocks as matmul_blocks
 from airjax.quants.experts import matmul_each as matmul_each
 from airjax.quants.experts import stacked as stacked
+from airjax.quants.kernels import MOST_ROWS as MOST_ROWS
 from airjax.quants.matmul import matmul as matmul
+from airjax.quants.matmul import matmul_combined as matmul_combined
 from airjax.quants.matmul import matmul_many as matmul_many
 from airjax.quants.mixture import mixture_products as mixture_products
 from airjax.quants.mixture import takes as takes

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from airjax.quants import cuda
-from airjax.quants.dense import decoded_product
+from airjax.quants.dense import Decoded, decoded_product
 from airjax.quants.packed import TILE_ROWS, TILE_WIDTH, PackedTensor, unpack_dequantize
 from airjax.types import Array
 
@@ -120,10 +120,17 @@ def matmul_packed(x: Array, ws: Sequence[PackedTensor], *, dtype: np.dtype) -> l
 
 
 def _decoded(x: Array, w: PackedTensor, dtype: np.dtype) -> Array:
-    def decode(data: Array, shape: tuple[int, int]) -> Array:
-        return unpack_dequantize(PackedTensor(data, w.type, shape))
+    return decoded_product(x, to_decode(w), (w.shape[0], w.shape[1]), dtype)
 
-    return decoded_product(x, w.data, (w.shape[0], w.shape[1]), decode, dtype)
+
+def to_decode(w: PackedTensor, bias: Array | None = None) -> Decoded:
+    """A re-laid matrix, with the bias that is added to its product, as `dense` takes it."""
+
+    def decode(first: Array | int, count: int) -> Array:
+        data = jax.lax.dynamic_slice_in_dim(w.data, first // TILE_ROWS, count // TILE_ROWS)
+        return unpack_dequantize(PackedTensor(data, w.type, (count, w.shape[1])))
+
+    return Decoded(decode, bias)
 
 
 @functools.cache

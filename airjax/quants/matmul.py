@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 
 from airjax.quants import kernels, lanes
-from airjax.quants.dense import decoded_product
+from airjax.quants.dense import Decoded, combined_products, decoded_product, rows_from
 from airjax.quants.groups import Groups
-from airjax.quants.packed import PackedTensor
+from airjax.quants.packed import TILE_ROWS, PackedTensor
 from airjax.quants.qtensor import FLOATS, QTensor, dequantize, groups
 from airjax.types import Array
 
@@ -81,6 +81,51 @@ def matmul_many(x: Array, ws: Sequence[QTensor | PackedTensor], *, dtype: np.dty
     return [ys[at].reshape(*x.shape[:-1], w.shape[0]) for at, w in enumerate(plain)]
 
 
+def matmul_combined(
+    x: Array,
+    ws: Sequence[QTensor | PackedTensor],
+    biases: Sequence[Array | None],
+    combine: Callable[..., Array],
+    *,
+    dtype: np.dtype,
+    halves: bool = False,
+) -> Array:
+    """`combine(x @ W1.T + b1, x @ W2.T + b2, ...)`, of many rows without the products being whole in memory.
+
+    Args:
+      x: `[..., n_in]`.
+      ws: `[n_out, n_in]` each.
+      biases: float32 `[n_out]` of each, or None.
+      combine: of products `[rows, some of n_out]`, element by element.
+      dtype: as in `matmul`.
+      halves: there is one matrix, and `combine` takes the products with the halves of its rows.
+
+    Returns:
+      `[..., n_out]`, or half as many, float32 of few rows and `dtype` of many.
+    """
+    count = x.size // x.shape[-1]
+    n_out, n_in = ws[0].shape[0] // (1 + halves), ws[0].shape[1]
+    if count <= kernels.MOST_ROWS or not _together(ws) or n_out % TILE_ROWS:
+        ys = matmul_many(x, ws, dtype=dtype)
+        ys = [y if b is None else y + b for y, b in zip(ys, biases, strict=True)]
+        return combine(*(jnp.split(ys[0], 2, axis=-1) if halves else ys))
+    parts = [
+        kernels.to_decode(w, bias) if isinstance(w, PackedTensor) else _to_decode(w, bias)
+        for w, bias in zip(ws, biases, strict=True)
+    ]
+    if halves:
+        parts.append(rows_from(parts[0], n_out))
+    rows = x.reshape(count, n_in).astype(jnp.float32)
+    y = combined_products(rows, parts, (n_out, n_in), combine, dtype, np.dtype(dtype))
+    return y.reshape(*x.shape[:-1], n_out)
+
+
+def _together(ws: Sequence[QTensor | PackedTensor]) -> bool:
+    """Whether matrices have one shape and are there at the same time: those of two buffers may be one after another."""
+    buffers = {id(w.buffer) for w in ws if isinstance(w, QTensor) and w.buffer is not None}
+    return len({w.shape for w in ws}) == 1 and len(buffers) <= 1
+
+
 def _by_buffer(ws: Sequence[QTensor]) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
     for at, w in enumerate(ws):
@@ -94,10 +139,21 @@ def groups_of(w: QTensor) -> bool:
 
 
 def _decoded(x: Array, w: QTensor, dtype: np.dtype) -> Array:
-    def decode(data: Array, shape: tuple[int, int]) -> Array:
-        return dequantize(QTensor(data=data, type=w.type, shape=shape))
+    return decoded_product(x, _to_decode(w), (w.shape[0], w.shape[1]), dtype)
 
-    return decoded_product(x, w.data, (w.shape[0], w.shape[1]), decode, dtype)
+
+def _to_decode(w: QTensor, bias: Array | None = None) -> Decoded:
+    width = w.data.shape[-1]
+
+    def decode(first: Array | int, count: int) -> Array:
+        if w.buffer is None or w.buffer.size >= 2**31:
+            data = jax.lax.dynamic_slice_in_dim(w.data, first, count)
+        else:
+            # From where it lies: a slice of all of it would be copied before a loop. Indices are 32-bit numbers.
+            data = jax.lax.dynamic_slice(w.buffer, (w.offset + first * width,), (count * width,))
+        return dequantize(QTensor(data.reshape(count, width), w.type, (count, w.shape[1])))
+
+    return Decoded(decode, bias)
 
 
 def _elsewhere(x: Array, w: QTensor, dtype: np.dtype) -> Array:

@@ -11,6 +11,7 @@ from gguf import quants as oracle
 from random_blocks import random_rows
 
 from airjax import quants
+from airjax.quants import dense
 from airjax.quants.qtensor import FLOATS
 
 # The package's attribute of this name is the function.
@@ -121,3 +122,64 @@ def test_bfloat16_products_keep_float32_sums():
     got = _product(kind, data, x, jnp.bfloat16)
     assert got.dtype == np.float32
     assert 1e-4 < _error(got, x @ weights.T) < 1e-2
+
+
+@pytest.fixture
+def _small_tiles(monkeypatch):
+    monkeypatch.setattr(dense, "_TILE_WEIGHTS", _N * _K // 2)
+    dense.decoded_tiles.cache_clear()
+    yield
+    dense.decoded_tiles.cache_clear()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "re-laid"])
+@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.usefixtures("_small_tiles")
+def test_combined_products_are_those_of_the_products(rows, packed):
+    kind = GGMLType.Q4_K
+    data = [_weights(kind, seed)[0].view(np.uint8).reshape(-1) for seed in (1, 2)]
+    x, *biases = (
+        np.random.default_rng(0).normal(size=size).astype(np.float32) for size in ((rows, _K), (_N,), (_N,))
+    )
+    assert dense.decoded_tiles(_N, _K) == 2 and dense.decoded_tiles(_N, _K, 2) == 6
+
+    def matrices(buffer):
+        ws = [quants.view(buffer, kind, (_N, _K), at * data[0].size) for at in range(2)]
+        return [quants.pack(w) for w in ws] if packed else ws
+
+    def combined(buffer, x):
+        return quants.matmul_combined(x, matrices(buffer), biases, _swiglu, dtype=np.dtype(np.float32))
+
+    def apart(buffer, x):
+        ys = quants.matmul_many(x, matrices(buffer), dtype=np.dtype(np.float32))
+        return _swiglu(*(y + bias for y, bias in zip(ys, biases, strict=True)))
+
+    def of_halves(buffer, x):
+        w = quants.view(buffer, kind, (2 * _N, _K))
+        options = {"dtype": np.dtype(np.float32), "halves": True}
+        ws = [quants.pack(w) if packed else w]
+        return quants.matmul_combined(x, ws, [jnp.concatenate(biases)], _swiglu, **options)
+
+    together = jnp.asarray(np.concatenate(data))
+    expected = jax.jit(apart)(together, x)
+    for form in (combined, of_halves):
+        np.testing.assert_allclose(jax.jit(form)(together, x), expected, rtol=2e-5, atol=1e-4)
+
+
+def _swiglu(gate, up):
+    return jax.nn.silu(gate) * up
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_of_many_rows_neither_products_nor_slices_of_a_buffer_are_whole_in_memory():
+    kind, rows, shape = GGMLType.Q4_K, 1024, (16 * _N, _K)
+    nbytes = shape[0] * quants.row_bytes(kind, _K)
+
+    def run(buffer, x):
+        ws = [quants.view(buffer, kind, shape, at * nbytes) for at in range(2)]
+        return quants.matmul_combined(x, ws, [None, None], _swiglu, dtype=np.dtype(np.float32))
+
+    given = jax.ShapeDtypeStruct((2 * nbytes,), np.uint8), jax.ShapeDtypeStruct((rows, _K), np.float32)
+    temporary = jax.jit(run).lower(*given).compile().memory_analysis().temp_size_in_bytes
+    # Tiles alone: a whole product is fourteen times as large as a matrix in the file.
+    assert temporary < nbytes

@@ -141,7 +141,9 @@ def test_an_error_in_mid_batch_loses_that_request_alone(client, monkeypatch):
 
 
 @pytest.mark.parametrize("failing", [1, 3])
-def test_a_sweep_that_fails_loses_those_in_it_and_the_next_ones_get_their_own_answers(client, monkeypatch, failing):
+def test_a_sweep_that_fails_loses_those_in_it_and_the_next_ones_get_their_own_answers(
+    client, monkeypatch, failing
+):
     prompts = ["abc", "abcd", "bcde", "abcdef"]
     alone = together(client, prompts)
     sweep, steps = scheduler.shared_sweep, []

@@ -1,0 +1,58 @@
+"""Plans of large models, made from files that have nothing but a header."""
+
+import gguf
+import pytest
+import synthetic
+
+from airjax import models
+from airjax.gguf import open_gguf
+from airjax.plan import GIB, plan_layers
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shape") / "70b.gguf"
+    synthetic.write_sparse(str(path), synthetic.SHAPES["70b"], gguf.GGMLQuantizationType.Q4_K)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan(path):
+    def make(vram_gib, backend="cuda", context=4096, **options):
+        with open_gguf(path) as file:
+            _, config = models.from_gguf(file, "bfloat16", context=context)
+            given = {"vram_budget_bytes": int(vram_gib * GIB), "ram_budget_bytes": 128 * GIB, "compact": True}
+            return plan_layers(file, 1, config, backend=backend, context=context, **given | options)[1]
+
+    return make
+
+
+@pytest.mark.parametrize("options", [{}, {"max_batch": 8, "kv_tokens": 4096}], ids=["one", "batch"])
+def test_more_tokens_share_a_sweep_where_no_layer_leaves_the_device_for_it(plan, options):
+    chunks = set()
+    for tenths in range(120, 320, 5):
+        wide, narrow = plan(tenths / 10, **options), plan(tenths / 10, prefill_chunk=512, **options)
+        twice = plan(tenths / 10, prefill_chunk=2 * wide.prefill_chunk, **options)
+        chunks.add(wide.prefill_chunk)
+        assert wide.bytes_per_sweep == narrow.bytes_per_sweep and wide.peak_bytes <= wide.vram_budget_bytes
+        assert wide.prefill_chunk == 2048 or twice.bytes_per_sweep > narrow.bytes_per_sweep
+    assert chunks == {512, 1024, 2048}
+
+
+def test_more_tokens_share_a_sweep_of_a_resident_model(plan):
+    resident = plan(48)
+    assert (resident.streamed, resident.prefill_chunk) == ((), 2048)
+
+
+@pytest.mark.parametrize(
+    ("options", "chunk"),
+    [
+        ({"context": 1000}, 512),
+        ({"context": 1000, "max_batch": 2, "kv_tokens": 1024}, 1024),
+        ({"backend": "cpu"}, 512),
+        ({"prefill_chunk": 128}, 128),
+    ],
+    ids=["short context", "short contexts together", "CPU", "chosen"],
+)
+def test_a_chunk_is_no_longer_than_there_is_use_for(plan, options, chunk):
+    assert plan(48, **options).prefill_chunk == chunk
