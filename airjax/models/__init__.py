@@ -64,6 +64,7 @@ from airjax.models import (
     pangu_embedded,
     phi2,
     phi3,
+    phimoe,
     plamo,
     qwen,
     qwen2,
@@ -173,6 +174,7 @@ _MODULES = (
     pangu_embedded,
     phi2,
     phi3,
+    phimoe,
     plamo,
     qwen,
     qwen2,
@@ -241,7 +243,6 @@ _REASONS = {
     "has layers that differ in their heads and gates": ("openelm", "step35"),
     "has latent attention of a form of its own": ("minicpm3", "plm"),
     "has a form that is not established": ("gptj", "grok", "maincoder", "plamo3"),
-    "has a router of its own": ("phimoe",),
     "is no decoder-only language model": (
         *("bert", "clip", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llama-embed"),
         *("modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "t5", "t5encoder", "wavtokenizer-dec"),

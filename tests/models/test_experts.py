@@ -197,6 +197,13 @@ def test_a_file_that_makes_no_mixture_is_refused_by_name(tmp_path, options, mess
         _load(toy_mixture(tmp_path / "toy.gguf", "qwen3moe", layers=1, **options))
 
 
+@_EVERY
+def test_a_mixture_without_one_of_its_tensors_is_refused_by_name(tmp_path, model):
+    name = MIXTURES[model].get("architecture", model)
+    with pytest.raises(GGUFError, match=f"tensor blk.[0-9].ffn_down_exps.weight is missing: a {name} model"):
+        _load(toy_mixture(tmp_path / "toy.gguf", model, left_out=("ffn_down_exps",)))
+
+
 @pytest.mark.parametrize(
     ("architecture", "reason"),
     [

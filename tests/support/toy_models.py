@@ -400,10 +400,7 @@ def toy_decoder(
         toy.value("rope.scaling.factor", yarn_factor)
         toy.value("rope.scaling.original_context_length", 64)
     if longrope:
-        toy.value("rope.scaling.original_context_length", 64)
-        toy.value("rope.scaling.attn_factor", math.sqrt(1 + math.log(512 / 64) / math.log(64)))
-        toy.tensor("rope_factors_short.weight", np.linspace(1, 1.5, width // 2))
-        toy.tensor("rope_factors_long.weight", np.linspace(1, 8, width // 2))
+        toy.longrope(width)
     norm_biases = options.get("norm_biases", options.get("layer_norm", False))
     toy.outside(d, separate_output, normed=options.get("norms", True) != ())
     if norm_biases:
@@ -493,6 +490,13 @@ class Toy:
             self.norm("output_norm.weight", d)
         if separate_output:
             self.matrix("output.weight", self.vocabulary_size, d, 2.0)
+
+    def longrope(self, width: int) -> None:
+        """Divisors of the rope for contexts up to 64 and for longer ones."""
+        self.value("rope.scaling.original_context_length", 64)
+        self.value("rope.scaling.attn_factor", math.sqrt(1 + math.log(512 / 64) / math.log(64)))
+        self.tensor("rope_factors_short.weight", np.linspace(1, 1.5, width // 2))
+        self.tensor("rope_factors_long.weight", np.linspace(1, 8, width // 2))
 
     def norm(self, name: str, shape: int | tuple[int, ...]) -> None:
         """A norm weight around 1."""
