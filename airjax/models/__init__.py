@@ -11,6 +11,7 @@ import dataclasses
 from airjax.gguf import GGUF, GGUFError
 from airjax.models import (
     afmoe,
+    apertus,
     arcee,
     arctic,
     baichuan,
@@ -121,6 +122,7 @@ from airjax.models.sharding import spread as spread
 
 _MODULES = (
     afmoe,
+    apertus,
     arcee,
     arctic,
     baichuan,
@@ -237,7 +239,6 @@ _REASONS = {
     "reads images": ("chameleon", "cogvlm", "deepseek2-ocr", "hunyuan_vl", "paddleocr"),
     "has layers that share embeddings and keys with others": ("gemma3n",),
     "has attention that picks positions by an index": ("glm-dsa",),
-    "has an activation with constants of each layer": ("apertus",),
     "has norms inside attention and feed-forward parts": ("bitnet",),
     "has experts of two kinds": ("grovemoe",),
     "has layers that differ in their heads and gates": ("openelm", "step35"),

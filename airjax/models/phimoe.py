@@ -4,7 +4,8 @@ Abdin et al., Phi-3 Technical Report, 2024. The weights of a token's two experts
 files: a softmax over all experts, whose chosen parts are made to sum to one. Microsoft's own code, and transformers,
 take each of the two from a softmax over those that come close to it (SparseMixer; Liu et al., GRIN, 2024), so that both
 are mostly near one. The factor of the rope is the file's: llama.cpp's converter works it out from how much the context
-grows, and the model's own configuration states another.
+grows, and the model's own configuration states another. The norms are the model's, LayerNorm, and the window is kept;
+llama.cpp's graph, that of Phi-3, has root mean squares with biases there, and no window.
 """
 
 from __future__ import annotations

@@ -342,6 +342,17 @@ DECODERS: dict[str, dict[str, Any]] = {
         "values": {"attention.clamp_kqv": 0.8, "attention.layer_norm_epsilon": 1e-5},
     },
     "hunyuan-dense": {"qk_norm": "head", "width": 24},
+    "apertus": {
+        "gated": False,
+        "qk_norm": "head",
+        "width": 24,
+        "keys": {
+            "xielu.alpha_n": [0.3, -1.5, 2.0, -0.2],
+            "xielu.alpha_p": [-0.5, 1.0, 0.1, -2.0],
+            "xielu.beta": [0.5, 0.4, 0.6, 0.5],
+            "xielu.eps": [-1e-6, -1e-6, -0.5, -1e-6],
+        },
+    },
     "seed_oss": {
         "norms": ("attn_norm", "post_attention_norm"),
         "biases": ("attn_q", "attn_k", "attn_v"),
@@ -395,6 +406,8 @@ def toy_decoder(
     own = {"attention.layer_norm_epsilon": 1e-3} if options.get("layer_norm", False) else {}
     for key, value in (own | options.get("values", {})).items():
         toy.value(key, value)
+    for key, value in options.get("keys", {}).items():
+        toy.key(key, value)
     if yarn_factor:
         toy.value("rope.scaling.type", "yarn")
         toy.value("rope.scaling.factor", yarn_factor)
@@ -482,6 +495,10 @@ class Toy:
     def value(self, key: str, value: Any) -> None:
         """A metadata value of the architecture."""
         self._add(f"{self._architecture}.{key}", value)
+
+    def key(self, key: str, value: Any) -> None:
+        """A metadata value."""
+        self._add(key, value)
 
     def outside(self, d: int, separate_output: bool, normed: bool = True) -> None:
         """The tensors outside the layers."""
