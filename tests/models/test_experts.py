@@ -66,6 +66,17 @@ def test_latent_attention_keeps_one_vector_of_a_token(tmp_path):
         assert (config.n_kv_heads, config.head_dim) == (1, 32 + 8)
 
 
+def test_latent_attention_goes_without_experts(tmp_path, monkeypatch):
+    options = MIXTURES["deepseek2"] | {"dense": (0, 1, 2), "count": 0, "used": 0}
+    values = {"leading_dense_block_count": 3, "expert_shared_count": 0}
+    monkeypatch.setitem(MIXTURES, "youtu", {**options, "architecture": "deepseek2", "values": values})
+    path = toy_mixture(tmp_path / "toy.gguf", "youtu")
+    with _load(path) as loaded:
+        assert loaded.model.config.experts is None
+        ids = random_ids(loaded.model.config.vocab_size, 70)
+        assert max_kl(torch_mixture_logits(path, ids), loaded.logits(ids)) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
