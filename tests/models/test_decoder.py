@@ -163,6 +163,12 @@ def test_an_activation_without_a_number_for_each_layer_is_refused_by_name(tmp_pa
         ("falcon", {"attention.layer_norm_epsilon": 2.0}, "layer_norm_epsilon must be in"),
         ("deci", {"attention.head_count_kv": [2, 4, 0, 1, 1]}, "layer 3 of a deci model must have 4 heads"),
         ("deci", {"feed_forward_length": [128, 64, 96, 0, 0]}, "layer 3 has neither attention nor"),
+        (
+            "openelm",
+            {"attention.head_count_kv": [1, 2, 4, 4]},
+            "layer 2 of an openelm model must have a number",
+        ),
+        ("openelm", {"feed_forward_length": [64, 0, 128, 160]}, "layer 1 of an openelm model must have"),
         ("deci", {"attention.head_count": [4, 4]}, "must be a whole number for each of 5 layers"),
     ],
 )

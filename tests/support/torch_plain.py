@@ -60,6 +60,7 @@ ARCHITECTURES = {
     "smallthinker": _Form(normalized=True, scores="sigmoid", activation="relu", router="input", every=4),
     "arctic": _Form(neighbours=True, normalized=True),
     "deci": _Form(neighbours=True),
+    "openelm": _Form(),
 }
 
 

@@ -322,6 +322,11 @@ DECODERS: dict[str, dict[str, Any]] = {
     "qwen3vl": {"width": 24, "qk_norm": "head", "values": {"rope.dimension_sections": [4, 4, 4, 0]}},
     # Of each layer: heads, KV heads and the width of the feed-forward part; the third has a matrix for attention.
     "deci": {"forms": [(4, 2, 128), (4, 4, 64), (4, 0, 96), (0, 0, 64), (4, 1, 0)]},
+    "openelm": {
+        "forms": [(4, 1, 64), (4, 2, 96), (6, 3, 128), (8, 4, 160)],
+        "fused_qkv": True,
+        "qk_norm": "head",
+    },
     "minicpm": {"values": {"logit_scale": 4.0, "residual_scale": 0.3, "embedding_scale": 6.0}},
     "qwen": {
         "fused_qkv": True,
@@ -429,7 +434,7 @@ def toy_decoder(
     fused_gate = options.get("fused", options.get("fused_gate", False))
     biases = options.get("biases", ())
     for layer, (own, kv_heads, f) in enumerate(forms):
-        q, kv = heads * width, kv_heads * width
+        q, kv = own * width, kv_heads * width
         matrices = (
             {"attn_qkv": (q + 2 * kv, d)}
             if fused
