@@ -16,7 +16,7 @@ _EVERY = pytest.mark.parametrize("model", sorted(MIXTURES))
 # The others differ from one of these in their configuration alone.
 _DISTINCT = pytest.mark.parametrize(
     "model",
-    ["deepseek2", "deepseek2-lite", "glm4moe", "gpt-oss", "llama4", "mimo2", "qwen2moe"],
+    ["deepseek2", "deepseek2-lite", "glm4moe", "gpt-oss", "grok-2", "llama4", "mimo2", "qwen2moe"],
 )
 
 
@@ -176,6 +176,12 @@ def test_the_bare_functions_give_the_logits_of_the_engine(tmp_path, model):
         ("mimo2", {"attention.head_count_kv": [2, 4, 2, 2]}, "one number for layers with a window and one"),
         ("mimo2", {"attention.value_length": 32}, "value_length must be at most key_length 16"),
         ("mimo2", {"attention.sliding_window_pattern": [0, 1]}, "a whole number for each of 4 layers"),
+        ("grok-2", {"logit_scale": 0.0}, "grok.logit_scale is a factor of the logits"),
+        (
+            "grok-2",
+            {"rope.scaling.yarn_ext_factor": 0.5},
+            "yarn_ext_factor must be 1, the only one that is run, got",
+        ),
         ("mistral4", {"attention.temperature_length": 0}, "mistral4.attention.temperature_length must be"),
     ],
 )

@@ -487,7 +487,9 @@ class Toy:
             if key != "general.architecture":
                 self._add(key, value)
 
-    def sizes(self, layers: int, d: int, f: Any, heads: Any, kv_heads: Any, context: int) -> None:
+    def sizes(
+        self, layers: int, d: int, f: Any, heads: Any, kv_heads: Any, context: int, eps: float = 1e-5
+    ) -> None:
         """The metadata that every architecture has; width and heads may be lists with a number for each layer."""
         self.value("block_count", layers)
         self.value("context_length", context)
@@ -495,7 +497,7 @@ class Toy:
         self.value("feed_forward_length", f)
         self.value("attention.head_count", heads)
         self.value("attention.head_count_kv", kv_heads)
-        self.value("attention.layer_norm_rms_epsilon", 1e-5)
+        self.value("attention.layer_norm_rms_epsilon", eps)
 
     def value(self, key: str, value: Any) -> None:
         """A metadata value of the architecture."""
