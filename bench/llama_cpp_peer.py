@@ -82,8 +82,9 @@ def weigh(file: GGUF) -> Weights:
     """The sizes of a model's parts."""
     arch = file.metadata["general.architecture"]
     layers = int(file.metadata[f"{arch}.block_count"])
-    heads = int(file.metadata[f"{arch}.attention.head_count"])
-    kv_heads = int(file.metadata[f"{arch}.attention.head_count_kv"])
+    # Of layers that differ, the largest.
+    heads = int(np.max(file.metadata[f"{arch}.attention.head_count"]))
+    kv_heads = int(np.max(file.metadata[f"{arch}.attention.head_count_kv"]))
     width = int(file.metadata[f"{arch}.embedding_length"]) // heads
     key = int(file.metadata.get(f"{arch}.attention.key_length", width))
     value = int(file.metadata.get(f"{arch}.attention.value_length", width))
@@ -194,6 +195,8 @@ class Peer:
         pinned: bool = True,
         states_only: bool = False,
     ) -> None:
+        # llama.cpp calls it until its last context is gone.
+        self._log = log
         log.buffers.clear()
         options = lib.llama_model_default_params()
         on_gpu = weights.layers if weights.experts else count

@@ -88,10 +88,7 @@ def capture(
         if not 0 <= layer < model.config.n_layers:
             raise ValueError(f"a layer must be between 0 and {model.config.n_layers - 1}, got {layer}")
     rows: dict[int, list[np.ndarray]] = {depth: [] for depth in hidden}
-    seen: dict[int, np.ndarray] = {
-        layer: np.zeros((model.config.n_heads * model.config.shards, len(ids), len(ids)), np.float32)
-        for layer in attention
-    }
+    seen: dict[int, np.ndarray] = {}
 
     def keep(depth: int, x: Array, positions: np.ndarray) -> Array:
         if depth in rows:
@@ -103,6 +100,8 @@ def capture(
         newest, size = int(positions.max()), model.plan.kv_slots[layer]
         columns = newest - (newest - np.arange(part.shape[-1])) % size
         real, known = positions[0] >= 0, columns >= 0
+        # Layers may differ in their heads.
+        seen.setdefault(layer, np.zeros((len(part), len(ids), len(ids)), np.float32))
         at = np.ix_(np.arange(part.shape[0]), positions[0][real], columns[known])
         seen[layer][at] = part[:, real][:, :, known]
 

@@ -59,7 +59,7 @@ def cut_layers(gguf: GGUF, config: DecoderConfig, count: int) -> tuple[ShardedLa
     layers = []
     for layer in range(config.n_layers):
         prefix = f"blk.{layer}."
-        own = sorted(name for name in gguf.tensors if name.startswith(prefix))
+        own = sorted(name for name in (*gguf.tensors, *gguf.numbers) if name.startswith(prefix))
         layers.append(_cut_layer(gguf, config, prefix, own, count))
     return tuple(layers)
 
@@ -70,7 +70,7 @@ def _cut_layer(
     sizes: list[int] = []
     pieces, packed = [], []
     for name in names:
-        info = gguf.tensors[name]
+        info = gguf.place(name)
         cut = cut_of(name.removeprefix(prefix), config, count)
         shape, axis = list(info.shape), -1 if cut.columns else 0
         if cut.parts:
@@ -251,7 +251,7 @@ class Shards:
 
     def _part(self, piece: Piece, number: int) -> np.ndarray:
         """The bytes of a device's part."""
-        raw, info, cut = self._gguf.raw(piece.name), self._gguf.tensors[piece.name], piece.cut
+        raw, info, cut = self._gguf.raw(piece.name), self._gguf.place(piece.name), piece.cut
         if not cut.parts:
             return raw
         sizes, starts = cut.sizes(self._mesh.size), cut.starts(self._mesh.size, number)

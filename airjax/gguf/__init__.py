@@ -6,6 +6,7 @@ from airjax.gguf.describe import describe as describe
 from airjax.gguf.describe import format_description as format_description
 from airjax.gguf.errors import GGUFError as GGUFError
 from airjax.gguf.fingerprint import fingerprint as fingerprint
+from airjax.gguf.header import NUMBERS_OF_LAYERS as NUMBERS_OF_LAYERS
 from airjax.gguf.header import Metadata as Metadata
 from airjax.gguf.header import TensorInfo as TensorInfo
 from airjax.gguf.manifest import OF_FIRST_LAYER as OF_FIRST_LAYER

@@ -31,6 +31,9 @@ _MAX_NESTED = 64 * 1024  # of a whole file; an empty array takes ten times its 1
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 # The format document's value types: number -> struct letter.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# Metadata with a float32 number for each layer, which that layer alone reads (Apertus).
+NUMBERS_OF_LAYERS = ("xielu.alpha_n", "xielu.alpha_p", "xielu.beta", "xielu.eps")
+_MAX_NUMBERED = 4096  # layers
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
@@ -56,12 +59,13 @@ class TensorInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What one file says of itself; tensor offsets are absolute."""
+    """What one file says of itself; offsets are absolute. `numbers` are as in `GGUF`."""
 
     version: int
     alignment: int
     metadata: Metadata
     tensors: dict[str, TensorInfo]
+    numbers: dict[str, TensorInfo]
 
 
 @dataclass(frozen=True)
@@ -243,12 +247,15 @@ def parse_header(data: memoryview, where: str, shard: int) -> Header:
     keys = reader.scalar(10, "the metadata count")
     reader.need(keys * 13, f"a metadata table of {keys} entries")
     metadata: dict[str, Any] = {}
+    arrays: dict[str, int] = {}
     for number in range(keys):
         key = reader.name(f"the key of metadata entry {number}")
         if key in metadata:
             raise reader.error(f"metadata key '{shown(key)}' appears twice: the file is damaged")
         kind = reader.scalar(4, f"the type of metadata '{shown(key)}'")
         metadata[key] = reader.value(kind, f"metadata '{shown(key)}'")
+        if isinstance(metadata[key], np.ndarray):
+            arrays[key] = reader.at - metadata[key].nbytes
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= 1 << 30 or alignment & (alignment - 1):
         raise reader.error(
@@ -257,7 +264,24 @@ def parse_header(data: memoryview, where: str, shard: int) -> Header:
     reader.need(tensors * 24, f"a tensor table of {tensors} entries")
     infos = [_tensor(reader, number, shard) for number in range(tensors)]
     start = reader.at + -reader.at % alignment
-    return Header(version, alignment, Metadata(metadata), _place(reader, infos, start, alignment))
+    placed = _place(reader, infos, start, alignment)
+    return Header(version, alignment, Metadata(metadata), placed, _numbers(metadata, arrays, shard))
+
+
+def _numbers(metadata: Mapping[str, Any], arrays: Mapping[str, int], shard: int) -> dict[str, TensorInfo]:
+    """The numbers of `NUMBERS_OF_LAYERS` as tensors where they lie; none of an array that does not fit the layers."""
+    keys = [key for key in NUMBERS_OF_LAYERS if key in arrays and metadata[key].dtype == np.float32]
+    architecture = metadata.get("general.architecture")
+    count = metadata.get(f"{architecture}.block_count") if isinstance(architecture, str) else None
+    if type(count) is not int or count > _MAX_NUMBERED:
+        return {}
+    names = {
+        f"blk.{layer}.{key}": arrays[key] + 4 * layer
+        for key in keys
+        if len(metadata[key]) == count
+        for layer in range(count)
+    }
+    return {name: TensorInfo(name, GGMLType.F32, (1,), shard, at, 4) for name, at in names.items()}
 
 
 def _brief(value: Any) -> str:

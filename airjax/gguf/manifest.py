@@ -9,7 +9,7 @@ from typing import NamedTuple
 from gguf.constants import GGMLQuantizationType as GGMLType
 
 from airjax.gguf.errors import GGUFError
-from airjax.gguf.header import TensorInfo
+from airjax.gguf.header import NUMBERS_OF_LAYERS, TensorInfo
 from airjax.gguf.reader import GGUF
 
 PAGE_BYTES = 4096
@@ -214,7 +214,7 @@ def build_manifest(
     end = (
         gguf.get(f"{gguf.metadata['general.architecture']}.block_count", int) - guessing if guessing else None
     )
-    for info in gguf.tensors.values():
+    for info in (*gguf.tensors.values(), *gguf.numbers.values()):
         match = _BLOCK.fullmatch(info.name)
         if match and end is not None and int(match[1]) >= end:
             continue
@@ -261,8 +261,11 @@ def _span(
     small_bytes = 0 if piece_bytes is None else piece_bytes // _SMALL_SHARE
     for short, info in sorted(tensors, key=lambda item: (item[1].shard, item[1].offset)):
         last = extents[-1] if extents else None
+        # Numbers of the metadata lie anywhere: a range begins with the first, so that layers have the same layout.
+        number = short in NUMBERS_OF_LAYERS
         near = (
             last is not None
+            and number == (slots[-1][0] in NUMBERS_OF_LAYERS)
             and last.shard == info.shard
             and info.offset - last.start - last.nbytes <= max_gap
         )
@@ -272,7 +275,7 @@ def _span(
             near &= small == (len(extents) - 1 not in pieces)
             near &= info.offset + info.nbytes - last.start <= limit
         if last is None or not near:
-            start = info.offset - info.offset % align
+            start = info.offset - (0 if number else info.offset % align)
             last = Extent(info.shard, start, 0)
             extents.append(last)
             if piece_bytes is not None and not small:

@@ -40,6 +40,7 @@ class GGUF:
       alignment: of tensors in the file.
       metadata: by key; long string arrays are decoded on first access.
       tensors: by name, in file order.
+      numbers: of the metadata, those that a single layer reads, as tensors of one element where they lie in the file.
       maps: each file as uint8, a read-only mapping.
     """
 
@@ -53,12 +54,17 @@ class GGUF:
         self.tensors: dict[str, TensorInfo] = {}
         for header in headers:
             self.tensors |= header.tensors
+        self.numbers = headers[0].numbers
         self.maps = tuple(file.data for file in files)
 
     def raw(self, name: str) -> np.ndarray:
         """The bytes of a tensor, uint8 `[nbytes]`, as a view of the mapping."""
-        info = self.tensors[name]
+        info = self.place(name)
         return self.maps[info.shard][info.offset : info.offset + info.nbytes]
+
+    def place(self, name: str) -> TensorInfo:
+        """Where a tensor or a number of a layer lies."""
+        return self.tensors[name] if name in self.tensors else self.numbers[name]
 
     def get(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
         """A metadata value of a type.

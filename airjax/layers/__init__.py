@@ -8,6 +8,7 @@ from airjax.layers.attention import read_rows as read_rows
 from airjax.layers.mlp import Activation as Activation
 from airjax.layers.mlp import activate as activate
 from airjax.layers.mlp import gated as gated
+from airjax.layers.mlp import xielu as xielu
 from airjax.layers.moe import Grouping as Grouping
 from airjax.layers.moe import Routing as Routing
 from airjax.layers.moe import Scoring as Scoring

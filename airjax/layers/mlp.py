@@ -33,6 +33,24 @@ def activate(x: Array, activation: Activation) -> Array:
     return jax.nn.gelu(x, approximate=activation == "gelu")
 
 
+def xielu(x: Array, alpha_n: Array, alpha_p: Array, beta: Array, eps: Array) -> Array:
+    """The xIELU of each element: a parabola above zero, an integral of ELU below.
+
+    Huang and Schlag, Deriving Activation Functions Using Integration, 2024.
+
+    Args:
+      x: `[..., F]`.
+      alpha_n, alpha_p: whose softplus bends the two sides, that of `alpha_n` with `beta` added; they broadcast.
+      beta: slope at zero.
+      eps: a negative number of nearly zero: what lies between the two is taken for it by the exponential.
+
+    Returns:
+      `[..., F]`.
+    """
+    below = (beta + jax.nn.softplus(alpha_n)) * (jnp.expm1(jnp.minimum(x, eps)) - x)
+    return beta * x + jnp.where(x > 0, jax.nn.softplus(alpha_p) * x * x, below)
+
+
 def gated(gate: Array, up: Array, activation: Activation) -> Array:
     """`activation(gate) * up`, for example SwiGLU; "clamped" is gpt-oss's form of it.
 

@@ -69,6 +69,7 @@ class DecoderConfig(Config):
       attention_norm: name of the norm before attention.
       pre_norms: norms before attention and feed-forward.
       post_norms: norms after them, before they are added.
+      after_attention, after_feed_forward: names of those.
       qkv_bound: queries, keys and values are kept between it and its negative; 0 for not (OLMo).
       fused_qkv: queries, keys and values come from one matrix.
       fused_gate: gate and up come from one matrix, `ffn_up`.
@@ -110,6 +111,8 @@ class DecoderConfig(Config):
     attention_norm: str = "attn_norm"
     pre_norms: bool = True
     post_norms: bool = False
+    after_attention: str = "post_attention_norm"
+    after_feed_forward: str = "post_ffw_norm"
     qkv_bound: float = 0.0
     fused_qkv: bool = False
     fused_gate: bool = False
@@ -179,7 +182,7 @@ class Decoder:
         if config.pre_norms:
             norms |= {config.attention_norm: (d,), config.feed_forward_name: (d,)}
         if config.post_norms:
-            norms |= {"post_attention_norm": (d,), "post_ffw_norm": (d,)}
+            norms |= {config.after_attention: (d,), config.after_feed_forward: (d,)}
         if config.qk_norm == "whole":
             norms |= {"attn_q_norm": (q,), "attn_k_norm": (kv,)}
         elif config.qk_norm == "head":
@@ -328,7 +331,7 @@ class Decoder:
     ) -> tuple[Array, Array]:
         """The hidden states after attention, and what the feed-forward part takes of them, `[B, T, D]` each."""
         attended = project(attended.reshape(*x.shape[:2], -1), weights, "attn_output", config)
-        new = _added(x, attended, weights, "post_attention_norm", config)
+        new = _added(x, attended, weights, config.after_attention, config)
         return new, self.feed_forward_norm(weights, x if config.parallel else new, config)
 
     def feed_forward_norm(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
@@ -337,7 +340,7 @@ class Decoder:
 
     def feed_forward_output(self, weights: Weights, x: Array, down: Array, config: DecoderConfig) -> Array:
         """The hidden states with what the feed-forward part gave."""
-        return _added(x, down, weights, "post_ffw_norm", config)
+        return _added(x, down, weights, config.after_feed_forward, config)
 
     def block(
         self,

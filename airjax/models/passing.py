@@ -17,6 +17,7 @@ _RANKS = {
     "ffn_up.": 4,
     "ffn_down.": 5,
     "post_ffw": 5,
+    "layer_output": 5,
 }
 
 

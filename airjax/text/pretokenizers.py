@@ -91,13 +91,19 @@ _EXAONE_MOE = (
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 
 
-def _cased_with_marks(but: str, symbols: str) -> str:
+def _cased_with_marks(but: str, symbols: str, digits: str = r"\p{N}{1,3}") -> str:
     """Words that end where lower case turns to upper, marks included, and those of another script left out."""
     start, upper, lower = r"[^\r\n\p{L}\p{N}]?", f"[{_UPPER}{but}]", f"[{_LOWER}{but}]"
     words = f"{start}{upper}*{lower}+{_CONTRACTIONS}?|{start}{upper}+{lower}*{_CONTRACTIONS}?"
-    return f"{words}|\\p{{N}}{{1,3}}|{_SYMBOLS}{symbols}*|{_LINES}"
+    return f"{words}|{digits}|{_SYMBOLS}{symbols}*|{_LINES}"
 
 
+# Korean, punctuation of East Asia, Bopomofo, and Chinese with Japanese.
+_YOUTU_SCRIPTS = (
+    r"[\x{AC00}-\x{D7A3}\x{3131}-\x{318E}]+"
+    r"|[\x{FF01}\x{2026}\x{201C}\x{201D}\x{2018}\x{2019}\x{2014}\x{FF1A}\x{FF1B}\x{FF0C}\x{3001}-\x{303F}\x{FE30}-\x{FE4F}]+"
+    r"|[\x{3105}-\x{312F}]+|" + _CJK
+)
 # All but blanks and the full stops and commas of several scripts.
 _SENTENCES = r" ?[^(\s|.,!?\x{2026}\x{3002}\x{FF0C}\x{3001}\x{0964}\x{06D4}\x{060C})]+"
 
@@ -135,6 +141,7 @@ _NAMES: dict[PreTokenizer, tuple[str, ...]] = {
     PreTokenizer((_EXAONE_MOE,)): ("exaone-moe",),
     PreTokenizer((r"\p{Han}+|" + _cased_with_marks(r"&&[^\p{Han}]", r"[\r\n]"),)): ("kimi-k2",),
     PreTokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", _cased_with_marks("", r"[\r\n/]"))): ("tiny_aya", "cohere2moe"),
+    PreTokenizer((_YOUTU_SCRIPTS, _cased_with_marks("", r"[\r\n/]", _DIGIT)), whole_words=True): ("youtu",),
     PreTokenizer((r"\p{N}{1,3}", _modern(r"\p{N}+")), whole_words=True): ("minicpm5",),
     PreTokenizer(_AFMOE): ("afmoe",),
     PreTokenizer((_modern(r"\p{N}{1,3}").replace(_BLANKS, _HALVED_BLANKS),)): ("jais-2",),

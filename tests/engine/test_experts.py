@@ -148,6 +148,8 @@ def test_biases_sinks_windows_and_dense_layers_come_through_the_pool_too(tmp_pat
         ("gemma4", "host"),
         ("smallthinker", "host"),
         ("arctic", "device"),
+        ("grok-2", "host"),
+        ("grok-2", "device"),
     ],
 )
 def test_weighted_inputs_own_routers_and_norms_behind_experts_come_through_the_pool_too(tmp_path, model, by):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import torch_models
-from toy_models import toy_gemma3, toy_llama
+from toy_models import toy_decoder, toy_gemma3, toy_llama
 
 import airjax
 from airjax import sampling
@@ -72,6 +72,14 @@ def test_attention_is_a_distribution_over_what_came_before(toy):
         weights = engine.capture(text(engine), attention=(0,)).attention[0]
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
     assert not np.triu(weights, 1).any()
+
+
+def test_a_layer_is_seen_with_its_own_heads(tmp_path):
+    with load(toy_decoder(tmp_path / "toy.gguf", "openelm")) as engine:
+        seen = engine.capture(text(engine), attention=(0, 2, 3)).attention
+    assert [len(weights) for weights in seen.values()] == [4, 6, 8]
+    for weights in seen.values():
+        np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
 
 
 def test_the_lens_of_the_last_layer_is_the_model(toy):

@@ -224,3 +224,51 @@ def test_a_layer_is_cut_into_pieces_between_its_tensors_and_small_ones_stay_apar
     with model(tmp_path / "b.gguf", [("blk.0.norm.weight", 16), ("blk.0.ffn_up.weight", 4096)]) as file:
         (span,) = build_manifest(file, align=1, piece_bytes=8192).layers
         assert span.layout.pieces == ()
+
+
+def numbered(path: Path, entries: list[bytes], count: int = 3) -> GGUF:
+    """A file of a few layers with these entries of the metadata."""
+    entries = [
+        raw.entry("general.architecture", raw.STRING, "toy"),
+        raw.entry("general.alignment", raw.U32, 64),
+        raw.entry("toy.block_count", raw.U32, count),
+        *entries,
+    ]
+    rows = [raw.tensor(f"blk.{n}.w", (16,), offset=64 * n) for n in range(count)]
+    path.write_bytes(raw.build(entries, rows, bytes(64 * count), alignment=64))
+    return open_gguf(path)
+
+
+def test_numbers_of_the_metadata_that_a_layer_reads_are_part_of_its_span(tmp_path):
+    values = {"xielu.alpha_n": [1.0, 2.0, 3.0], "xielu.eps": [-1.0, -2.0, -3.0]}
+    entries = [raw.entry(key, raw.ARRAY, (raw.F32, own)) for key, own in values.items()]
+    with numbered(tmp_path / "m.gguf", entries) as file:
+        manifest = build_manifest(file)
+        # Wherever the file has them, layers have one layout, and the weights begin at a multiple of 64 bytes.
+        assert len({span.layout for span in manifest.layers}) == 1
+        for layer, span in enumerate(manifest.layers):
+            tensors = dict(span.layout.tensors)
+            assert sorted(tensors) == ["w", *sorted(values)]
+            assert span.extents[tensors["w"].extent].start % 64 == 0
+            for key, own in values.items():
+                slot = tensors[key]
+                extent = span.extents[slot.extent]
+                at = extent.start + slot.offset
+                assert file.maps[0][at : at + 4].view(np.float32) == own[layer]
+                assert file.raw(f"blk.{layer}.{key}").view(np.float32) == own[layer]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        raw.entry("xielu.beta", raw.ARRAY, (raw.F32, [1.0, 2.0])),
+        raw.entry("xielu.beta", raw.ARRAY, (raw.I32, [1, 2, 3])),
+        raw.entry("xielu.beta", raw.F32, 1.0),
+        raw.entry("xielu.other", raw.ARRAY, (raw.F32, [1.0, 2.0, 3.0])),
+    ],
+    ids=["too short", "of another type", "no array", "another key"],
+)
+def test_other_metadata_is_no_part_of_a_layer(tmp_path, entry):
+    with numbered(tmp_path / "m.gguf", [entry]) as file:
+        assert not file.numbers
+        assert [name for name, _ in build_manifest(file).layers[0].layout.tensors] == ["w"]

@@ -118,6 +118,33 @@ def test_a_file_without_one_of_its_tensors_is_refused_by_name(tmp_path, architec
         _load(path)
 
 
+@pytest.mark.parametrize("tier", ["ring", "pageable mapping"])
+def test_numbers_of_the_metadata_are_streamed_with_their_layers(tmp_path, tier):
+    path = toy_decoder(tmp_path / "toy.gguf", "apertus", layers=4)
+    with _load(path, resident="all") as loaded:
+        ids = _ids(loaded.model, 40)
+        expected = loaded.logits(ids)
+    with _load(path, resident="none", stream_depth=2, tier=tier) as loaded:
+        np.testing.assert_array_equal(loaded.logits(ids), expected)
+
+
+@pytest.mark.parametrize(
+    "numbers", [None, [0.5] * 3, [0.5, 0.5, float("nan"), 0.5], [1, 1, 1, 1], 0.5], ids=str
+)
+def test_an_activation_without_a_number_for_each_layer_is_refused_by_name(tmp_path, monkeypatch, numbers):
+    options = DECODERS["apertus"]
+    keys = {**options["keys"], "xielu.beta": numbers}
+    monkeypatch.setitem(
+        DECODERS,
+        "apertus",
+        options | {"keys": {key: value for key, value in keys.items() if value is not None}},
+    )
+    with pytest.raises(
+        GGUFError, match=r"xielu\.beta must be an array with a finite float32 number for each of 4"
+    ):
+        _load(toy_decoder(tmp_path / "toy.gguf", "apertus"))
+
+
 @pytest.mark.parametrize(
     ("architecture", "values", "message"),
     [
@@ -136,6 +163,12 @@ def test_a_file_without_one_of_its_tensors_is_refused_by_name(tmp_path, architec
         ("falcon", {"attention.layer_norm_epsilon": 2.0}, "layer_norm_epsilon must be in"),
         ("deci", {"attention.head_count_kv": [2, 4, 0, 1, 1]}, "layer 3 of a deci model must have 4 heads"),
         ("deci", {"feed_forward_length": [128, 64, 96, 0, 0]}, "layer 3 has neither attention nor"),
+        (
+            "openelm",
+            {"attention.head_count_kv": [1, 2, 4, 4]},
+            "layer 2 of an openelm model must have a number",
+        ),
+        ("openelm", {"feed_forward_length": [64, 0, 128, 160]}, "layer 1 of an openelm model must have"),
         ("deci", {"attention.head_count": [4, 4]}, "must be a whole number for each of 5 layers"),
     ],
 )

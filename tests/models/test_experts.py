@@ -16,7 +16,7 @@ _EVERY = pytest.mark.parametrize("model", sorted(MIXTURES))
 # The others differ from one of these in their configuration alone.
 _DISTINCT = pytest.mark.parametrize(
     "model",
-    ["deepseek2", "deepseek2-lite", "glm4moe", "gpt-oss", "llama4", "mimo2", "qwen2moe"],
+    ["deepseek2", "deepseek2-lite", "glm4moe", "gpt-oss", "grok-2", "llama4", "mimo2", "qwen2moe"],
 )
 
 
@@ -64,6 +64,17 @@ def test_latent_attention_keeps_one_vector_of_a_token(tmp_path):
     with _load(toy_mixture(tmp_path / "toy.gguf", "deepseek2")) as loaded:
         config = loaded.model.config
         assert (config.n_kv_heads, config.head_dim) == (1, 32 + 8)
+
+
+def test_latent_attention_goes_without_experts(tmp_path, monkeypatch):
+    options = MIXTURES["deepseek2"] | {"dense": (0, 1, 2), "count": 0, "used": 0}
+    values = {"leading_dense_block_count": 3, "expert_shared_count": 0}
+    monkeypatch.setitem(MIXTURES, "youtu", {**options, "architecture": "deepseek2", "values": values})
+    path = toy_mixture(tmp_path / "toy.gguf", "youtu")
+    with _load(path) as loaded:
+        assert loaded.model.config.experts is None
+        ids = random_ids(loaded.model.config.vocab_size, 70)
+        assert max_kl(torch_mixture_logits(path, ids), loaded.logits(ids)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -165,6 +176,12 @@ def test_the_bare_functions_give_the_logits_of_the_engine(tmp_path, model):
         ("mimo2", {"attention.head_count_kv": [2, 4, 2, 2]}, "one number for layers with a window and one"),
         ("mimo2", {"attention.value_length": 32}, "value_length must be at most key_length 16"),
         ("mimo2", {"attention.sliding_window_pattern": [0, 1]}, "a whole number for each of 4 layers"),
+        ("grok-2", {"logit_scale": 0.0}, "grok.logit_scale is a factor of the logits"),
+        (
+            "grok-2",
+            {"rope.scaling.yarn_ext_factor": 0.5},
+            "yarn_ext_factor must be 1, the only one that is run, got",
+        ),
         ("mistral4", {"attention.temperature_length": 0}, "mistral4.attention.temperature_length must be"),
     ],
 )
@@ -195,6 +212,13 @@ def test_every_name_that_gguf_has_is_run_or_refused_with_its_reason():
 def test_a_file_that_makes_no_mixture_is_refused_by_name(tmp_path, options, message):
     with pytest.raises(GGUFError, match=message):
         _load(toy_mixture(tmp_path / "toy.gguf", "qwen3moe", layers=1, **options))
+
+
+@_EVERY
+def test_a_mixture_without_one_of_its_tensors_is_refused_by_name(tmp_path, model):
+    name = MIXTURES[model].get("architecture", model)
+    with pytest.raises(GGUFError, match=f"tensor blk.[0-9].ffn_down_exps.weight is missing: a {name} model"):
+        _load(toy_mixture(tmp_path / "toy.gguf", model, left_out=("ffn_down_exps",)))
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ _TOYS = {
     "norms of each head": lambda path: toy_decoder(path, "command-r"),
     "fused, with biases": lambda path: toy_decoder(path, "gptneox"),
     "no gate": lambda path: toy_decoder(path, "starcoder2"),
+    "numbers of the metadata": lambda path: toy_decoder(path, "apertus"),
 }
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """How models cut texts into words by their own tokenizer files: those that the goldens do not have.
 
 Patterns as `tokenizer.json` (of Kimi K2: its Python module) has them, in the order in which they cut.
@@ -37,6 +38,11 @@ ORIGINALS: dict[str, tuple[str, ...]] = {
         r"(?<!\p{N})\p{N}{1,2}(?=(?:\p{N}{3})+(?!\p{N}))|\p{N}{3}|(?<!\p{N})\p{N}{1,2}(?!\p{N})",
         r"[一-鿿㐀-䶿豈-\x{FAFF}\x{3040}-ヿ･-ﾟ⼀-\x{2FDF}เ-\x{0E7F}\x{0E80}-\x{0EFF}ក-\x{17FF}က-႟ꩠ-ꩿꧠ-\x{A9FF}가-\x{D7AF}ᄀ-ᇿ]+",
         _AFMOE_WORDS,
+    ),
+    # As llama.cpp writes them; its own search takes capitals and small letters for the same.
+    "youtu": (
+        r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-\x{303F}︰-﹏]+|[ㄅ-ㄯ]+|[一-龥\x{3040}-ゟ゠-ヿ]+",
+        _CASED + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _REST,
     ),
     "jais-2": (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

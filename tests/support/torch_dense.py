@@ -326,6 +326,13 @@ _TWINS: dict[str, _Twin] = {
         "HunYuanDenseV1",
         _PLAIN | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
     ),
+    "apertus": _Twin(
+        "Apertus",
+        _ATTENTION
+        | _GATED
+        | _HEAD_NORMS
+        | {"attn_norm": "attention_layernorm", "ffn_norm": "feedforward_layernorm"},
+    ),
     "seed_oss": _Twin(
         "SeedOss",
         _ATTENTION
@@ -405,6 +412,11 @@ def _state(file: GGUF, architecture: str, twin: _Twin) -> dict[str, torch.Tensor
             state |= {f"{theirs}.norms.{head}.weight": row for head, row in enumerate(values)}
         else:
             state[f"{theirs}.{part}"] = values
+    if twin.kind == "Apertus":
+        for name in ("alpha_n", "alpha_p", "beta", "eps"):
+            for layer, number in enumerate(file.metadata[f"xielu.{name}"]):
+                value = torch.tensor(number) if name in ("beta", "eps") else torch.tensor([number])
+                state[f"{twin.root}.{layers}.{layer}.mlp.act_fn.{name}"] = value
     return state
 
 

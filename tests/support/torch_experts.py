@@ -40,6 +40,12 @@ _PROJECTIONS = {
 }
 
 
+_OF_LATENT_ATTENTION = (
+    *("rope_parameters", "num_key_value_heads", "head_dim", "kv_lora_rank", "q_lora_rank"),
+    *("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
+)
+
+
 def torch_mixture_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
     """Teacher-forced logits of every position, float32 `[T, V]`."""
     with open_gguf(path) as file:
@@ -74,6 +80,7 @@ def _model(file: GGUF) -> Any:
     elif architecture in ("deepseek2", "mistral4"):
         sigmoid = key("expert_gating_func", 1) == 2
         kind = "Mistral4" if architecture == "mistral4" else "DeepseekV3" if sigmoid else "DeepseekV2"
+        kind = kind if key("expert_count") else "Youtu"
         suffix = "_mla" if "blk.0.attn_k_b.weight" in file.tensors else ""
         rotated = key("rope.dimension_count")
         options |= {
@@ -124,6 +131,8 @@ def _model(file: GGUF) -> Any:
         }
         if architecture == "qwen2moe":
             options["shared_expert_intermediate_size"] = key("expert_shared_feed_forward_length")
+    if kind == "Youtu":  # which has none of what experts need
+        options = {name: value for name, value in options.items() if name in _OF_LATENT_ATTENTION}
     sizes = model_sizes(file, architecture)
     sizes["num_hidden_layers"] -= key("nextn_predict_layers", 0)
     if kind == "Mistral4":  # which works it out

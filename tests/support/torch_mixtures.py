@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -12,6 +15,7 @@ import torch_experts
 import torch_plain
 import transformers
 from torch_models import decoded, model_sizes, neighbours_to_halves, rope_parameters
+from transformers.models.phimoe import modeling_phimoe
 
 from airjax.gguf import GGUF, open_gguf
 
@@ -34,6 +38,8 @@ _PARTS = {
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
 }
+_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_KINDS = ("weight", "bias")
 _BIAS = "exp_probs_b.bias"
 
 
@@ -188,6 +194,16 @@ _TWINS: dict[str, _Twin] = {
         lambda key: {"num_local_experts": key("expert_count"), "rotary_dim": key("rope.dimension_count")},
         bias="mlp.e_score_correction_bias",
     ),
+    "phimoe": _Twin(
+        "Phimoe",
+        lambda key: {
+            "num_local_experts": key("expert_count"),
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "sliding_window": key("attention.sliding_window"),
+        },
+        {"ffn_gate_inp": "mlp.router"},
+    ),
     "llama4": _Twin(
         "Llama4",
         lambda key: {
@@ -229,8 +245,17 @@ def torch_mixture_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
         model = _model(file, architecture, twin)
         missing, unexpected = model.load_state_dict(_state(file, architecture, twin), strict=False)
         assert not unexpected and not missing, (missing, unexpected)
-    with torch.inference_mode():
+    if twin.kind == "Phimoe":  # its rope is not told how long the text is
+        rope = model.model.rotary_emb
+        rope.rope_init_fn = functools.partial(rope.rope_init_fn, seq_len=len(ids))
+    # As llama.cpp weighs the experts of its files.
+    with torch.inference_mode(), mock.patch.object(modeling_phimoe, "sparsemixer", _softmax_of_chosen):
         return model.eval()(torch.tensor([list(ids)])).logits[0].numpy()
+
+
+def _softmax_of_chosen(scores: torch.Tensor, top_k: int, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    best = scores.topk(top_k)
+    return best.values.softmax(-1), best.indices
 
 
 def _model(file: GGUF, architecture: str, twin: _Twin) -> Any:
@@ -242,28 +267,28 @@ def _model(file: GGUF, architecture: str, twin: _Twin) -> Any:
         "rope_parameters": rope_parameters(file, architecture, key("rope.freq_base")),
     }
     options |= twin.options(key)
+    if twin.kind == "Phimoe":
+        scale = key("rope.scaling.attn_factor")
+        options["rope_parameters"] |= {"short_mscale": scale, "long_mscale": scale}
     name = f"{twin.kind}Text" if twin.kind == "Llama4" else twin.kind
     config = getattr(transformers, f"{name}Config")(**options)
     return getattr(transformers, f"{twin.kind}ForCausalLM")(config)
 
 
 def _state(file: GGUF, architecture: str, twin: _Twin) -> dict[str, torch.Tensor]:
-    state = {
-        "model.embed_tokens.weight": decoded(file, "token_embd.weight"),
-        "model.norm.weight": decoded(file, "output_norm.weight"),
-        "lm_head.weight": decoded(file, "output.weight"),
-    }
+    names = {f"{theirs}.{kind}": f"{ours}.{kind}" for ours, theirs in _OUTSIDE.items() for kind in _KINDS}
+    state = {theirs: decoded(file, ours) for theirs, ours in names.items() if ours in file.tensors}
     for layer in range(file.metadata[f"{architecture}.block_count"]):
         there = f"model.layers.{layer}"
-        for ours, theirs in (_PARTS | dict(twin.parts)).items():
-            name = f"blk.{layer}.{ours}.weight"
+        for (ours, theirs), kind in itertools.product((_PARTS | dict(twin.parts)).items(), _KINDS):
+            name = f"blk.{layer}.{ours}.{kind}"
             if name in file.tensors:
                 values = decoded(file, name)
                 if twin.permuted and ours in ("attn_q", "attn_k"):
                     heads = "head_count" if ours == "attn_q" else "head_count_kv"
                     heads = file.metadata[f"{architecture}.attention.{heads}"]
                     values = neighbours_to_halves(values, heads)
-                state[f"{there}.{theirs}.weight"] = values
+                state[f"{there}.{theirs}.{kind}"] = values
         if f"blk.{layer}.attn_sinks.weight" in file.tensors:
             state[f"{there}.self_attn.sinks"] = decoded(file, f"blk.{layer}.attn_sinks.weight")
         if f"blk.{layer}.{_BIAS}" in file.tensors:

@@ -5,7 +5,7 @@ What a layer has is read off its tensors; what tensors don't say is in `ARCHITEC
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ class _Form(NamedTuple):
       activation: of gates.
       router: looks at the "h" of the experts, or at the layer's "input".
       every: each so manyth layer from the first on has neither window nor rope.
+      missing: metadata, where the file does not say it.
     """
 
     neighbours: bool = False
@@ -43,8 +44,15 @@ class _Form(NamedTuple):
     activation: str = "silu"
     router: str = "h"
     every: int = 0
+    missing: Mapping[str, float] = {}
 
 
+_GROK = {
+    "embedding_scale": 78.38367176906169,
+    "logit_scale": 0.5773502691896257,
+    "attention.output_scale": 0.08838834764831845,
+    "attn_logit_softcapping": 30.0,
+}
 ARCHITECTURES = {
     "qwen": _Form(),
     "codeshell": _Form(),
@@ -60,6 +68,8 @@ ARCHITECTURES = {
     "smallthinker": _Form(normalized=True, scores="sigmoid", activation="relu", router="input", every=4),
     "arctic": _Form(neighbours=True, normalized=True),
     "deci": _Form(neighbours=True),
+    "openelm": _Form(),
+    "grok": _Form(normalized=True, activation="gelu", missing=_GROK),
 }
 
 
@@ -76,7 +86,7 @@ class _Plain:
         self.form = ARCHITECTURES[self.architecture]
 
     def key(self, name: str, default: Any = None) -> Any:
-        return self.file.metadata.get(f"{self.architecture}.{name}", default)
+        return self.file.metadata.get(f"{self.architecture}.{name}", self.form.missing.get(name, default))
 
     def has(self, name: str) -> bool:
         return name in self.file.tensors
@@ -93,17 +103,18 @@ class _Plain:
         return functional.rms_norm(x, weight.shape, weight, self.key("attention.layer_norm_rms_epsilon"))
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        x = decoded(self.file, "token_embd.weight")[ids]
+        x = decoded(self.file, "token_embd.weight")[ids] * self.key("embedding_scale", 1.0)
         for layer in range(self.key("block_count")):
             x = self.block(x, layer)
         x = self.norm(x, "output_norm")
-        return self.linear(x, "output" if self.has("output.weight") else "token_embd")
+        logits = self.linear(x, "output" if self.has("output.weight") else "token_embd")
+        return bounded(logits * self.key("logit_scale", 1.0), self.key("final_logit_softcapping", 0.0))
 
     def block(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         block, before = f"blk.{layer}", x
         if self.has(f"{block}.attn_norm.weight"):
             h = self.norm(x, f"{block}.attn_norm")
-            x = x + self.attention(h, layer)
+            x = x + self.after(self.attention(h, layer), block, ("attn_output_norm",))
         if self.form.parallel:
             return x + self.feed_forward(h, block, h)
         if self.has(f"{block}.ffn_norm_exps.weight"):
@@ -111,7 +122,15 @@ class _Plain:
             return x + experts + self.gated(self.norm(x, f"{block}.ffn_norm"), block, "")
         if not self.has(f"{block}.{self.form.ffn_norm}.weight"):
             return x
-        return x + self.feed_forward(self.norm(x, f"{block}.{self.form.ffn_norm}"), block, before)
+        made = self.feed_forward(self.norm(x, f"{block}.{self.form.ffn_norm}"), block, before)
+        return x + self.after(made, block, ("post_ffw_norm", "layer_output_norm"))
+
+    def after(self, x: torch.Tensor, block: str, names: Sequence[str]) -> torch.Tensor:
+        """Normed by what the layer has of these, which it does not have for something else."""
+        for name in names:
+            if self.has(f"{block}.{name}.weight") and name != self.form.ffn_norm:
+                x = self.norm(x, f"{block}.{name}")
+        return x
 
     def of_layer(self, name: str, layer: int) -> int:
         value = self.key(name)
@@ -145,8 +164,9 @@ class _Plain:
         seen = (behind >= 0) & (behind < (len(h) if window is None or whole else window))
         slopes = 2.0 ** (-alibi * torch.arange(1, heads + 1) / heads) if alibi else torch.zeros(heads)
         mask = (-slopes[:, None, None] * behind).masked_fill(~seen, float("-inf"))
-        scale = width**self.form.scale
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        scale = self.key("attention.output_scale", width**self.form.scale)
+        scores = bounded(q @ k.mT * scale, self.key("attn_logit_softcapping", 0.0)) + mask
+        out = scores.softmax(-1) @ v
         return self.linear(out.swapaxes(0, 1).reshape(len(h), -1), f"{block}.attn_output")
 
     def turned(self, x: torch.Tensor) -> torch.Tensor:
@@ -186,6 +206,8 @@ class _Plain:
         )
         inner = self.activation(torch.einsum("td,efd->tef", h, gate)) * torch.einsum("td,efd->tef", h, up)
         routed = torch.einsum("tef,edf,te->td", inner, down, gates)
+        if self.has(f"{block}.ffn_up.weight") and not self.has(f"{block}.ffn_norm_exps.weight"):
+            return (routed + self.gated(h, block, "")) / 2**0.5
         if not self.has(f"{block}.ffn_up_shexp.weight"):
             return routed
         return routed + self.gated(h, block, "_shexp")
@@ -198,4 +220,11 @@ class _Plain:
         return self.linear(self.activation(gate) * up, f"{block}.ffn_down{suffix}")
 
     def activation(self, x: torch.Tensor) -> torch.Tensor:
+        if self.form.activation == "gelu":
+            return functional.gelu(x, approximate="tanh")
         return functional.relu(x) if self.form.activation == "relu" else functional.silu(x)
+
+
+def bounded(x: torch.Tensor, bound: float) -> torch.Tensor:
+    """Kept between a bound and its negative; 0 for none."""
+    return bound * torch.tanh(x / bound) if bound else x

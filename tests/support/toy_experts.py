@@ -176,6 +176,15 @@ MIXTURES |= {
         "norms": ("attn_norm", "attn_output_norm"),
         "values": {"attention.layer_norm_epsilon": 1e-3, "attention.clamp_kqv": 0.8},
     },
+    "phimoe": {
+        "count": 8,
+        "used": 2,
+        "biases": ("attn_q", "attn_k", "attn_v", "attn_output"),
+        "norm_biases": True,
+        "output_bias": True,
+        "longrope": True,
+        "values": {"attention.sliding_window": 40},
+    },
     "qwen3vlmoe": {
         "count": 8,
         "used": 3,
@@ -297,6 +306,35 @@ MIXTURES |= {
         },
     },
 }
+MIXTURES |= {
+    "grok-1": {
+        "architecture": "grok",
+        "count": 8,
+        "used": 2,
+        "norms": ("attn_norm", "attn_output_norm", "ffn_norm", "layer_output_norm"),
+    },
+    "grok-2": {
+        "architecture": "grok",
+        "count": 8,
+        "used": 2,
+        "norms": ("attn_norm", "attn_output_norm", "ffn_norm", "post_ffw_norm"),
+        "beside": "wider",
+        # So large that what is normed shows its size.
+        "eps": 0.1,
+        "values": {
+            "embedding_scale": 6.0,
+            "logit_scale": 0.4,
+            "attention.output_scale": 0.3,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
+        },
+    },
+}
+# Whose files have the width of an expert under the name of a plain feed-forward part's.
+_NAMED_BY_FEED_FORWARD = (
+    *("llama", "granitemoe", "olmoe", "hunyuan-moe", "minimax-m2", "dbrx", "arctic"),
+    *("phimoe", "grok-1"),
+)
 # Widths of a toy's latent vector, of a head's key without its rotated part, of that part, and of a value.
 _RANK, _KEY, _ROTATED, _VALUE = 32, 24, 8, 32
 
@@ -372,7 +410,9 @@ def toy_mixture(
         kv_heads = 1 if latent["split"] else heads
     local = options.get("local", ())[:layers]
     stated = [2 * kv_heads if own else kv_heads for own in local] or kv_heads
-    toy.sizes(layers + guessing, d, 3 * f if options.get("dense") else f, heads, stated, context=512)
+    wider = options.get("dense") or options.get("beside") == "wider"
+    eps = options.get("eps", 1e-5)
+    toy.sizes(layers + guessing, d, 3 * f if wider else f, heads, stated, context=512, eps=eps)
     metadata: dict[str, Any] = {
         "rope.freq_base": 10_000.0,
         "attention.key_length": width,
@@ -384,13 +424,19 @@ def toy_mixture(
         metadata |= {"attention.sliding_window_pattern": local, "attention.value_length": width // 2}
     if latent:
         metadata |= own
-    if architecture not in ("llama", "granitemoe", "olmoe", "hunyuan-moe", "minimax-m2", "dbrx", "arctic"):
+    if not {model, architecture} & {*_NAMED_BY_FEED_FORWARD}:
         metadata["expert_feed_forward_length"] = f
     if shared and options.get("shared_gate", True):
         metadata["expert_shared_feed_forward_length"] = shared
     for key, value in (metadata | options.get("values", {}) | (values or {})).items():
         toy.value(key, value)
     toy.outside(d, separate_output=True)
+    if options.get("norm_biases"):
+        toy.bias("output_norm.bias", d)
+    if options.get("output_bias"):
+        toy.bias("output.bias", toy.vocabulary_size)
+    if options.get("longrope"):
+        toy.longrope(width)
     q, kv, count = heads * width, kv_heads * width, stacked or count
     attention = [
         ("attn_q", q, d, 1.5),
@@ -426,11 +472,13 @@ def toy_mixture(
                 toy.tensor(f"blk.{layer}.{name}.bias", toy.generator.normal(scale=0.5, size=rows))
         for name in options.get("norms", ("attn_norm", "ffn_norm")):
             toy.norm(f"blk.{layer}.{name}.weight", d)
+            if options.get("norm_biases"):
+                toy.bias(f"blk.{layer}.{name}.bias", d)
         if options.get("qk_norm"):
             whole = options["qk_norm"] == "whole"
             toy.norm(f"blk.{layer}.attn_q_norm.weight", q if whole else width)
             toy.norm(f"blk.{layer}.attn_k_norm.weight", kv if whole else width)
-        plain = 3 * f if layer in options.get("dense", ()) else f
+        plain = 3 * f if wider else f
         if layer in options.get("dense", ()) or options.get("beside"):
             for name, rows, columns in (("ffn_gate", plain, d), ("ffn_up", plain, d), ("ffn_down", d, plain)):
                 toy.matrix(f"blk.{layer}.{name}.weight", rows, columns)

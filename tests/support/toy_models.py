@@ -322,6 +322,11 @@ DECODERS: dict[str, dict[str, Any]] = {
     "qwen3vl": {"width": 24, "qk_norm": "head", "values": {"rope.dimension_sections": [4, 4, 4, 0]}},
     # Of each layer: heads, KV heads and the width of the feed-forward part; the third has a matrix for attention.
     "deci": {"forms": [(4, 2, 128), (4, 4, 64), (4, 0, 96), (0, 0, 64), (4, 1, 0)]},
+    "openelm": {
+        "forms": [(4, 1, 64), (4, 2, 96), (6, 3, 128), (8, 4, 160)],
+        "fused_qkv": True,
+        "qk_norm": "head",
+    },
     "minicpm": {"values": {"logit_scale": 4.0, "residual_scale": 0.3, "embedding_scale": 6.0}},
     "qwen": {
         "fused_qkv": True,
@@ -342,6 +347,17 @@ DECODERS: dict[str, dict[str, Any]] = {
         "values": {"attention.clamp_kqv": 0.8, "attention.layer_norm_epsilon": 1e-5},
     },
     "hunyuan-dense": {"qk_norm": "head", "width": 24},
+    "apertus": {
+        "gated": False,
+        "qk_norm": "head",
+        "width": 24,
+        "keys": {
+            "xielu.alpha_n": [0.3, -1.5, 2.0, -0.2],
+            "xielu.alpha_p": [-0.5, 1.0, 0.1, -2.0],
+            "xielu.beta": [0.5, 0.4, 0.6, 0.5],
+            "xielu.eps": [-1e-6, -1e-6, -0.5, -1e-6],
+        },
+    },
     "seed_oss": {
         "norms": ("attn_norm", "post_attention_norm"),
         "biases": ("attn_q", "attn_k", "attn_v"),
@@ -395,15 +411,14 @@ def toy_decoder(
     own = {"attention.layer_norm_epsilon": 1e-3} if options.get("layer_norm", False) else {}
     for key, value in (own | options.get("values", {})).items():
         toy.value(key, value)
+    for key, value in options.get("keys", {}).items():
+        toy.key(key, value)
     if yarn_factor:
         toy.value("rope.scaling.type", "yarn")
         toy.value("rope.scaling.factor", yarn_factor)
         toy.value("rope.scaling.original_context_length", 64)
     if longrope:
-        toy.value("rope.scaling.original_context_length", 64)
-        toy.value("rope.scaling.attn_factor", math.sqrt(1 + math.log(512 / 64) / math.log(64)))
-        toy.tensor("rope_factors_short.weight", np.linspace(1, 1.5, width // 2))
-        toy.tensor("rope_factors_long.weight", np.linspace(1, 8, width // 2))
+        toy.longrope(width)
     norm_biases = options.get("norm_biases", options.get("layer_norm", False))
     toy.outside(d, separate_output, normed=options.get("norms", True) != ())
     if norm_biases:
@@ -419,7 +434,7 @@ def toy_decoder(
     fused_gate = options.get("fused", options.get("fused_gate", False))
     biases = options.get("biases", ())
     for layer, (own, kv_heads, f) in enumerate(forms):
-        q, kv = heads * width, kv_heads * width
+        q, kv = own * width, kv_heads * width
         matrices = (
             {"attn_qkv": (q + 2 * kv, d)}
             if fused
@@ -472,7 +487,9 @@ class Toy:
             if key != "general.architecture":
                 self._add(key, value)
 
-    def sizes(self, layers: int, d: int, f: Any, heads: Any, kv_heads: Any, context: int) -> None:
+    def sizes(
+        self, layers: int, d: int, f: Any, heads: Any, kv_heads: Any, context: int, eps: float = 1e-5
+    ) -> None:
         """The metadata that every architecture has; width and heads may be lists with a number for each layer."""
         self.value("block_count", layers)
         self.value("context_length", context)
@@ -480,11 +497,15 @@ class Toy:
         self.value("feed_forward_length", f)
         self.value("attention.head_count", heads)
         self.value("attention.head_count_kv", kv_heads)
-        self.value("attention.layer_norm_rms_epsilon", 1e-5)
+        self.value("attention.layer_norm_rms_epsilon", eps)
 
     def value(self, key: str, value: Any) -> None:
         """A metadata value of the architecture."""
         self._add(f"{self._architecture}.{key}", value)
+
+    def key(self, key: str, value: Any) -> None:
+        """A metadata value."""
+        self._add(key, value)
 
     def outside(self, d: int, separate_output: bool, normed: bool = True) -> None:
         """The tensors outside the layers."""
@@ -493,6 +514,13 @@ class Toy:
             self.norm("output_norm.weight", d)
         if separate_output:
             self.matrix("output.weight", self.vocabulary_size, d, 2.0)
+
+    def longrope(self, width: int) -> None:
+        """Divisors of the rope for contexts up to 64 and for longer ones."""
+        self.value("rope.scaling.original_context_length", 64)
+        self.value("rope.scaling.attn_factor", math.sqrt(1 + math.log(512 / 64) / math.log(64)))
+        self.tensor("rope_factors_short.weight", np.linspace(1, 1.5, width // 2))
+        self.tensor("rope_factors_long.weight", np.linspace(1, 8, width // 2))
 
     def norm(self, name: str, shape: int | tuple[int, ...]) -> None:
         """A norm weight around 1."""

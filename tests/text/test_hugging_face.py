@@ -15,7 +15,12 @@ from airjax.text import Tokenizer
 _GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tokenizer_pre.json"
 _TEXTS = [
     *json.loads(_GOLDEN.read_text())["texts"],
-    *("漢字kanji 한국어 12345678 ab漢cd", "it's IT'S Isn'T camelCase HTTPServer", "a b  c\r\n\n/x//\n"),
+    *(
+        "ㄅㄆㄇㄈ，漢字：“한국어” ㅋㅋ！ 杜甫 1234 「か」カ﹏",  # noqa: RUF001
+        "漢字kanji 한국어 12345678 ab漢cd",
+        "it's IT'S Isn'T camelCase HTTPServer",
+        "a b  c\r\n\n/x//\n",
+    ),
 ]
 
 
