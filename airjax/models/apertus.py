@@ -1,8 +1,7 @@
 """The `apertus` architecture: a llama with normed heads and no gate, whose activation has constants of each layer.
 
 Apertus Team, Apertus: Democratizing Open and Compliant LLMs for Global Language Environments, 2025. The constants are
-four arrays of the file's metadata. A layer reads its own numbers of them as tensors, so that
-all layers share their programs.
+four arrays of the file's metadata. A layer reads its own numbers of them as tensors, so that all layers share programs.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import numpy as np
 
 from airjax import layers
 from airjax.gguf import GGUF, NUMBERS_OF_LAYERS, GGUFError
-from airjax.models.architecture import Weights, common_sizes, project, vector
-from airjax.models.decoder import Decoder, DecoderConfig, rope_fields
+from airjax.models.architecture import Weights, common_sizes, vector
+from airjax.models.decoder import Decoder, DecoderConfig, feed_forward, rope_fields
 from airjax.types import Array
 
 
@@ -43,9 +42,9 @@ class ApertusDecoder(Decoder):
     def attend_output(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Array:
         """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states."""
         x, h = self.feed_forward_input(weights, x, attended, config)
-        constants = (vector(weights, name) for name in NUMBERS_OF_LAYERS)
-        up = layers.xielu(project(h, weights, "ffn_up", config), *constants)
-        return self.feed_forward_output(weights, x, project(up, weights, "ffn_down", config), config)
+        constants = [vector(weights, name) for name in NUMBERS_OF_LAYERS]
+        down = feed_forward(h, weights, config, lambda up: layers.xielu(up, *constants))
+        return self.feed_forward_output(weights, x, down, config)
 
 
 ARCHITECTURE = ApertusDecoder(config_from_gguf)

@@ -535,15 +535,20 @@ def _added(x: Array, update: Array, weights: Weights, norm: str, config: Decoder
     return x + (update if config.residual_scale == 1 else update * config.residual_scale)
 
 
-def feed_forward(h: Array, weights: Weights, config: DecoderConfig) -> Array:
-    """A layer's plain feed-forward part: `[B, T, D]` to `[B, T, D]`."""
+def feed_forward(
+    h: Array, weights: Weights, config: DecoderConfig, act: Callable[..., Array] | None = None
+) -> Array:
+    """A layer's plain feed-forward part: `[B, T, D]` to `[B, T, D]`; `act` stands for the activation of `config`."""
     names = ("ffn_gate", "ffn_up") if config.gated and not config.fused_gate else ("ffn_up",)
-    act = layers.gated if config.gated else layers.activate
+    if act is None:
+        act = functools.partial(
+            layers.gated if config.gated else layers.activate, activation=config.activation
+        )
     inner = quants.matmul_combined(
         h,
         [weights[f"{name}.weight"] for name in names],
         [bias_of(weights, name) for name in names],
-        functools.partial(act, activation=config.activation),
+        act,
         dtype=np.dtype(config.compute_dtype),
         halves=config.fused_gate,
     )

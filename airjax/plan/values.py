@@ -118,7 +118,11 @@ def format_plan(plan: Plan) -> str:
             plan.globals_bytes,
             "the embedding stays on the host" if plan.host_embedding else "",
         ),
-        ("workspace", plan.workspace_bytes, "at most"),
+        (
+            "workspace",
+            plan.workspace_bytes,
+            f"at most, with {plan.prefill_chunk} tokens of prompts in a sweep",
+        ),
         (
             "KV cache",
             plan.kv_bytes,
