@@ -17,6 +17,9 @@ _RANKS = {
     "ffn_up.": 4,
     "ffn_down.": 5,
     "post_ffw": 5,
+    "inp_gate": 6,
+    "proj": 6,
+    "post_norm": 6,
 }
 
 
