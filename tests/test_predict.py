@@ -29,7 +29,7 @@ CONFIG = DecoderConfig(
 # q and output 10 x 10 each, k and v 2 x 10 each, three of 20 x 10.
 LAYER_WEIGHTS = 2 * 100 + 2 * 20 + 3 * 200
 PLAN = Plan(
-    host_embedding=False,
+    host_tables=(),
     relaid=False,
     tier="registered mapping",
     tier_reason="",

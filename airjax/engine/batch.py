@@ -170,7 +170,7 @@ def _through(
             layer = end
             continue
         step = paged_block_step(model.manifest.layers[layer].layout, config, model.kinds[layer])
-        weights = model.weights.take(layer, xs[-1])
+        weights, cache = model.weights.take(layer, xs[-1]), model.caches[layer]
         wait = [settles(model, layer, group.positions) for group in groups]
         if model.device_fetches(layer):
             xs = [
@@ -181,13 +181,13 @@ def _through(
             assert not isinstance(weights, Passing)
             routed = []
             for x, (positions, table) in zip(xs, placed, strict=True):
-                pages = PagedKV(state.layers[layer], table)
-                part, state.layers[layer] = attend_and_route(model, layer, weights, x, pages, positions, None)
+                pages = PagedKV(state.layers[cache], table)
+                part, state.layers[cache] = attend_and_route(model, layer, weights, x, pages, positions, None)
                 routed.append(part)
             xs = run_experts(model, layer, routed, [group.positions for group in groups])
         else:
             calls = [(step, x, (table, positions)) for x, (positions, table) in zip(xs, placed, strict=True)]
-            xs, state.layers[layer] = chain(weights, state.layers[layer], calls, wait)
+            xs, state.layers[cache] = chain(weights, state.layers[cache], calls, wait)
         model.pending = xs[-1]
         if model.timeline is not None:
             model.timeline.watch(model.lane(layer), f"layer {layer}", xs[-1])
@@ -199,14 +199,19 @@ def _through(
 
 
 def _run(model: Model, x: Array, state: PagedState, run: range, positions: Array, table: Array) -> Array:
-    pages = [state.layers[layer] for layer in run]
+    caches = model.caches_of(run)
+    pages = [state.layers[cache] for cache in caches]
     if model.pool is not None:
         x, pages = run_fetched(model, run, x, pages, table, positions, None)
     else:
-        blocks = tuple((model.manifest.layers[layer].layout, model.kinds[layer]) for layer in run)
+        blocks = tuple(
+            (model.manifest.layers[layer].layout, model.kinds[layer], caches.index(model.caches[layer]))
+            for layer in run
+        )
         buffers = [model.weights.take(layer) for layer in run]
         x, pages = paged_run_step(blocks, model.config)(buffers, x, pages, table, positions)
-    state.layers[run.start : run.stop] = pages
+    for cache, own in zip(caches, pages, strict=True):
+        state.layers[cache] = own
     model.pending = x
     return x
 

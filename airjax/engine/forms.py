@@ -71,7 +71,8 @@ def choose_form(
         return "replica", "experts are streamed one by one, by each device for requests of its own"
     refusal = cut_refusal(gguf, config, manifest, count, options)
     if refusal is not None:
-        form: Form = "replica" if options.get("drafts") or options.get("kv_shuttle") == "on" else "pipeline"
+        whole = options.get("drafts") or options.get("kv_shuttle") == "on" or config.shared_kv
+        form: Form = "replica" if whole else "pipeline"
         return form, f"the layers can't be cut ({refusal})"
     if resident:
         return "tensor", "each device reads its part of every layer"

@@ -175,6 +175,15 @@ class Model:
         return [self.architecture.layer_kind(self.config, layer) for layer in range(self.config.n_layers)]
 
     @functools.cached_property
+    def caches(self) -> list[int]:
+        """Of each layer, the layer whose cache it reads: itself, or an earlier one."""
+        return [self.architecture.cache_of(self.config, layer) for layer in range(self.config.n_layers)]
+
+    def caches_of(self, run: range) -> list[int]:
+        """The caches that some layers read, each once: a program may be given none twice."""
+        return sorted({self.caches[layer] for layer in run})
+
+    @functools.cached_property
     def layouts(self) -> GlobalLayouts:
         """Layouts of the global tensors on the device."""
         return tuple((name, self.manifest.globals[name].layout) for name in self.globals)

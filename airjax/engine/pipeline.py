@@ -169,6 +169,10 @@ def plan_stages(
             f"{gguf.path}: {config.n_layers} layers can't be divided among {count} devices: "
             f"pass --devices={config.n_layers} or fewer"
         )
+    if config.shared_kv:
+        raise PlanError(
+            f"{gguf.path}: layers that read the KV cache of others are on one device: pass --parallel=replica"
+        )
     if config.experts is not None and options.get("resident") == "dense":
         raise PlanError(f"{gguf.path}: a pool of experts is on one device: pass --parallel=replica")
     context = options["context"] or min(config.context_length, 4096)

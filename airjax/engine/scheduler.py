@@ -39,7 +39,7 @@ from airjax.engine.pages import Pages
 from airjax.engine.request import MAX_TOP_LOGPROBS, Constraint, Event, Finish, Request
 from airjax.engine.sequence import BatchSequence, BatchStats, Flight, Kept, Rows
 from airjax.engine.stats import peak_device_bytes
-from airjax.engine.step import last_rows, next_rows, sum_rows
+from airjax.engine.step import last_rows, next_rows, sum_step
 from airjax.plan import KV_PAGE
 from airjax.sampling import Transform
 from airjax.types import Array
@@ -444,7 +444,8 @@ class Scheduler:
             pooled = [(row, s) for row, s in enumerate(sequences) if s.request.pooled]
             if not pooled:
                 continue
-            sums = np.asarray(sum_rows(x, positions))
+            add = sum_step(self.model.layouts, self.model.config)
+            sums = np.asarray(add(self.model.globals, x, positions))
             for row, sequence in pooled:
                 sequence.total = sequence.total + sums[row].astype(np.float64)
                 if sequence.pending == 0:

@@ -14,7 +14,7 @@ import numpy as np
 from airjax import layers, models, quants, sampling
 from airjax.gguf import GGMLType, Layout
 from airjax.models import BY_HEADS, BYTES, WHOLE, Buffers, Config, spread
-from airjax.plan import EMBEDDING
+from airjax.plan import TABLES
 from airjax.streaming import to_cache
 from airjax.types import Array, KVCache, LayerKV, PagedKV, Tree, TreeKV
 
@@ -77,12 +77,12 @@ def paged_block_step(layout: Layout, config: Config, kind: str) -> Callable[...,
 
 @functools.cache
 def run_step(
-    blocks: tuple[tuple[Layout, str, int], ...], config: Config
+    blocks: tuple[tuple[Layout, str, int, int], ...], config: Config
 ) -> Callable[..., tuple[Array, list[LayerKV]]]:
     """Consecutive resident layers in one program, which a GPU replays as one graph: a call costs as much as a layer's.
 
     Args:
-      blocks: layout, kind and length of each layer, as for `block_step`.
+      blocks: layout, kind and length of each layer, as for `block_step`, and which of the caches it reads.
       config: of the model.
 
     Returns:
@@ -92,11 +92,10 @@ def run_step(
     architecture = models.get(config.architecture)
 
     def parts(buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array) -> Any:
-        written: list[Any] = []
-        for (layout, kind, length), part, kv in zip(blocks, buffers, kvs, strict=True):
+        written: list[Any] = list(kvs)
+        for (layout, kind, length, at), part in zip(blocks, buffers, strict=True):
             weights = models.unpack(part, layout)
-            x, new = architecture.block(weights, x, kv, positions, config, kind, length)
-            written.append(new)
+            x, written[at] = architecture.block(weights, x, written[at], positions, config, kind, length)
         return x, written
 
     @functools.partial(jit, donate_argnames=("x", "kvs"))
@@ -109,18 +108,18 @@ def run_step(
 
 @functools.cache
 def paged_run_step(
-    blocks: tuple[tuple[Layout, str], ...], config: Config
+    blocks: tuple[tuple[Layout, str, int], ...], config: Config
 ) -> Callable[..., tuple[Array, list[LayerKV]]]:
     """`run_step` for a batch: jitted `([buffers], x [B, T, D], [pages], table, positions) -> (x, [pages])`."""
     architecture = models.get(config.architecture)
 
     def parts(buffers: list[Buffers], x: Array, pages: list[LayerKV], table: Array, positions: Array) -> Any:
-        written = []
-        for (layout, kind), part, own in zip(blocks, buffers, pages, strict=True):
+        written = list(pages)
+        for (layout, kind, at), part in zip(blocks, buffers, strict=True):
             weights = models.unpack(part, layout)
-            x, kv = architecture.block(weights, x, PagedKV(own, table), positions, config, kind, None)
+            x, kv = architecture.block(weights, x, PagedKV(written[at], table), positions, config, kind, None)
             assert isinstance(kv, PagedKV)
-            written.append(kv.pages)
+            written[at] = kv.pages
         return x, written
 
     @functools.partial(jit, donate_argnames="pages")
@@ -167,7 +166,7 @@ def shuttled_row(config: Config, kind: str, batch: int) -> Any:
 
 @functools.cache
 def embed_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]:
-    """jitted `(globals, ids [B, T]) -> x [B, T, D]`."""
+    """jitted `(globals, ids [B, T]) -> x [B, T, W]`."""
     architecture = models.get(config.architecture)
 
     @jit
@@ -178,16 +177,22 @@ def embed_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]:
 
 
 @functools.cache
-def host_embed_step(type: GGMLType, config: Config) -> Callable[..., Array]:
-    """jitted `(rows of the embedding as they lie in the file, uint8 [B, T, row bytes]) -> x [B, T, D]`."""
+def host_embed_step(
+    layouts: GlobalLayouts, tables: tuple[tuple[str, GGMLType, int], ...], config: Config
+) -> Callable[..., Array]:
+    """`embed_step` with tables that stay on the host, by name, block type and width.
+
+    Returns:
+      jitted `(globals, ids [B, T], [rows as they lie in the file, uint8 [B, T, row bytes]]) -> x [B, T, W]`.
+    """
     architecture = models.get(config.architecture)
 
     @jit
-    def embed(rows: Array) -> Array:
-        batch, new, _ = rows.shape
-        table = quants.view(rows.reshape(-1), type, (batch * new, config.d_model))
-        ids = jnp.arange(batch * new, dtype=jnp.int32).reshape(batch, new)
-        return architecture.embed({EMBEDDING: table}, ids, config)
+    def embed(buffers: Globals, ids: Array, rows: list[Array]) -> Array:
+        weights = dict(unpack_globals(buffers, layouts))
+        for (name, type, width), own in zip(tables, rows, strict=True):
+            weights[name] = quants.TakenRows(quants.QTensor(own, type, (*ids.shape, width)))
+        return architecture.embed(weights, ids, config)
 
     return embed
 
@@ -248,6 +253,9 @@ def draw_in_place_step(layouts: GlobalLayouts, config: Config, apply: Any) -> Ca
 
 def _drawing(layouts: GlobalLayouts, config: Config, apply: Any, second: bool = False) -> Callable[..., Any]:
     architecture = models.get(config.architecture)
+    needed = architecture.global_specs(config)
+    here = {name for name, _ in layouts}
+    embeds = all(name in here for name in TABLES if name in needed)
 
     def draw(
         buffers: Globals,
@@ -270,7 +278,7 @@ def _drawing(layouts: GlobalLayouts, config: Config, apply: Any, second: bool = 
             drawn,
             sampling.log_prob(logits, drawn),
             state,
-            architecture.embed(weights, drawn[:, None], config) if EMBEDDING in weights else None,
+            architecture.embed(weights, drawn[:, None], config) if embeds else None,
             jax.tree.map(lambda number: number + 1, numbers),
         )
         return (*out, _second(logits, filtered, drawn, keys)) if second else out
@@ -426,10 +434,17 @@ def top_step(layouts: GlobalLayouts, config: Config, top: int) -> Callable[..., 
     return best
 
 
-@jax.jit
-def sum_rows(x: Array, positions: Array) -> Array:
-    """The sum of the rows of each sequence `[B, D]`, float32, of `x [B, T, D]` but for padding."""
-    return jnp.sum(jnp.where(positions[..., None] < 0, 0.0, x.astype(jnp.float32)), axis=1)
+@functools.cache
+def sum_step(layouts: GlobalLayouts, config: Config) -> Callable[..., Array]:
+    """jitted `(globals, x [B, T, W], positions [B, T]) -> [B, D]`: the sum of each sequence's rows but for padding."""
+    architecture = models.get(config.architecture)
+
+    @jax.jit
+    def total(buffers: Globals, x: Array, positions: Array) -> Array:
+        rows = architecture.gathered(unpack_globals(buffers, layouts), x, config)
+        return jnp.sum(jnp.where(positions[..., None] < 0, 0.0, rows.astype(jnp.float32)), axis=1)
+
+    return total
 
 
 @functools.partial(jax.jit, static_argnames="spare")

@@ -96,7 +96,7 @@ def sweep(
 
     Args:
       model: the open model.
-      x: embedded tokens, `[B, T, D]`.
+      x: embedded tokens, `[B, T, W]`.
       state: the KV cache, changed in place.
       positions: `[B, T]` int32, negative for padding rows.
       device_positions: the same on the device, if they are there: on their way they would wait behind the layers that
@@ -107,7 +107,7 @@ def sweep(
       passage: through the stages of a pipeline, with the positions; None for one made here.
 
     Returns:
-      The hidden states after the last layer, `[B, T, D]`.
+      The hidden states after the last layer, `[B, T, W]`.
 
     Raises:
       ValueError: a hook wants attention, but the cache is on the host.
@@ -140,7 +140,7 @@ def _pass(
             raise ValueError(
                 "attention can be seen where the KV cache is on the device: pass kv_shuttle='off'"
             )
-        x = hook.at(0, x, positions)
+        x = _hooked(model, hook, 0, x, positions)
     places = positions if tree is None else np.asarray(tree.slots)
     lengths = lengths_at(model, places)
     steps = _steps(model, state, lengths)
@@ -159,22 +159,22 @@ def _pass(
             continue
         step = steps[layer]
         weights, wait = model.weights.take(layer, x), settles(model, layer, positions)
-        before = x
+        before, cache = x, model.caches[layer]
         if model.device_fetches(layer):
             x = _run(model, x, state, range(layer, layer + 1), lengths, device_positions)
         elif model.pool_holds(layer):
             assert not isinstance(weights, Passing)
-            kv = grown(state.kv[layer], lengths[layer])
-            routed, state.kv[layer] = attend_and_route(
+            kv = grown(state.kv[cache], lengths[layer])
+            routed, state.kv[cache] = attend_and_route(
                 model, layer, weights, before, kv, device_positions, lengths[layer]
             )
             (x,) = run_experts(model, layer, [routed], [positions])
         elif state.shuttle is None:
-            kv = grown(state.kv[layer], lengths[layer])
+            kv = grown(state.kv[cache], lengths[layer])
             keep: set[int] = set()
             if hook is not None and layer in hook.attention:
                 keep = needs(weights, _attention_step(model, layer, lengths), before, kv, device_positions)
-            x, state.kv[layer] = call(
+            x, state.kv[cache] = call(
                 weights, step, before, kv, device_positions, *form, wait=wait, keep=keep
             )
         else:
@@ -191,17 +191,25 @@ def _pass(
         if hook is not None:
             if layer in hook.attention:
                 attend = _attention_step(model, layer, lengths)
-                seen = call(weights, attend, before, state.kv[layer], device_positions)
+                seen = call(weights, attend, before, state.kv[cache], device_positions)
                 # The layer's weights may be overwritten once they are released.
                 jax.block_until_ready(seen)
                 assert hook.attended is not None
                 hook.attended(layer, seen, positions)
-            x = hook.at(layer + 1, x, positions)
+            x = _hooked(model, hook, layer + 1, x, positions)
         model.weights.release(layer, weights, done=x)
         if wait:
             jax.block_until_ready(x)
         layer += 1
     return x
+
+
+def _hooked(model: Model, hook: Hook, depth: int, x: Array, positions: np.ndarray) -> Array:
+    """What a hook makes of the hidden states; what else they pass on goes by it."""
+    d = model.config.d_model
+    if x.shape[-1] == d:
+        return hook.at(depth, x, positions)
+    return jnp.concatenate([hook.at(depth, x[..., :d], positions), x[..., d:]], axis=-1)
 
 
 def _attention_step(model: Model, layer: int, lengths: list[int]) -> Callable[..., Array]:
@@ -252,16 +260,26 @@ def run_end(
 def _run(
     model: Model, x: Array, state: State, run: range, lengths: list[int], device_positions: Array
 ) -> Array:
-    kvs = [grown(state.kv[layer], lengths[layer]) for layer in run]
+    caches = model.caches_of(run)
+    kvs = [grown(state.kv[cache], lengths[cache]) for cache in caches]
     if model.pool is not None:
         x, kvs = run_fetched(model, run, x, kvs, None, device_positions, lengths)
     else:
         step = run_step(
-            tuple((model.manifest.layers[layer].layout, model.kinds[layer], lengths[layer]) for layer in run),
+            tuple(
+                (
+                    model.manifest.layers[layer].layout,
+                    model.kinds[layer],
+                    lengths[layer],
+                    caches.index(model.caches[layer]),
+                )
+                for layer in run
+            ),
             model.config,
         )
         x, kvs = step([model.weights.take(layer) for layer in run], x, kvs, device_positions)
-    state.kv[run.start : run.stop] = kvs
+    for cache, kv in zip(caches, kvs, strict=True):
+        state.kv[cache] = kv
     model.pending = x
     return x
 

@@ -165,7 +165,7 @@ def put_globals(
         for name, span in manifest.globals.items()
         if name in specs
         and name.removesuffix(".weight") not in models.ROPE_DIVISORS
-        and not (plan.host_embedding and name == EMBEDDING)
+        and name not in plan.host_tables
     }
     jax.block_until_ready(globals_)
     return globals_

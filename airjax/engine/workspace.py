@@ -27,7 +27,7 @@ from airjax.engine.step import (
 )
 from airjax.gguf import ExpertSpan, Layout, Manifest
 from airjax.models import Config
-from airjax.plan import EMBEDDING, KV_PAGE, Plan
+from airjax.plan import KV_PAGE, Plan
 from airjax.streaming import Form, Sources, piece_struct
 from airjax.types import LayerKV
 
@@ -54,6 +54,7 @@ def compiled_workspace(
         (
             span.layout,
             architecture.layer_kind(config, layer),
+            config.all_kv_shape(architecture.layer_kind(config, architecture.cache_of(config, layer))),
             plan.kv_slots[layer],
             experts[layer] if experts else None,
         )
@@ -61,15 +62,15 @@ def compiled_workspace(
     }
     largest = _outside(manifest, config, plan)
     for sequences, new in ((1, plan.prefill_chunk), (max(plan.max_batch, 1), 1)):
-        x = _array((sequences, new, config.d_model))
+        x = _array((sequences, new, config.width))
         positions = _array((sequences, new), jnp.int32)
-        for layout, kind, slots, span in programs:
+        for layout, kind, shape, slots, span in programs:
             if span is not None:
-                used = _by_expert(layout, config, kind, slots, span, plan, x, positions)
+                used = _by_expert(layout, config, kind, shape, slots, span, plan, x, positions)
             elif plan.shuttle and slots > plan.kv_block:
                 used = _long(layout, config, kind, slots, plan, x, positions)
             else:
-                step, cache = _block(layout, config, kind, slots, plan, sequences)
+                step, cache = _block(layout, config, kind, shape, slots, plan, sequences)
                 used = _workspace_of(step, layout, config.shards, x, *cache, positions)
             # The input of the block before is still waited for while the next one is dispatched.
             largest = max(largest, used + 2 * _nbytes(x))
@@ -77,10 +78,16 @@ def compiled_workspace(
 
 
 def _block(
-    layout: Layout, config: Config, kind: str, slots: int, plan: Plan, sequences: int
+    layout: Layout,
+    config: Config,
+    kind: str,
+    shape: tuple[int, int],
+    slots: int,
+    plan: Plan,
+    sequences: int,
 ) -> tuple[Any, tuple[Any, ...]]:
     """The step of a layer as the plan runs it, and what it takes between `x` and the positions."""
-    heads, width = config.all_kv_shape(kind)
+    heads, width = shape
     if plan.max_batch:
         pages = (plan.kv_tokens // KV_PAGE, heads, KV_PAGE, width)
         table = table_of([range(-(-plan.context // KV_PAGE))], sequences)
@@ -91,14 +98,14 @@ def _block(
     if plan.shuttle:
         piece = piece_struct(slots * config.shards, shuttled_row(config, kind, sequences))
         return shuttled_block_step(layout, config, kind), (piece,)
-    shape = (sequences, heads, slots, width)
-    return block_step(layout, config, kind, slots), (_cache(shape, config),)
+    return block_step(layout, config, kind, slots), (_cache((sequences, heads, slots, width), config),)
 
 
 def _by_expert(
     layout: Layout,
     config: Config,
     kind: str,
+    shape: tuple[int, int],
     slots: int,
     span: ExpertSpan,
     plan: Plan,
@@ -106,7 +113,7 @@ def _by_expert(
     positions: jax.ShapeDtypeStruct,
 ) -> int:
     """Workspace of a layer whose experts come through the pool: its halves may be at work at once."""
-    _, cache = _block(layout, config, kind, slots, plan, x.shape[0])
+    _, cache = _block(layout, config, kind, shape, slots, plan, x.shape[0])
     kv, table = cache if plan.max_batch else (cache[0], None)
     length = None if plan.max_batch else slots
     buffers = _buffers(layout)
@@ -169,8 +176,7 @@ def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
     """Workspace of the embedding of a chunk and of a draw."""
     architecture = models.get(config.architecture)
     left_out = {f"{name}.weight" for name in models.ROPE_DIVISORS}
-    if plan.host_embedding:
-        left_out.add(EMBEDDING)
+    left_out.update(plan.host_tables)
     names = [name for name in manifest.globals if name in architecture.global_specs(config)]
     layouts = tuple((name, manifest.globals[name].layout) for name in names if name not in left_out)
     shards = {name: config.shards if is_cut(manifest.globals[name]) else 1 for name in names}
@@ -180,7 +186,7 @@ def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
         embed = _workspace(embed_step(layouts, config), buffers, _array((1, plan.prefill_chunk), jnp.int32))
     sampler = sampling.greedy()
     batch = max(plan.max_batch, 1)
-    x = _array((batch, plan.prefill_chunk if batch == 1 else 1, config.d_model))
+    x = _array((batch, plan.prefill_chunk if batch == 1 else 1, config.width))
     tokens, keys = (
         _array((batch,), jnp.int32),
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),

@@ -37,7 +37,8 @@ class Config:
     (one of `layers.KV_DTYPES`), `experts` an `experts.Experts` where the feed-forward part is a mixture of them. With a
     `mesh` the sizes are those of one device's part; see `sharding`. `kv_copies` neighbours have the same KV heads.
     `long_rope` says that the rope is that of long contexts, where a model has two; `feed_forward_name` names the norm
-    before the feed-forward part.
+    before the feed-forward part. The last `shared_kv` layers have no keys and values of their own: they read the cache
+    of an earlier layer.
     """
 
     architecture: str
@@ -57,6 +58,12 @@ class Config:
     kv_copies: int = field(default=1, kw_only=True)
     long_rope: bool = field(default=False, kw_only=True)
     feed_forward_name: str = field(default="ffn_norm", kw_only=True)
+    shared_kv: int = field(default=0, kw_only=True)
+
+    @property
+    def width(self) -> int:
+        """W, that of the hidden states between layers: D, and behind it what else of a token they pass on."""
+        return self.d_model
 
     def kv_shape(self, kind: str) -> tuple[int, int]:
         """Heads of keys and values, and their width, in a kind of layer; the heads of one device."""
@@ -95,7 +102,13 @@ class Architecture(Protocol):
         """The attention window of a kind of layer, 0 for the whole context."""
         ...
 
-    def embed(self, weights: Weights, ids: Array, config: Any) -> Array: ...
+    def cache_of(self, config: Any, layer: int) -> int:
+        """The layer whose cache a layer reads: itself, or an earlier one where it has no keys and values."""
+        ...
+
+    def embed(self, weights: Weights, ids: Array, config: Any) -> Array:
+        """Token ids `[B, T]` to hidden states `[B, T, W]`."""
+        ...
 
     def attention_form(self, config: Any, kind: str) -> layers.AttentionForm: ...
 
@@ -106,7 +119,7 @@ class Architecture(Protocol):
     def attend_inputs(
         self, weights: Weights, x: Array, positions: Array, config: Any, kind: str
     ) -> tuple[Array, Array, Array]:
-        """What comes before attention in `block`: queries, keys and values."""
+        """What comes before attention in `block`: queries, keys and values; no heads of these where it has none."""
         ...
 
     def begun(self, weights: Weights, x: Array, positions: Array, config: Any, kind: str) -> Array:
@@ -127,6 +140,10 @@ class Architecture(Protocol):
         kind: str,
         length: int | None,
     ) -> tuple[Array, KVCache]: ...
+
+    def gathered(self, weights: Weights, x: Array, config: Any) -> Array:
+        """Of hidden states `[..., W]` after the last layer what the final norm takes, `[..., D]`."""
+        ...
 
     def unembed(self, weights: Weights, x: Array, config: Any) -> Array: ...
 

@@ -212,6 +212,10 @@ class Decoder:
         kind = ("local" if local else "global") + (_FIRST if begins else "")
         return kind + (_UNROTATED if unrotated else "")
 
+    def cache_of(self, config: DecoderConfig, layer: int) -> int:
+        """The layer whose cache a layer reads: itself."""
+        return layer
+
     def window(self, config: DecoderConfig, kind: str) -> int:
         """The attention window of a kind of layer, 0 for the whole context."""
         return config.sliding_window if kind.startswith("local") else 0
@@ -356,7 +360,7 @@ class Decoder:
 
         Args:
           weights: the layer's tensors, by short name.
-          x: hidden states, `[B, T, D]` float32.
+          x: hidden states, `[B, T, W]` float32.
           kv: the layer's cache, `[B, K, S, H]` each.
           positions: `[B, T]` int32, negative for padding rows.
           config: sizes and constants (static).
@@ -364,10 +368,11 @@ class Decoder:
           length: how many slots of the cache attention looks at (static); None with pages.
 
         Returns:
-          The new hidden states `[B, T, D]`, and the cache with the new rows.
+          The new hidden states `[B, T, W]`, and the cache with the new rows.
         """
         q, k, v = self.attend_inputs(weights, x, positions, config, kind)
-        kv = layers.write_rows(kv, k, v, positions)
+        if k.shape[2]:  # else another layer has written what this one reads
+            kv = layers.write_rows(kv, k, v, positions)
         form = self.attention_form(config, kind)
         sinks = self.attention_sinks(weights, config)
         attended = layers.attention(q, kv, positions, **form._asdict(), length=length, sinks=sinks)
@@ -375,9 +380,13 @@ class Decoder:
             weights, self.begun(weights, x, positions, config, kind), attended, config
         ), kv
 
+    def gathered(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
+        """Of hidden states `[..., W]` after the last layer what the final norm takes, `[..., D]`."""
+        return x[..., : config.d_model]
+
     def unembed(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
-        """Hidden states `[..., D]` to logits `[..., V]` float32."""
-        h = _norm(x, weights, "output_norm", config)
+        """Hidden states `[..., W]` to logits `[..., V]` float32."""
+        h = _norm(self.gathered(weights, x, config), weights, "output_norm", config)
         if "output.weight" not in weights:
             weights = {**weights, "output.weight": weights["token_embd.weight"]}
         logits = project(h, weights, "output", config)

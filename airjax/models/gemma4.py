@@ -1,38 +1,36 @@
 """The `gemma4` architecture (text): narrower heads inside the window than outside, normed values, experts beside the
-feed-forward part.
+feed-forward part; or, in small models, an embedding for each layer and shared keys and values (see `per_layer`).
 
-Gemma Team, Gemma 4, 2026; the 31B and the 26B-A4B model. Those with an embedding for each layer (E2B, E4B) are refused.
+Gemma Team, Gemma 4, 2026.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from airjax import layers, quants
 from airjax.gguf import GGUF, GGUFError
-from airjax.models.architecture import TensorSpec, Weights, common_sizes, project_many, vector
-from airjax.models.decoder import Decoder, DecoderConfig, feed_forward, rope_fields
+from airjax.models.architecture import TensorSpec, Weights, common_sizes, layer_numbers, vector
+from airjax.models.decoder import DecoderConfig, feed_forward, rope_fields
 from airjax.models.experts import ROUTER, Chosen, apart, combined, expert_specs, read_experts
+from airjax.models.per_layer import (
+    PerLayerConfig,
+    PerLayerDecoder,
+    of_layer,
+    read_per_layer,
+    read_shared_kv,
+)
 from airjax.types import Array
 
 _EXPERT_SCALE = "ffn_down_exps.scale"
 
 
-def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
+def config_from_gguf(gguf: GGUF, compute_dtype: str) -> PerLayerConfig:
     """Reads the configuration from a file's metadata; raises GGUFError where it can't be run."""
-    for key, what in (
-        ("embedding_length_per_layer_input", "an embedding for each layer"),
-        ("attention.shared_kv_layers", "layers that share their keys and values"),
-    ):
-        if gguf.get(f"gemma4.{key}", int, 0):
-            raise GGUFError(
-                f"{gguf.path}: a gemma4 model with {what} can't be run yet: use the 31B or the 26B-A4B model"
-            )
     local = _pattern(gguf)
     # Of each layer, or one number for all.
     kv_heads = np.atleast_1d(gguf.metadata.get("gemma4.attention.head_count_kv", 0)).tolist()
@@ -48,7 +46,12 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
             f"{gguf.path}: gemma4.attention.head_count_kv must be one number for layers with a window and one for "
             f"those without, got {gguf.metadata.get('gemma4.attention.head_count_kv')}: convert the model again"
         )
-    sizes = common_sizes(gguf, compute_dtype, kv_heads=global_heads.pop())
+    widths = layer_numbers(gguf, "feed_forward_length")
+    if min(widths) < 1:
+        raise GGUFError(
+            f"{gguf.path}: gemma4.feed_forward_length must be at least 1 in each layer, got {widths}"
+        )
+    sizes = common_sizes(gguf, compute_dtype, kv_heads=global_heads.pop(), d_ff=max(widths))
     width, heads = gguf.get("gemma4.attention.key_length_swa", int), local_heads.pop()
     if width < 2 or width % 2 or sizes["n_heads"] % heads:
         raise GGUFError(
@@ -60,8 +63,14 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
         raise GGUFError(f"{gguf.path}: gemma4.attention.sliding_window must be at least 1, got {window}")
     rotated = gguf.get("gemma4.rope.dimension_count_swa", int, width)
     base = gguf.get("gemma4.rope.freq_base_swa", float, 10_000.0)
+    per_layer, shared_kv = read_per_layer(gguf), read_shared_kv(gguf, local)
     experts = None
     if gguf.get("gemma4.expert_count", int, 0):
+        if per_layer or shared_kv or len(set(widths)) > 1:
+            raise GGUFError(
+                f"{gguf.path}: a gemma4 model with experts can't be run with an embedding for each layer, shared keys "
+                "and values or several feed-forward widths as well: use the 26B-A4B model"
+            )
         experts = read_experts(gguf, sizes, normalized=True, width="expert_feed_forward_length")
         experts = dataclasses.replace(
             experts,
@@ -69,7 +78,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
             shared_d_ff=sizes["d_ff"],
             read_after=True,
         )
-    return DecoderConfig(
+    return PerLayerConfig(
         **sizes,
         **rope_fields(gguf, sizes, base=1_000_000.0),
         rope_frequencies_local=tuple(layers.rope_frequencies(rotated, base).tolist()),
@@ -84,6 +93,9 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
         logit_softcap=gguf.get("gemma4.final_logit_softcapping", float, 0.0),
         embedding_scale=sizes["d_model"] ** 0.5,
         experts=experts,
+        per_layer=per_layer,
+        widths=tuple(widths),
+        shared_kv=shared_kv,
     )
 
 
@@ -101,15 +113,12 @@ def _pattern(gguf: GGUF) -> list[bool]:
 
 
 @dataclass(frozen=True)
-class GemmaDecoder(Decoder):
+class GemmaDecoder(PerLayerDecoder):
     """A `Decoder` whose layers differ in their heads, with experts beside the feed-forward part."""
 
     def block_specs(self, config: DecoderConfig, layer: int) -> dict[str, TensorSpec]:
         """Tensors of one layer, by short name."""
-        heads, width = config.kv_shape(self.layer_kind(config, layer))
-        own: dict[str, Any] = {"n_kv_heads": heads, "head_dim": width, "experts": None}
-        specs = super().block_specs(dataclasses.replace(config, **own), layer)
-        # Without values of their own, keys before their norm are the values.
+        specs = super().block_specs(dataclasses.replace(config, experts=None), layer)
         specs["attn_v.weight"] = specs["attn_v.weight"]._replace(optional=True)
         specs["layer_output_scale.weight"] = TensorSpec((1,), optional=True)
         if config.experts is None:
@@ -123,26 +132,18 @@ class GemmaDecoder(Decoder):
         specs[_EXPERT_SCALE] = TensorSpec((config.experts.count,), optional=True)
         return specs | {name: TensorSpec(shape) for name, shape in shapes.items()}
 
-    def attend_inputs(
-        self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str
-    ) -> tuple[Array, Array, Array]:
-        """The first part of `block`: queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, after rope."""
-        _, width = config.kv_shape(kind)
-        h = self.attention_input(weights, x, config)
-        names = [name for name in ("attn_q", "attn_k", "attn_v") if f"{name}.weight" in weights]
-        parts = [y.reshape(*x.shape[:2], -1, width) for y in project_many(h, weights, names, config)]
-        q, k, v = (*parts, parts[1])[:3]
-        frequencies = config.rope_frequencies_local if kind == "local" else config.rope_frequencies
-        q, k = (
-            layers.rope(
-                layers.rms_norm(y, vector(weights, f"{name}_norm.weight"), config.norm_eps),
-                positions,
-                np.asarray(frequencies, np.float32),
-                config.rope_interleaved,
-            )
-            for y, name in ((q, "attn_q"), (k, "attn_k"))
-        )
-        return q, k, layers.rms_norm(v, jnp.ones(()), config.norm_eps)
+    def attend_output(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Array:
+        """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states `[B, T, W]`."""
+        assert isinstance(config, PerLayerConfig)
+        if not config.per_layer:
+            return super().attend_output(weights, x, attended, config)
+        d, p = config.d_model, config.per_layer
+        x, own, others = jnp.split(x, (d, d + p), axis=-1)
+        x, h = self.feed_forward_input(weights, x, attended, config)
+        x = super().feed_forward_output(weights, x, feed_forward(h, weights, config), config)
+        x = x + of_layer(weights, x, own, config)
+        # The layer's own embedding goes to the end of the queue, so that all layers run the same code.
+        return jnp.concatenate([_scaled(x, weights), others, own], axis=-1)
 
     def choose(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Chosen:
         """As in `Decoder`; beside the experts is a plain feed-forward part, and each has norms of its own."""
@@ -177,10 +178,13 @@ class GemmaDecoder(Decoder):
 
     def feed_forward_output(self, weights: Weights, x: Array, down: Array, config: DecoderConfig) -> Array:
         """The hidden states with what the feed-forward part gave, scaled."""
-        x = super().feed_forward_output(weights, x, down, config)
-        if "layer_output_scale.weight" not in weights:
-            return x
-        return x * vector(weights, "layer_output_scale.weight")
+        return _scaled(super().feed_forward_output(weights, x, down, config), weights)
+
+
+def _scaled(x: Array, weights: Weights) -> Array:
+    if "layer_output_scale.weight" not in weights:
+        return x
+    return x * vector(weights, "layer_output_scale.weight")
 
 
 def _norm(x: Array, weights: Weights, name: str, config: DecoderConfig) -> Array:

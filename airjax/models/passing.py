@@ -18,6 +18,9 @@ _RANKS = {
     "ffn_down.": 5,
     "post_ffw": 5,
     "layer_output": 5,
+    "inp_gate": 6,
+    "proj": 6,
+    "post_norm": 6,
 }
 
 

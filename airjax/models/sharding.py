@@ -132,6 +132,8 @@ def check_cuts(path: str, config: Config, types: Iterable[tuple[str, GGMLType]],
         what = "a bias of each head"
     elif config.layer_kinds:
         what = "a model whose layers differ in their heads"
+    elif config.shared_kv:
+        what = "a model whose layers share their KV cache"
     elif config.local_head_dim:
         what = "a model with heads of several widths"
     if what or not isinstance(config, DecoderConfig):

@@ -17,6 +17,7 @@ from airjax.plan.limits import EXPERT_TENSORS as EXPERT_TENSORS
 from airjax.plan.limits import KV_PAGE as KV_PAGE
 from airjax.plan.limits import LOGIT_ROWS_BYTES as LOGIT_ROWS_BYTES
 from airjax.plan.limits import PREFILL_CHUNK as PREFILL_CHUNK
+from airjax.plan.limits import TABLES as TABLES
 from airjax.plan.tiers import choose_tier as choose_tier
 from airjax.plan.values import GIB as GIB
 from airjax.plan.values import Plan as Plan

@@ -67,15 +67,20 @@ def chunk_of(prefill_chunk: int | None) -> int:
     return chunk
 
 
-def shuttle_of(kv_shuttle: Switch, max_batch: int | None) -> Switch:
-    """Whether the KV cache may live on the host: that of a batch does not.
+def shuttle_of(config: Config, kv_shuttle: Switch, max_batch: int | None) -> Switch:
+    """Whether the KV cache may live on the host: that of a batch does not, nor one that several layers read.
 
     Raises:
       PlanError: it should nevertheless.
     """
     if max_batch and kv_shuttle == "on":
         raise PlanError("a batch keeps its KV cache on the device: pass --kv_shuttle=off")
-    return "off" if max_batch else kv_shuttle
+    if config.shared_kv and kv_shuttle == "on":
+        raise PlanError(
+            f"a {config.architecture} model whose layers share their KV cache keeps it on the device: "
+            "pass --kv_shuttle=off"
+        )
+    return "off" if max_batch or config.shared_kv else kv_shuttle
 
 
 def check_dense(gguf: GGUF, config: Config) -> None:

@@ -111,7 +111,7 @@ def make_plan(
         chunk=chunk_of(prefill_chunk),
         max_batch=max_batch,
         kv_tokens=kv_positions(max_batch, kv_tokens, context),
-        kv_shuttle=shuttle_of(kv_shuttle, max_batch),
+        kv_shuttle=shuttle_of(config, kv_shuttle, max_batch),
         tier=tier,
         compact=compact,
         drafts=drafts,
@@ -165,14 +165,13 @@ def _wide_by_layer(gguf: GGUF, manifest: Manifest, config: Config, asked: Asked,
         cache = sizes_of_cache(manifest, config, own)
         with contextlib.suppress(PlanError):
             wide = _plan_by_layer(gguf, manifest, config, own, cache, bool(plan.streamed))
-            if (wide.bytes_per_sweep, wide.host_embedding, wide.shuttle, wide.tier) == (
-                plan.bytes_per_sweep,
-                plan.host_embedding,
-                plan.shuttle,
-                plan.tier,
-            ):
+            if _placed(wide) == _placed(plan):
                 return wide
     return plan
+
+
+def _placed(plan: Plan) -> tuple[Any, ...]:
+    return plan.bytes_per_sweep, plan.host_tables, plan.shuttle, plan.tier
 
 
 def _wider(asked: Asked) -> Iterator[Asked]:
@@ -185,9 +184,10 @@ def _model_bytes(manifest: Manifest) -> int:
 
 
 def _fits_whole(manifest: Manifest, asked: Asked, cache: Cache) -> bool:
-    """Whether nothing needs to be streamed."""
-    spans = [*sizes.device_globals(manifest), *manifest.layers]
-    weights = sum(sizes.relaid_bytes(span) for span in spans)
+    """Whether no layer needs to be streamed."""
+    # A table with a part for each layer may leave the device: it is as large as half of the model.
+    outside = [span for span in sizes.device_globals(manifest) if span.name != limits.PER_LAYER]
+    weights = sum(sizes.relaid_bytes(span) for span in [*outside, *manifest.layers])
     return weights + cache.workspace_bytes + cache.nbytes <= asked.vram_budget_bytes
 
 
@@ -232,7 +232,7 @@ class _Beside(NamedTuple):
 
     Attributes:
       globals_bytes: embedding, output and final norm.
-      host_embedding: the embedding is not among them.
+      host_tables: those of the embedding that are not among them.
       workspace: of the largest step.
       gaps: that the allocator leaves between slots and other buffers.
       kv_bytes: the KV cache, or what passes of it.
@@ -242,7 +242,7 @@ class _Beside(NamedTuple):
     """
 
     globals_bytes: int
-    host_embedding: bool
+    host_tables: tuple[str, ...]
     workspace: int
     gaps: int
     kv_bytes: int
@@ -263,18 +263,20 @@ def _beside(manifest: Manifest, asked: Asked, cache: Cache, weights: _Weights, s
     least = held if asked.kv_shuttle == "off" else min(held, shuttled)
     gaps = _gaps(asked, weights.passing) if streams else 0
     # A table that serves for single rows leaves the device where it does not fit, or where a layer fits in its place.
-    host_embedding = False
-    if streams and "output.weight" in manifest.globals:
-        nbytes = manifest.globals[limits.EMBEDDING].nbytes
-        host_embedding = globals_bytes + least + gaps + weights.least_slots > asked.vram_budget_bytes
-        host_embedding |= asked.kernels and nbytes > min(weights.whole)
-        globals_bytes -= nbytes if host_embedding else 0
+    host_tables: tuple[str, ...] = ()
+    for name in _row_tables(manifest, streams):
+        nbytes = manifest.globals[name].nbytes
+        layers = weights.least_slots if streams else sum(weights.kept)
+        leaves = globals_bytes + least + gaps + layers > asked.vram_budget_bytes
+        if leaves or (streams and asked.kernels and nbytes > min(weights.whole)):
+            host_tables += (name,)
+            globals_bytes -= nbytes
     fits = globals_bytes + held + gaps + weights.least_slots <= asked.vram_budget_bytes
-    saves = shuttled < held
+    saves = shuttled < held and asked.kv_shuttle != "off"
     shuttle = asked.kv_shuttle == "on" or (asked.kv_shuttle == "auto" and not fits and saves)
     return _Beside(
         globals_bytes=globals_bytes,
-        host_embedding=host_embedding,
+        host_tables=host_tables,
         workspace=cache.shuttled_workspace_bytes if shuttle else cache.workspace_bytes,
         gaps=gaps,
         kv_bytes=cache.passing_bytes if shuttle else cache.nbytes,
@@ -282,6 +284,15 @@ def _beside(manifest: Manifest, asked: Asked, cache: Cache, weights: _Weights, s
         saves=saves,
         least=least,
     )
+
+
+def _row_tables(manifest: Manifest, streams: bool) -> list[str]:
+    """The tables that may leave the device, the largest first: not an embedding that makes the logits too, and while
+    nothing is streamed none but that of the layers."""
+    tables = [limits.PER_LAYER] if limits.PER_LAYER in manifest.globals else []
+    if streams and "output.weight" in manifest.globals:
+        tables.append(limits.EMBEDDING)
+    return sorted(tables, key=lambda name: -manifest.globals[name].nbytes)
 
 
 def _gaps(asked: Asked, passing: Sequence[dict[int, int]]) -> int:
@@ -343,7 +354,7 @@ def _plan_by_layer(
         shuttle=beside.shuttle,
         kv_slots=cache.slots,
         relaid=weights.relaid,
-        host_embedding=beside.host_embedding,
+        host_tables=beside.host_tables,
         globals_bytes=beside.globals_bytes,
         workspace_bytes=beside.workspace + gaps,
         kv_bytes=beside.kv_bytes,

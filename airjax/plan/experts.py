@@ -71,7 +71,7 @@ def plan_by_expert(gguf: GGUF, config: Config, asked: Asked, cache: Cache, model
         shuttle=False,
         kv_slots=cache.slots,
         relaid=relaid,
-        host_embedding=host_embedding,
+        host_tables=(limits.EMBEDDING,) if host_embedding else (),
         globals_bytes=globals_bytes,
         workspace_bytes=cache.workspace_bytes + workspace,
         kv_bytes=cache.nbytes,

@@ -11,6 +11,9 @@ WIDE_CHUNKS = (2048, 1024)
 # may cost such a share of the experts' slots.
 EXPERT_CHUNK_SHARE = 0.07
 EMBEDDING = "token_embd.weight"
+# An embedding that has a part for each layer. Of both a sweep reads the rows of its tokens alone.
+PER_LAYER = "per_layer_token_embd.weight"
+TABLES = (EMBEDDING, PER_LAYER)
 EXPERT_TENSORS = tuple(f"{name}.weight" for name in models.EXPERT_STACKS)
 # Where fused kernels may exist; whether they do is known when the device is there.
 KERNEL_BACKENDS = ("gpu", "cuda")

@@ -79,7 +79,9 @@ def workspace_bytes(config: Config, manifest: Manifest, context: int, chunk: int
         config.vocab_size * 4, limits.LOGIT_ROWS_BYTES
     )
     logits = logits if manifest.globals else 0
-    return limits.FIXED_WORKSPACE_BYTES + int(max(attention, feed_forward, logits))
+    # What is passed on beside the hidden states: what a step takes and gives, the one before, and one being made.
+    passed_on = 4 * chunk * 4 * (config.width - d)
+    return limits.FIXED_WORKSPACE_BYTES + int(max(attention, feed_forward, logits)) + passed_on
 
 
 def experts_workspace(config: Config, chunk: int, decoded_bytes: float) -> float:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from airjax.plan import limits
 
 GIB = 1 << 30
 
@@ -34,7 +37,7 @@ class Plan:
       kv_slots: S of each layer's cache.
       relaid: what stays on the device is re-laid for the fused kernels; where layers are streamed only for batches and
         drafts.
-      host_embedding: rows of the embedding are gathered on the host, so that its table needs no device memory.
+      host_tables: those of the embedding whose rows are gathered on the host, so that they need no device memory.
       globals_bytes: embedding (unless on the host), output and final norm on the device.
       workspace_bytes: activations, logits, decoded weights and the allocator's gaps, at most.
       kv_bytes: the KV cache on the device (with the shuttle: the slots it passes through).
@@ -75,7 +78,7 @@ class Plan:
     shuttle: bool
     kv_slots: tuple[int, ...]
     relaid: bool
-    host_embedding: bool
+    host_tables: tuple[str, ...]
     globals_bytes: int
     workspace_bytes: int
     kv_bytes: int
@@ -104,6 +107,11 @@ class Plan:
     parallel: str = ""
     parallel_reason: str = ""
 
+    @property
+    def host_embedding(self) -> bool:
+        """Whether the host must know a token before it can be embedded."""
+        return bool(self.host_tables)
+
 
 def to_dict(plan: Plan) -> dict[str, Any]:
     """The plan as plain values, for JSON."""
@@ -114,9 +122,9 @@ def format_plan(plan: Plan) -> str:
     """The plan as a table for people."""
     rows = [
         (
-            "output" if plan.host_embedding else "embedding and output",
+            "output" if limits.EMBEDDING in plan.host_tables else "embedding and output",
             plan.globals_bytes,
-            "the embedding stays on the host" if plan.host_embedding else "",
+            _aside(plan.host_tables),
         ),
         (
             "workspace",
@@ -166,6 +174,13 @@ def format_plan(plan: Plan) -> str:
             f"peak {part.peak_bytes / GIB:.3f} GiB"
         )
     return "\n".join(lines)
+
+
+def _aside(tables: Sequence[str]) -> str:
+    if not tables:
+        return ""
+    whose = "the" if limits.EMBEDDING in tables else "the layers' own"
+    return f"{whose} embedding stays on the host"
 
 
 def rounded_up(nbytes: int) -> str:

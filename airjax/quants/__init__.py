@@ -13,6 +13,7 @@ from airjax.quants.matmul import matmul_many as matmul_many
 from airjax.quants.mixture import mixture_products as mixture_products
 from airjax.quants.mixture import takes as takes
 from airjax.quants.packed import PackedTensor as PackedTensor
+from airjax.quants.packed import TakenRows as TakenRows
 from airjax.quants.packed import pack as pack
 from airjax.quants.packed import packable as packable
 from airjax.quants.packed import packed_bytes as packed_bytes

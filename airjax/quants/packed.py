@@ -26,7 +26,7 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from airjax.quants import kquants
 from airjax.quants.groups import Groups, expand, half, signed
-from airjax.quants.qtensor import QTensor, blocks, groups, take_block_rows
+from airjax.quants.qtensor import QTensor, blocks, dequantize, groups, take_block_rows
 from airjax.types import Array
 
 TILE_ROWS = 16
@@ -140,7 +140,18 @@ def unpack_dequantize(w: PackedTensor) -> Array:
     return expand(unpack_groups(w))
 
 
-def take_rows(w: QTensor | PackedTensor, ids: Array) -> Array:
+@flax.struct.dataclass
+class TakenRows:
+    """In the place of a matrix of which only rows are wanted: those, taken on the host as they lie in the file.
+
+    Attributes:
+      rows: `[..., n]`.
+    """
+
+    rows: QTensor
+
+
+def take_rows(w: QTensor | PackedTensor | TakenRows, ids: Array) -> Array:
     """Rows of a matrix, decoded after they are gathered: the embedding of tokens.
 
     Of a re-laid matrix the whole tile of each row is decoded, some tiles at a time.
@@ -152,6 +163,8 @@ def take_rows(w: QTensor | PackedTensor, ids: Array) -> Array:
     Returns:
       float32 `[..., n]`.
     """
+    if isinstance(w, TakenRows):
+        return dequantize(w.rows)
     if isinstance(w, QTensor):
         return take_block_rows(w, ids)
 

@@ -60,8 +60,13 @@ def test_a_cache_whose_layers_differ_is_the_same_on_the_host_in_pages_and_on_dis
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"embedding_length_per_layer_input": 256}, "an embedding for each layer can't be run yet"),
-        ({"attention.shared_kv_layers": 2}, "layers that share their keys and values can't be run yet"),
+        ({"attention.shared_kv_layers": 3}, "must leave keys and values to a layer with a window"),
+        ({"attention.shared_kv_layers": 4}, "must leave keys and values to a layer with a window"),
+        ({"attention.shared_kv_layers": 0.5}, "must leave keys and values to a layer with a window"),
+        ({"embedding_length_per_layer_input": 1 << 16}, "must be between 0 and 65535, got 65536"),
+        ({"embedding_length_per_layer_input": 16}, "tensor per_layer_token_embd.weight is missing"),
+        ({"feed_forward_length": [128, 128, 0, 128]}, "feed_forward_length must be at least 1 in each layer"),
+        ({"feed_forward_length": [128, 128, 256, 128]}, "blk.2.ffn_up.weight must have shape"),
         ({"attention.head_count_kv": [2, 1, 1, 1]}, "one number for layers with a window"),
         ({"attention.head_count_kv": [2, 1]}, "one number for layers with a window"),
         ({"attention.sliding_window_pattern": [False, True, True, True]}, "must let each so manyth of 4"),
@@ -72,3 +77,10 @@ def test_a_cache_whose_layers_differ_is_the_same_on_the_host_in_pages_and_on_dis
 def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, values, message):
     with pytest.raises(GGUFError, match=message):
         _load(toy_gemma4(tmp_path / "toy.gguf", values=values))
+
+
+def test_experts_beside_an_embedding_for_each_layer_are_refused(tmp_path):
+    with pytest.raises(
+        GGUFError, match="can't be run with an embedding for each layer, shared keys and values"
+    ):
+        _load(toy_gemma4(tmp_path / "toy.gguf", experts=True, per_layer=16))

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from toy_experts import toy_mixture
+from toy_gemma4 import toy_gemma4
 from toy_models import toy_gemma3, toy_llama
 from toy_server import serve_toy
 
@@ -334,6 +335,25 @@ def test_a_pipeline_of_experts_is_refused_where_they_would_be_streamed(tmp_path)
     path = toy_mixture(tmp_path / "experts.gguf", "qwen3moe")
     with pytest.raises(PlanError, match="pass --parallel=replica"):
         _load(path, devices=2, parallel="pipeline", resident="dense")
+
+
+def test_layers_that_share_a_cache_stay_on_one_device(tmp_path):
+    path = toy_gemma4(tmp_path / "toy.gguf", own_values=True, per_layer=16, shared=2, layers=4)
+    with pytest.raises(
+        PlanError, match="read the KV cache of others are on one device: pass --parallel=replica"
+    ):
+        _load(path, devices=2, parallel="pipeline")
+    with _load(path, devices=2, resident="none", max_batch=2) as loaded:
+        assert loaded.plan.parallel == "replica"
+    one, several = _outputs(path, resident="none"), _outputs(path, resident="none", devices=2)
+    assert np.array_equal(one[0], several[0]) and one[1:] == several[1:]
+
+
+def test_an_embedding_for_each_layer_passes_through_the_stages(tmp_path):
+    path = toy_gemma4(tmp_path / "toy.gguf", own_values=True, per_layer=16, layers=4)
+    one = _outputs(path, prefill_chunk=64)
+    several = _outputs(path, prefill_chunk=64, devices=2, parallel="pipeline")
+    assert np.array_equal(one[0], several[0]) and one[1:] == several[1:]
 
 
 def test_a_plan_without_devices_is_as_it_was(toy):

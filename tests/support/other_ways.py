@@ -32,12 +32,14 @@ def bare_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
             outside |= unpacked(span)
         positions = jnp.arange(len(ids))[None]
         block = jax.jit(architecture.block, static_argnames=("config", "kind", "length"))
-        x = architecture.embed(outside, jnp.asarray([ids]), config)
+        x, caches = architecture.embed(outside, jnp.asarray([ids]), config), {}
         for layer, span in enumerate(manifest.layers):
-            kind = architecture.layer_kind(config, layer)
-            heads, width = config.kv_shape(kind)
-            cache = jnp.zeros((1, heads, len(ids), width))
-            x, _ = block(unpacked(span), x, LayerKV(cache, cache), positions, config, kind, len(ids))
+            kind, of = architecture.layer_kind(config, layer), architecture.cache_of(config, layer)
+            if of == layer:
+                heads, width = config.kv_shape(kind)
+                empty = jnp.zeros((1, heads, len(ids), width))
+                caches[of] = LayerKV(empty, empty)
+            x, caches[of] = block(unpacked(span), x, caches[of], positions, config, kind, len(ids))
         return np.asarray(architecture.unembed(outside, x, config)[0])
 
 

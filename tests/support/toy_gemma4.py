@@ -35,6 +35,16 @@ _PARTS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
     "ffn_gate_inp": "router.proj",
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+}
+_OUTSIDE = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "per_layer_token_embd": "embed_tokens_per_layer",
+    "per_layer_model_proj": "per_layer_model_projection",
+    "per_layer_proj_norm": "per_layer_projection_norm",
 }
 
 
@@ -44,8 +54,12 @@ def toy_gemma4(
     experts: bool = False,
     fused: bool = True,
     own_values: bool = False,
+    per_layer: int = 0,
+    shared: int = 0,
+    unused: bool = False,
     block_type: str = "F32",
     layers: int = 4,
+    separate_output: bool = False,
     values: dict[str, Any] | None = None,
 ) -> Path:
     """Writes a gemma4, each second of which has no window, wider heads and fewer of them.
@@ -55,8 +69,12 @@ def toy_gemma4(
       experts: each layer has some beside its feed-forward part.
       fused: gate and up of the experts are one stack.
       own_values: layers without a window have a matrix of values.
+      per_layer: elements of a token's embedding for each layer; 0 for none.
+      shared: so many layers at the end have no keys and values, and a feed-forward part of twice the width.
+      unused: their matrices are in the file nevertheless.
       block_type: of all matrices.
       layers: how many, an even number.
+      separate_output: an output matrix of its own.
       values: metadata that replaces its own.
     """
     d, f, heads = (256, 512, 4) if wide_blocks(block_type) else (64, 128, 4)
@@ -64,7 +82,10 @@ def toy_gemma4(
     local = [True, False] * (layers // 2)
     # Keys and values of all heads differ in size, too. Only models without values of their own have fewer heads.
     kv_heads, width = {True: 2, False: 2 if own_values else 1}, {True: d // 4, False: d}
-    toy.sizes(len(local), d, f, heads, [kv_heads[own] for own in local], context=512)
+    widths = [f] * (layers - shared) + [2 * f] * shared
+    toy.sizes(
+        len(local), d, widths if shared else f, heads, 2 if shared else [kv_heads[own] for own in local], 512
+    )
     metadata: dict[str, Any] = {
         "rope.freq_base": 1_000_000.0,
         "rope.freq_base_swa": 10_000.0,
@@ -76,8 +97,8 @@ def toy_gemma4(
         "attention.value_length_swa": width[True],
         "attention.sliding_window": 8,
         "attention.sliding_window_pattern": local,
-        "attention.shared_kv_layers": 0,
-        "embedding_length_per_layer_input": 0,
+        "attention.shared_kv_layers": shared,
+        "embedding_length_per_layer_input": per_layer,
         "final_logit_softcapping": 3.0,
     }
     if experts:
@@ -88,19 +109,29 @@ def toy_gemma4(
         }
     for key, value in (metadata | (values or {})).items():
         toy.value(key, value)
-    toy.outside(d, separate_output=False)
+    toy.outside(d, separate_output)
+    if per_layer:
+        toy.matrix("per_layer_token_embd.weight", toy.vocabulary_size, layers * per_layer, 2.0)
+        toy.matrix("per_layer_model_proj.weight", layers * per_layer, d)
+        toy.norm("per_layer_proj_norm.weight", per_layer)
     turned = width[False] // 8
     toy.tensor("rope_freqs.weight", np.array([1.0] * turned + [1e30] * (width[False] // 2 - turned)))
     for layer, own in enumerate(local):
-        block, kv = f"blk.{layer}", kv_heads[own] * width[own]
-        matrices = {"attn_q": (heads * width[own], d), "attn_k": (kv, d)}
-        if own or own_values:
+        block, kv, wide = f"blk.{layer}", kv_heads[own] * width[own], widths[layer]
+        writes_kv = unused or layer < layers - shared
+        matrices = {"attn_q": (heads * width[own], d)}
+        if writes_kv:
+            matrices["attn_k"] = (kv, d)
+        if writes_kv and (own or own_values):
             matrices["attn_v"] = (kv, d)
         matrices |= {"attn_output": (d, heads * width[own])}
-        matrices |= {"ffn_gate": (f, d), "ffn_up": (f, d), "ffn_down": (d, f)}
+        matrices |= {"ffn_gate": (wide, d), "ffn_up": (wide, d), "ffn_down": (d, wide)}
+        if per_layer:
+            matrices |= {"inp_gate": (per_layer, d), "proj": (d, per_layer)}
         for name, (rows, columns) in matrices.items():
             toy.matrix(f"{block}.{name}.weight", rows, columns)
         norms = ["attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"]
+        norms += ["post_norm"] if per_layer else []
         if experts:
             norms += ["pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2"]
             toy.tensor(f"{block}.ffn_gate_inp.weight", toy.generator.normal(scale=2, size=(_COUNT, d)))
@@ -112,7 +143,7 @@ def toy_gemma4(
             toy.stack(f"{block}.ffn_down_exps.weight", _COUNT, d, f // 2)
         for name in norms:
             toy.norm(f"{block}.{name}.weight", d)
-        for name in ("attn_q_norm", "attn_k_norm"):
+        for name in ("attn_q_norm", "attn_k_norm") if writes_kv else ("attn_q_norm",):
             toy.norm(f"{block}.{name}.weight", width[own])
         toy.tensor(f"{block}.layer_output_scale.weight", toy.generator.uniform(0.5, 1.5, 1))
     return toy.write()
@@ -125,11 +156,12 @@ def torch_gemma4_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
         def key(name: str, default: Any = None) -> Any:
             return file.metadata.get(f"gemma4.{name}", default)
 
-        local, kv_heads = key("attention.sliding_window_pattern"), key("attention.head_count_kv")
+        local = key("attention.sliding_window_pattern")
+        kv_heads = np.broadcast_to(key("attention.head_count_kv"), len(local))
         config = transformers.Gemma4TextConfig(
             vocab_size=file.tensors["token_embd.weight"].shape[0],
             hidden_size=key("embedding_length"),
-            intermediate_size=key("feed_forward_length"),
+            intermediate_size=int(np.atleast_1d(key("feed_forward_length"))[0]),
             num_hidden_layers=key("block_count"),
             num_attention_heads=key("attention.head_count"),
             num_key_value_heads=int(kv_heads[0]),
@@ -142,8 +174,10 @@ def torch_gemma4_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
             sliding_window=key("attention.sliding_window"),
             layer_types=["sliding_attention" if own else "full_attention" for own in local],
             final_logit_softcapping=key("final_logit_softcapping"),
-            hidden_size_per_layer_input=0,
-            vocab_size_per_layer_input=1,
+            hidden_size_per_layer_input=key("embedding_length_per_layer_input"),
+            vocab_size_per_layer_input=file.tensors["token_embd.weight"].shape[0],
+            num_kv_shared_layers=int(key("attention.shared_kv_layers")),
+            use_double_wide_mlp=key("attention.shared_kv_layers") > 0,
             enable_moe_block=key("expert_count") is not None,
             num_experts=key("expert_count"),
             top_k_experts=key("expert_used_count"),
@@ -163,13 +197,16 @@ def torch_gemma4_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
         )
         model = transformers.Gemma4ForCausalLM(config)
         state = {
-            "model.embed_tokens.weight": decoded(file, "token_embd.weight"),
-            "model.norm.weight": decoded(file, "output_norm.weight"),
+            f"model.{theirs}.weight": decoded(file, f"{ours}.weight")
+            for ours, theirs in _OUTSIDE.items()
+            if f"{ours}.weight" in file.tensors
         }
+        own_kv = key("block_count") - int(key("attention.shared_kv_layers"))
         for layer in range(key("block_count")):
             there = f"model.layers.{layer}"
             for ours, theirs in _PARTS.items():
-                if f"blk.{layer}.{ours}.weight" in file.tensors:
+                unused = layer >= own_kv and ours.startswith(("attn_k", "attn_v"))
+                if f"blk.{layer}.{ours}.weight" in file.tensors and not unused:
                     state[f"{there}.{theirs}.weight"] = decoded(file, f"blk.{layer}.{ours}.weight")
             state[f"{there}.layer_scalar"] = decoded(file, f"blk.{layer}.layer_output_scale.weight")
             if key("expert_count") is not None:
@@ -185,4 +222,5 @@ def torch_gemma4_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
         assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     model.tie_weights()
     with torch.inference_mode():
-        return model.eval()(torch.tensor([list(ids)])).logits[0].numpy()
+        # Asked for what passes between the layers, it takes no short cut, which needs an embedding for each layer.
+        return model.eval()(torch.tensor([list(ids)]), output_hidden_states=True).logits[0].numpy()

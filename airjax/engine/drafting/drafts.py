@@ -35,7 +35,7 @@ class Drafts:
       vocabulary: between the two models; None where they have the same.
 
     Raises:
-      ValueError: `draft_max` is out of range, or the model has no layers for the kind "self".
+      ValueError: `draft_max` is out of range, or the model's layers don't do for the kind "self".
     """
 
     def __init__(
@@ -61,6 +61,11 @@ class Drafts:
             raise ValueError(
                 "draft=self needs layers that stay on the device whole, but experts are streamed one by one: "
                 "pass --draft=lookup"
+            )
+        if kind == "self" and (model.config.shared_kv or model.config.width > model.config.d_model):
+            raise ValueError(
+                f"draft=self leaves layers out, but each of a {model.config.architecture} model needs what those "
+                "before it pass on: pass --draft=lookup"
             )
         if kind == "self" and plan.shuttle:
             raise ValueError("draft=self needs the KV cache on the device: pass --kv_shuttle=off")

@@ -173,14 +173,15 @@ def keep_path(model: Model, state: State, swept: Swept, path: Sequence[int], fir
 def takes_trees(model: Model, state: State, last: int) -> bool:
     """Whether rows up to position `last` may form a tree.
 
-    Not over a cache that comes in pieces. Where rows share their calls, not with experts that come through a pool, nor
-    on several devices, nor where more than position and window says what a token sees.
+    Not over a cache that comes in pieces. Where rows are apart, not if layers read an earlier one's cache, in which by
+    then rows of other branches may have taken their slots. Where rows share their calls, not with experts that come
+    through a pool, nor on several devices, nor where more than position and window says what a token sees.
     """
     lengths = lengths_at(model, np.full((1, 1), last, np.int32))
     if state.shuttle is not None and max(lengths) > state.shuttle.block:
         return False
     if exact(model):
-        return model.config.mesh is None
+        return model.config.mesh is None and not model.config.shared_kv
     if model.pool is not None or model.config.mesh is not None or not isinstance(model.config, DecoderConfig):
         return False
     forms = [model.architecture.attention_form(model.config, kind) for kind in model.kinds]
@@ -225,7 +226,7 @@ def _sweep_each(model: Model, state: State, rows: Rows, first: int) -> Swept:
         weights = model.weights.take(layer, xs[-1])
         layout, kind = model.manifest.layers[layer].layout, model.kinds[layer]
         if shuttle is None:
-            kv = grown(state.kv[layer], longest[layer])
+            kv = grown(state.kv[model.caches[layer]], longest[layer])
         else:
             (piece,) = shuttle.pieces(layer)
             kv = _unpack_step(model.config, kind)(piece.kv)
@@ -253,7 +254,7 @@ def _sweep_each(model: Model, state: State, rows: Rows, first: int) -> Swept:
         if kept is not None:
             kept.append(written)
         if shuttle is None:
-            state.kv[layer] = kv
+            state.kv[model.caches[layer]] = kv
         else:
             shuttle.release(xs[-1])
             if kept is None:

@@ -276,9 +276,10 @@ class ResidentLayers:
         lengths = lengths_at(model, where)
         placed = model.put(where) if placed is None else placed
         for layer in model.plan.resident:
-            kv = grown(self._state.kv[layer], lengths[layer])
+            cache = model.caches[layer]
+            kv = grown(self._state.kv[cache], lengths[layer])
             layout, kind = model.manifest.layers[layer].layout, model.kinds[layer]
             step = block_step(layout, model.config, kind, lengths[layer])
-            x, self._state.kv[layer] = call(model.weights.take(layer), step, x, kv, placed)
+            x, self._state.kv[cache] = call(model.weights.take(layer), step, x, kv, placed)
         model.pending = x
         return x

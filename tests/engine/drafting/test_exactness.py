@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from toy_gemma4 import toy_gemma4
 from toy_models import toy_gemma3, toy_llama
 
 import airjax
@@ -20,6 +21,8 @@ WAYS = {
     "8-bit cache": {"kv_dtype": "q8_0"},
 }
 TREES = [("llama", way) for way in WAYS] + [("gemma", "on the device"), ("gemma", "streamed and shuttled")]
+# Its layers share caches, which stay on the device.
+SHARING = [("small gemma", way) for way in ("on the device", "streamed", "8-bit cache")]
 SAMPLERS = {
     "greedy": sampling.greedy(),
     "penalised": sampling.chain(
@@ -85,6 +88,12 @@ def gemma(tmp_path_factory):
     return toy_gemma3(tmp_path_factory.mktemp("toy") / "gemma.gguf", layers=3, pattern=2)
 
 
+@pytest.fixture(scope="module")
+def small_gemma(tmp_path_factory):
+    path = tmp_path_factory.mktemp("toy") / "small.gguf"
+    return toy_gemma4(path, own_values=True, per_layer=16, shared=2, layers=4)
+
+
 def load(path, **options):
     return airjax.load(path, **({"vram_budget_gib": 1, "context": 512} | options))
 
@@ -126,10 +135,9 @@ def text_of(ids, draws):
     return [*ids, *(draw.id for draw in draws)]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("toy", ["llama", "gemma"])
+@pytest.mark.parametrize(("toy", "way"), [(toy, way) for toy in ("llama", "gemma") for way in WAYS] + SHARING)
 def test_right_and_wrong_drafts_give_the_draws_of_plain_decoding(request, toy, way):
-    with load(request.getfixturevalue(toy), **WAYS[way]) as loaded:
+    with load(request.getfixturevalue(toy.replace(" ", "_")), **WAYS[way]) as loaded:
         model, options = loaded.model, options_of("penalised")
         ids = prompt(model)
         expected = plain(model, ids, **options)
@@ -151,10 +159,10 @@ def test_trees_give_the_draws_of_plain_decoding(request, toy, way):
         assert model.stats.accepted_tokens > model.stats.decode_sweeps
 
 
-@pytest.mark.parametrize(("toy", "way"), TREES)
+@pytest.mark.parametrize(("toy", "way"), TREES + SHARING[:2])
 def test_trees_whose_rows_share_their_calls_give_the_same_tokens(request, monkeypatch, toy, way):
     monkeypatch.setattr(rows, "exact", lambda model: False)
-    with load(request.getfixturevalue(toy), **WAYS[way]) as loaded:
+    with load(request.getfixturevalue(toy.replace(" ", "_")), **WAYS[way]) as loaded:
         model, options = loaded.model, options_of("penalised")
         ids = prompt(model)
         expected = plain(model, ids, **options)
