@@ -17,9 +17,8 @@ def embed(model: Model, ids: np.ndarray | Array) -> Array:
     for name in model.plan.host_tables:
         info = model.gguf.tensors[name]
         table = model.gguf.raw(name).reshape(info.shape[0], -1)
-        rows.append(
-            table[np.asarray(ids)]
-        )  # [B, T, row bytes]: the blocks of these rows alone go to the device
+        # [B, T, row bytes]: the blocks of these rows alone go to the device.
+        rows.append(table[np.asarray(ids)])
         tables.append((name, info.type, info.shape[1]))
     step = host_embed_step(model.layouts, tuple(tables), model.config)
     return step(model.globals, *model.put((ids, rows)))
