@@ -152,7 +152,9 @@ class _Run:
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> Array:
         """Runs the prompts in chunks; returns the hidden state of each one's last token, `[B, D]`."""
-        model, chunk = self._model, self._model.plan.prefill_chunk
+        # What the plan has room for, together; with fewer rows than 64 a prompt's bits depend on the chunk.
+        model, most = self._model, self._model.plan.prefill_chunk
+        chunk = max(most // len(prompts), min(most, 64))
         last: list[Any] = [None] * len(prompts)
         for begin in range(0, self.longest, chunk):
             rows = padded_rows(min(self.longest - begin, chunk), chunk)
