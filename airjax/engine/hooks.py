@@ -76,11 +76,16 @@ def steering(model: Model, vectors: Mapping[int, np.ndarray | Array], then: Hook
 
 
 def check_depths(model: Model, depths: Mapping[int, object] | tuple[int, ...]) -> None:
-    """Refuses depths that the model does not have.
+    """Refuses depths that the model does not have, and a model that has no one hidden state of a token there.
 
     Raises:
-      ValueError: naming the range.
+      ValueError: naming the range, or the model.
     """
+    if depths and model.config.streams > 1:
+        raise ValueError(
+            f"the hidden states of a {model.config.architecture} model are {model.config.streams} side by side, which "
+            "can't be captured or steered: ask for attention alone"
+        )
     for depth in depths:
         if not 0 <= depth <= model.config.n_layers:
             raise ValueError(

@@ -122,7 +122,7 @@ def end_step(layout: Layout, config: Config, kind: str) -> Callable[..., Array]:
         weights = models.unpack(buffers, layout)
         attended = layers.finish(partial, architecture.attention_sinks(weights, config))
         x = architecture.begun(weights, x, positions, config, kind)
-        return architecture.attend_output(weights, x, attended, config)
+        return architecture.attend_output(weights, x, attended, config, kind)
 
     @jax.jit
     def end(buffers: Buffers, x: Array, partial: Partial, positions: Array) -> Any:

@@ -39,7 +39,9 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> DecoderConfig:
 class ApertusDecoder(Decoder):
     """A `Decoder` whose activation is xIELU."""
 
-    def attend_output(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Array:
+    def attend_output(
+        self, weights: Weights, x: Array, attended: Array, config: DecoderConfig, kind: str
+    ) -> Array:
         """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states."""
         x, h = self.feed_forward_input(weights, x, attended, config)
         constants = [vector(weights, name) for name in NUMBERS_OF_LAYERS]

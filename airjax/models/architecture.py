@@ -38,7 +38,8 @@ class Config:
     `mesh` the sizes are those of one device's part; see `sharding`. `kv_copies` neighbours have the same KV heads.
     `long_rope` says that the rope is that of long contexts, where a model has two; `feed_forward_name` names the norm
     before the feed-forward part. The last `shared_kv` layers have no keys and values of their own: they read the cache
-    of an earlier layer.
+    of an earlier layer. `streams` says how many hidden states a token has between layers, side by side.
+    `whole_gates`: a gate depends on the others of its token, so that all of them are in memory at once.
     """
 
     architecture: str
@@ -59,6 +60,8 @@ class Config:
     long_rope: bool = field(default=False, kw_only=True)
     feed_forward_name: str = field(default="ffn_norm", kw_only=True)
     shared_kv: int = field(default=0, kw_only=True)
+    streams: int = field(default=1, kw_only=True)
+    whole_gates: bool = field(default=False, kw_only=True)
 
     @property
     def width(self) -> int:
@@ -126,7 +129,7 @@ class Architecture(Protocol):
         """What `attend_output` adds to: the input of `block`, but for a first layer that changes it before."""
         ...
 
-    def attend_output(self, weights: Weights, x: Array, attended: Array, config: Any) -> Array:
+    def attend_output(self, weights: Weights, x: Array, attended: Array, config: Any, kind: str) -> Array:
         """What follows attention in `block`."""
         ...
 

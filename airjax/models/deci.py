@@ -92,7 +92,9 @@ class VaryingDecoder(Decoder):
         nothing = jnp.zeros((*x.shape[:2], 1, config.head_dim))
         return nothing, nothing, nothing
 
-    def attend_output(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Array:
+    def attend_output(
+        self, weights: Weights, x: Array, attended: Array, config: DecoderConfig, kind: str
+    ) -> Array:
         """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states."""
         if "attn_q.weight" in weights:
             x = x + project(attended.reshape(*x.shape[:2], -1), weights, "attn_output", config)

@@ -286,7 +286,9 @@ class Decoder:
         """What attention takes of hidden states."""
         return _norm(x, weights, config.attention_norm, config) if config.pre_norms else x
 
-    def attend_output(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Array:
+    def attend_output(
+        self, weights: Weights, x: Array, attended: Array, config: DecoderConfig, kind: str
+    ) -> Array:
         """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states."""
         if f"{ROUTER}.weight" in weights:
             chosen = self.choose(weights, x, attended, config)
@@ -376,9 +378,8 @@ class Decoder:
         form = self.attention_form(config, kind)
         sinks = self.attention_sinks(weights, config)
         attended = layers.attention(q, kv, positions, **form._asdict(), length=length, sinks=sinks)
-        return self.attend_output(
-            weights, self.begun(weights, x, positions, config, kind), attended, config
-        ), kv
+        x = self.begun(weights, x, positions, config, kind)
+        return self.attend_output(weights, x, attended, config, kind), kv
 
     def gathered(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """Of hidden states `[..., W]` after the last layer what the final norm takes, `[..., D]`."""

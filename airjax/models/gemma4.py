@@ -21,6 +21,7 @@ from airjax.models.per_layer import (
     PerLayerConfig,
     PerLayerDecoder,
     of_layer,
+    read_local,
     read_per_layer,
     read_shared_kv,
 )
@@ -31,7 +32,7 @@ _EXPERT_SCALE = "ffn_down_exps.scale"
 
 def config_from_gguf(gguf: GGUF, compute_dtype: str) -> PerLayerConfig:
     """Reads the configuration from a file's metadata; raises GGUFError where it can't be run."""
-    local = _pattern(gguf)
+    local = read_local(gguf)
     # Of each layer, or one number for all.
     kv_heads = np.atleast_1d(gguf.metadata.get("gemma4.attention.head_count_kv", 0)).tolist()
     kv_heads = kv_heads * len(local) if len(kv_heads) == 1 else kv_heads
@@ -99,19 +100,6 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> PerLayerConfig:
     )
 
 
-def _pattern(gguf: GGUF) -> list[bool]:
-    """Of each layer, whether it has a window; those without come at equal distances, the last layer among them."""
-    key = "gemma4.attention.sliding_window_pattern"
-    local = [bool(own) for own in np.atleast_1d(gguf.metadata.get(key, ()))]
-    n_layers = gguf.get("gemma4.block_count", int)
-    every = local.index(False) + 1 if False in local else 0
-    if len(local) != n_layers or every < 2 or local != [(n + 1) % every > 0 for n in range(n_layers)]:
-        raise GGUFError(
-            f"{gguf.path}: {key} must let each so manyth of {n_layers} layers see the whole context, got {local}"
-        )
-    return local
-
-
 @dataclass(frozen=True)
 class GemmaDecoder(PerLayerDecoder):
     """A `Decoder` whose layers differ in their heads, with experts beside the feed-forward part."""
@@ -132,11 +120,13 @@ class GemmaDecoder(PerLayerDecoder):
         specs[_EXPERT_SCALE] = TensorSpec((config.experts.count,), optional=True)
         return specs | {name: TensorSpec(shape) for name, shape in shapes.items()}
 
-    def attend_output(self, weights: Weights, x: Array, attended: Array, config: DecoderConfig) -> Array:
+    def attend_output(
+        self, weights: Weights, x: Array, attended: Array, config: DecoderConfig, kind: str
+    ) -> Array:
         """The last part of `block`: what follows attention `[B, T, N, H]`; gives the new hidden states `[B, T, W]`."""
         assert isinstance(config, PerLayerConfig)
         if not config.per_layer:
-            return super().attend_output(weights, x, attended, config)
+            return super().attend_output(weights, x, attended, config, kind)
         d, p = config.d_model, config.per_layer
         x, own, others = jnp.split(x, (d, d + p), axis=-1)
         x, h = self.feed_forward_input(weights, x, attended, config)

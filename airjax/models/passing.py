@@ -10,6 +10,7 @@ from airjax.gguf import Layout
 _RANKS = {
     "": 0,
     "attn_output": 1,
+    "laurel": 1,
     "post_attention": 1,
     "ffn": 2,
     "exp_probs": 2,

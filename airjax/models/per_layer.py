@@ -39,12 +39,37 @@ class PerLayerConfig(DecoderConfig):
     @property
     def width(self) -> int:
         """W: the hidden states, and a queue of the embeddings for the layers, that of the next layer first."""
-        return self.d_model + self.n_layers * self.per_layer
+        return self.streams * self.d_model + self.n_layers * self.per_layer
 
     def kv_shape(self, kind: str) -> tuple[int, int]:
         """Heads of keys and values, and their width; none where a layer reads an earlier one's cache."""
         heads, width = super().kv_shape(kind)
-        return 0 if kind.endswith(_SHARED) else heads, width
+        return 0 if _SHARED in kind else heads, width
+
+
+def read_local(gguf: GGUF, every: int | None = None) -> list[bool]:
+    """Of each layer, whether it has a window; those without come at equal distances.
+
+    Args:
+      gguf: the open file.
+      every: each so manyth layer has none where the file does not say it; None where it must.
+
+    Raises:
+      GGUFError: they come otherwise, or all or none have a window.
+    """
+    key = f"{gguf.get('general.architecture', str)}.attention.sliding_window_pattern"
+    n_layers = gguf.get(f"{gguf.get('general.architecture', str)}.block_count", int)
+    pattern = gguf.metadata.get(key, () if every is None else every)
+    if type(pattern) is int:
+        local = [(layer + 1) % max(pattern, 1) > 0 for layer in range(n_layers)]
+    else:
+        local = [bool(own) for own in np.atleast_1d(pattern)]
+    every = local.index(False) + 1 if False in local else 0
+    if len(local) != n_layers or every < 2 or local != [(n + 1) % every > 0 for n in range(n_layers)]:
+        raise GGUFError(
+            f"{gguf.path}: {key} must let each so manyth of {n_layers} layers see the whole context, got {local}"
+        )
+    return local
 
 
 def read_shared_kv(gguf: GGUF, local: Sequence[bool]) -> int:

@@ -70,7 +70,8 @@ def workspace_bytes(config: Config, manifest: Manifest, context: int, chunk: int
     experts, feed_forward = config.experts, 0.0
     if experts is None or not all(experts.in_layer(layer) for layer in range(config.n_layers)):
         # The hidden states in a few forms; of gate and up, whose tiles share the limit of one, only what they make.
-        whole = chunk <= quants.MOST_ROWS or any(span.layout.pieces for span in manifest.layers)
+        cut = any(span.layout.pieces for span in manifest.layers)
+        whole = config.whole_gates or cut or chunk <= quants.MOST_ROWS
         products = 12 * f if whole else item_bytes * f + 8 * -(-f // quants.decoded_tiles(f, d, 2))
         feed_forward = chunk * (16 * d + products) + decoded * max(_tile(f, d), _tile(d, f))
     if experts is not None:

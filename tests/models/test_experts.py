@@ -228,7 +228,6 @@ def test_a_mixture_without_one_of_its_tensors_is_refused_by_name(tmp_path, model
         ("qwen3next", "state-space, linear-attention or convolution layers and"),
         ("lfm2", "state-space, linear-attention or convolution layers and"),
         ("cogvlm", "reads images and"),
-        ("gemma3n", "layers that share embeddings"),
         ("glm-dsa", "picks positions by an index and"),
         ("t5", "no decoder-only language model and"),
         ("dream", "by diffusion and"),
