@@ -205,7 +205,7 @@ def _run(model: Model, x: Array, state: PagedState, run: range, positions: Array
         x, pages = run_fetched(model, run, x, pages, table, positions, None)
     else:
         blocks = tuple(
-            (model.manifest.layers[layer].layout, model.kinds[layer], caches.index(model.caches[layer]))
+            (model.manifest.layers[layer].layout, model.kinds[layer], caches[model.caches[layer]])
             for layer in run
         )
         buffers = [model.weights.take(layer) for layer in run]

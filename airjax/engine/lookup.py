@@ -6,6 +6,7 @@ import numpy as np
 
 from airjax.engine.model import Model
 from airjax.engine.step import embed_step, host_embed_step
+from airjax.plan import TABLES
 from airjax.types import Array
 
 
@@ -21,4 +22,6 @@ def embed(model: Model, ids: np.ndarray | Array) -> Array:
         rows.append(table[np.asarray(ids)])
         tables.append((name, info.type, info.shape[1]))
     step = host_embed_step(model.layouts, tuple(tables), model.config)
-    return step(model.globals, *model.put((ids, rows)))
+    # What goes up here waits behind the layers that are on the link: ids only where a table on the device wants them.
+    wanted = any(name in model.globals for name in TABLES)
+    return step(model.globals, *model.put((ids if wanted else None, rows)))

@@ -179,9 +179,9 @@ class Model:
         """Of each layer, the layer whose cache it reads: itself, or an earlier one."""
         return [self.architecture.cache_of(self.config, layer) for layer in range(self.config.n_layers)]
 
-    def caches_of(self, run: range) -> list[int]:
-        """The caches that some layers read, each once: a program may be given none twice."""
-        return sorted({self.caches[layer] for layer in run})
+    def caches_of(self, run: range) -> dict[int, int]:
+        """The caches that some layers read, numbered, each once: a program may be given none twice."""
+        return {cache: number for number, cache in enumerate(sorted({self.caches[layer] for layer in run}))}
 
     @functools.cached_property
     def layouts(self) -> GlobalLayouts:

@@ -183,13 +183,15 @@ def host_embed_step(
     """`embed_step` with tables that stay on the host, by name, block type and width.
 
     Returns:
-      jitted `(globals, ids [B, T], [rows as they lie in the file, uint8 [B, T, row bytes]]) -> x [B, T, W]`.
+      jitted `(globals, ids [B, T], [rows as they lie in the file, uint8 [B, T, row bytes]]) -> x [B, T, W]`; ids may be
+      None where all tables are on the host.
     """
     architecture = models.get(config.architecture)
 
     @jit
-    def embed(buffers: Globals, ids: Array, rows: list[Array]) -> Array:
+    def embed(buffers: Globals, ids: Array | None, rows: list[Array]) -> Array:
         weights = dict(unpack_globals(buffers, layouts))
+        ids = jnp.zeros(rows[0].shape[:2], jnp.int32) if ids is None else ids
         for (name, type, width), own in zip(tables, rows, strict=True):
             weights[name] = quants.TakenRows(quants.QTensor(own, type, (*ids.shape, width)))
         return architecture.embed(weights, ids, config)

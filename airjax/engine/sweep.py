@@ -271,7 +271,7 @@ def _run(
                     model.manifest.layers[layer].layout,
                     model.kinds[layer],
                     lengths[layer],
-                    caches.index(model.caches[layer]),
+                    caches[model.caches[layer]],
                 )
                 for layer in run
             ),
