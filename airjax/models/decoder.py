@@ -254,18 +254,18 @@ class Decoder:
         if config.qkv_bound:
             q, k, v = (jnp.clip(y, -config.qkv_bound, config.qkv_bound) for y in (q, k, v))
         if config.qk_norm == "whole":
-            q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
+            q, k = normed(q, weights, "attn_q_norm", config), normed(k, weights, "attn_k_norm", config)
         q, k, v = (y.reshape(batch, new, -1, config.head_dim) for y in (q, k, v))
         by_head, rotated = config.qk_norm in ("head", "each head"), not kind.endswith(_UNROTATED)
         if by_head and not config.qk_norm_late:
-            q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
+            q, k = normed(q, weights, "attn_q_norm", config), normed(k, weights, "attn_k_norm", config)
         if rotated:
             local = config.rope_frequencies_local if kind == "local" else ()
             frequencies = np.asarray(local or config.rope_frequencies, np.float32)
             scale = 1.0 if local else config.rope_scale
             q, k = (layers.rope(y, positions, frequencies, config.rope_interleaved, scale) for y in (q, k))
         if by_head and config.qk_norm_late:
-            q, k = _norm(q, weights, "attn_q_norm", config), _norm(k, weights, "attn_k_norm", config)
+            q, k = normed(q, weights, "attn_q_norm", config), normed(k, weights, "attn_k_norm", config)
         if config.qk_norm == "plain" and rotated:
             q, k = (layers.rms_norm(y, jnp.ones(()), config.norm_eps) for y in (q, k))
         if config.attention_growth and not (rotated and config.attention_growth_unrotated):
@@ -277,14 +277,14 @@ class Decoder:
         if _FIRST not in kind:
             return x
         if config.embedding_norm:
-            x = _norm(x, weights, "token_embd_norm", config)
+            x = normed(x, weights, "token_embd_norm", config)
         if config.learned_positions:
             x = x + quants.take_rows(weights["position_embd.weight"], jnp.maximum(positions, 0))
         return x
 
     def attention_input(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """What attention takes of hidden states."""
-        return _norm(x, weights, config.attention_norm, config) if config.pre_norms else x
+        return normed(x, weights, config.attention_norm, config) if config.pre_norms else x
 
     def attend_output(
         self, weights: Weights, x: Array, attended: Array, config: DecoderConfig, kind: str
@@ -342,7 +342,7 @@ class Decoder:
 
     def feed_forward_norm(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """What the feed-forward part takes of hidden states."""
-        return _norm(x, weights, config.feed_forward_name, config) if config.pre_norms else x
+        return normed(x, weights, config.feed_forward_name, config) if config.pre_norms else x
 
     def feed_forward_output(self, weights: Weights, x: Array, down: Array, config: DecoderConfig) -> Array:
         """The hidden states with what the feed-forward part gave."""
@@ -387,7 +387,7 @@ class Decoder:
 
     def unembed(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """Hidden states `[..., W]` to logits `[..., V]` float32."""
-        h = _norm(self.gathered(weights, x, config), weights, "output_norm", config)
+        h = normed(self.gathered(weights, x, config), weights, "output_norm", config)
         if "output.weight" not in weights:
             weights = {**weights, "output.weight": weights["token_embd.weight"]}
         logits = project(h, weights, "output", config)
@@ -541,7 +541,7 @@ def _rope_factors(gguf: GGUF, name: str, width: int) -> tuple[float, ...]:
 
 def _added(x: Array, update: Array, weights: Weights, norm: str, config: DecoderConfig) -> Array:
     if config.post_norms:
-        update = _norm(update, weights, norm, config)
+        update = normed(update, weights, norm, config)
     return x + (update if config.residual_scale == 1 else update * config.residual_scale)
 
 
@@ -581,11 +581,11 @@ def _norm_specs(norms: dict[str, tuple[int, ...]], config: DecoderConfig) -> dic
     return specs
 
 
-def _norm(x: Array, weights: Weights, name: str, config: DecoderConfig) -> Array:
+def normed(x: Array, weights: Weights, name: str, config: DecoderConfig) -> Array:
+    """`x [..., n]` by the norm `name` of a layer, of the model's kind."""
     if config.norm == "plain layer":
         return layers.layer_norm(x, jnp.ones(()), None, config.norm_eps)
     weight = vector(weights, f"{name}.weight")
     if config.norm == "rms":
         return layers.rms_norm(x, weight, config.norm_eps)
-    bias = vector(weights, f"{name}.bias") if f"{name}.bias" in weights else None
-    return layers.layer_norm(x, weight, bias, config.norm_eps)
+    return layers.layer_norm(x, weight, bias_of(weights, name), config.norm_eps)

@@ -19,12 +19,11 @@ from airjax.models.architecture import (
     TensorSpec,
     Weights,
     common_sizes,
-    layer_numbers,
     project,
     project_many,
     vector,
 )
-from airjax.models.decoder import DecoderConfig, rope_fields
+from airjax.models.decoder import DecoderConfig, normed, rope_fields
 from airjax.models.per_layer import (
     PerLayerConfig,
     PerLayerDecoder,
@@ -32,6 +31,8 @@ from airjax.models.per_layer import (
     read_local,
     read_per_layer,
     read_shared_kv,
+    read_widths,
+    read_window,
 )
 from airjax.types import Array
 
@@ -58,15 +59,9 @@ class StreamsConfig(PerLayerConfig):
 
 def config_from_gguf(gguf: GGUF, compute_dtype: str) -> StreamsConfig:
     """Reads the configuration from a file's metadata; raises GGUFError where it can't be run."""
-    widths = layer_numbers(gguf, "feed_forward_length")
-    if min(widths) < 1:
-        raise GGUFError(
-            f"{gguf.path}: gemma3n.feed_forward_length must be at least 1 in each layer, got {widths}"
-        )
+    widths = read_widths(gguf)
     sizes = common_sizes(gguf, compute_dtype, d_ff=max(widths))
-    window = gguf.get("gemma3n.attention.sliding_window", int)
-    if window < 1:
-        raise GGUFError(f"{gguf.path}: gemma3n.attention.sliding_window must be at least 1, got {window}")
+    window = read_window(gguf)
     local = read_local(gguf, every=5)
     streams = gguf.get("gemma3n.altup.num_inputs", int, 4)
     active = gguf.get("gemma3n.altup.active_idx", int, 0)
@@ -194,9 +189,9 @@ class StreamsDecoder(PerLayerDecoder):
         predicted, queue = _streams(x, config), x[..., config.streams * config.d_model :]
         h = self.attention_input(weights, x, config)
         beside = project(project(h, weights, "laurel_l", config), weights, "laurel_r", config)
-        beside = h + _norm(beside, weights, "laurel_post_norm", config)
+        beside = h + normed(beside, weights, "laurel_post_norm", config)
         attended = project(attended.reshape(*x.shape[:2], -1), weights, "attn_output", config)
-        attended = predicted[0] + _norm(attended, weights, "post_attention_norm", config)
+        attended = predicted[0] + normed(attended, weights, "post_attention_norm", config)
         new = (attended + beside) * 2**-0.5
         gate, up = project_many(
             self.feed_forward_norm(weights, new, config), weights, ("ffn_gate", "ffn_up"), config
@@ -223,7 +218,7 @@ def _streams(x: Array, config: DecoderConfig) -> list[Array]:
 
 def _routed(weights: Weights, x: Array, config: DecoderConfig) -> Array:
     """How a token `[..., D]` weighs the streams, `[..., S]` between -1 and 1."""
-    h = _norm(x, weights, "altup_router_norm", config) / config.d_model
+    h = normed(x, weights, "altup_router_norm", config) / config.d_model
     return jnp.tanh(_exact(weights, "altup_router", h))
 
 
@@ -252,10 +247,6 @@ def _few(gate: Array, deviations: float) -> Array:
     mean = jnp.mean(gate, axis=-1, keepdims=True)
     deviation = jnp.sqrt(jnp.mean(jnp.square(gate - mean), axis=-1, keepdims=True))
     return jax.nn.relu(gate - (mean + deviation * deviations))
-
-
-def _norm(x: Array, weights: Weights, name: str, config: DecoderConfig) -> Array:
-    return layers.rms_norm(x, vector(weights, f"{name}.weight"), config.norm_eps)
 
 
 ARCHITECTURE = StreamsDecoder(config_from_gguf)

@@ -14,8 +14,8 @@ import numpy as np
 
 from airjax import layers, quants
 from airjax.gguf import GGUF, GGUFError
-from airjax.models.architecture import TensorSpec, Weights, common_sizes, layer_numbers, vector
-from airjax.models.decoder import DecoderConfig, feed_forward, rope_fields
+from airjax.models.architecture import TensorSpec, Weights, common_sizes, vector
+from airjax.models.decoder import DecoderConfig, feed_forward, normed, rope_fields
 from airjax.models.experts import ROUTER, Chosen, apart, combined, expert_specs, read_experts
 from airjax.models.per_layer import (
     PerLayerConfig,
@@ -24,6 +24,8 @@ from airjax.models.per_layer import (
     read_local,
     read_per_layer,
     read_shared_kv,
+    read_widths,
+    read_window,
 )
 from airjax.types import Array
 
@@ -47,11 +49,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> PerLayerConfig:
             f"{gguf.path}: gemma4.attention.head_count_kv must be one number for layers with a window and one for "
             f"those without, got {gguf.metadata.get('gemma4.attention.head_count_kv')}: convert the model again"
         )
-    widths = layer_numbers(gguf, "feed_forward_length")
-    if min(widths) < 1:
-        raise GGUFError(
-            f"{gguf.path}: gemma4.feed_forward_length must be at least 1 in each layer, got {widths}"
-        )
+    widths = read_widths(gguf)
     sizes = common_sizes(gguf, compute_dtype, kv_heads=global_heads.pop(), d_ff=max(widths))
     width, heads = gguf.get("gemma4.attention.key_length_swa", int), local_heads.pop()
     if width < 2 or width % 2 or sizes["n_heads"] % heads:
@@ -59,9 +57,7 @@ def config_from_gguf(gguf: GGUF, compute_dtype: str) -> PerLayerConfig:
             f"{gguf.path}: gemma4.attention.key_length_swa must be even, and head_count a multiple of {heads} "
             f"KV heads, got {width} and {sizes['n_heads']}"
         )
-    window = gguf.get("gemma4.attention.sliding_window", int)
-    if window < 1:
-        raise GGUFError(f"{gguf.path}: gemma4.attention.sliding_window must be at least 1, got {window}")
+    window = read_window(gguf)
     rotated = gguf.get("gemma4.rope.dimension_count_swa", int, width)
     base = gguf.get("gemma4.rope.freq_base_swa", float, 10_000.0)
     per_layer, shared_kv = read_per_layer(gguf), read_shared_kv(gguf, local)
@@ -141,9 +137,9 @@ class GemmaDecoder(PerLayerDecoder):
         ids, gates = self.route(weights, x, new, h, config)
 
         def beside(h: Array) -> Array:
-            return _norm(feed_forward(h, weights, config), weights, "post_ffw_norm_1", config)
+            return normed(feed_forward(h, weights, config), weights, "post_ffw_norm_1", config)
 
-        return Chosen(new, _norm(new, weights, "pre_ffw_norm_2", config), ids, gates, apart(h, ids, beside))
+        return Chosen(new, normed(new, weights, "pre_ffw_norm_2", config), ids, gates, apart(h, ids, beside))
 
     def route(
         self, weights: Weights, x: Array, new: Array, h: Array, config: DecoderConfig
@@ -162,7 +158,7 @@ class GemmaDecoder(PerLayerDecoder):
 
     def mixed(self, weights: Weights, chosen: Chosen, products: Array, config: DecoderConfig) -> Array:
         """As in `Decoder`."""
-        routed = _norm(combined(products, chosen.gates, None), weights, "post_ffw_norm_2", config)
+        routed = normed(combined(products, chosen.gates, None), weights, "post_ffw_norm_2", config)
         assert chosen.beside is not None
         return self.feed_forward_output(weights, chosen.x, chosen.beside + routed, config)
 
@@ -175,10 +171,6 @@ def _scaled(x: Array, weights: Weights) -> Array:
     if "layer_output_scale.weight" not in weights:
         return x
     return x * vector(weights, "layer_output_scale.weight")
-
-
-def _norm(x: Array, weights: Weights, name: str, config: DecoderConfig) -> Array:
-    return layers.rms_norm(x, vector(weights, f"{name}.weight"), config.norm_eps)
 
 
 ARCHITECTURE = GemmaDecoder(config_from_gguf)

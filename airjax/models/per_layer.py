@@ -16,8 +16,8 @@ import numpy as np
 
 from airjax import layers, quants
 from airjax.gguf import GGUF, GGUFError
-from airjax.models.architecture import TensorSpec, Weights, project, project_many, vector
-from airjax.models.decoder import Decoder, DecoderConfig
+from airjax.models.architecture import TensorSpec, Weights, layer_numbers, project, project_many
+from airjax.models.decoder import Decoder, DecoderConfig, normed
 from airjax.types import Array
 
 _SHARED = " shared"
@@ -94,6 +94,32 @@ def read_shared_kv(gguf: GGUF, local: Sequence[bool]) -> int:
     return int(count)
 
 
+def read_widths(gguf: GGUF) -> list[int]:
+    """Of each layer the width of its feed-forward part.
+
+    Raises:
+      GGUFError: one is below 1.
+    """
+    widths = layer_numbers(gguf, "feed_forward_length")
+    if min(widths) < 1:
+        key = f"{gguf.get('general.architecture', str)}.feed_forward_length"
+        raise GGUFError(f"{gguf.path}: {key} must be at least 1 in each layer, got {widths}")
+    return widths
+
+
+def read_window(gguf: GGUF) -> int:
+    """The window of the layers that have one.
+
+    Raises:
+      GGUFError: it is below 1.
+    """
+    key = f"{gguf.get('general.architecture', str)}.attention.sliding_window"
+    window = gguf.get(key, int)
+    if window < 1:
+        raise GGUFError(f"{gguf.path}: {key} must be at least 1, got {window}")
+    return int(window)
+
+
 def read_per_layer(gguf: GGUF) -> int:
     """Elements of a token's embedding for one layer; 0 for none.
 
@@ -167,12 +193,9 @@ class PerLayerDecoder(Decoder):
             return x[..., :0]
         own = quants.take_rows(weights[_TABLE], ids) * config.per_layer**0.5
         projected = project(x, weights, "per_layer_model_proj", config) * config.d_model**-0.5
-        normed = layers.rms_norm(
-            projected.reshape(*x.shape[:-1], config.n_layers, config.per_layer),
-            vector(weights, "per_layer_proj_norm.weight"),
-            config.norm_eps,
-        )
-        return (normed.reshape(own.shape) + own) * 2**-0.5
+        projected = projected.reshape(*x.shape[:-1], config.n_layers, config.per_layer)
+        projected = normed(projected, weights, "per_layer_proj_norm", config)
+        return (projected.reshape(own.shape) + own) * 2**-0.5
 
     def attend_inputs(
         self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str
@@ -189,8 +212,8 @@ class PerLayerDecoder(Decoder):
         )
 
         def turned(y: Array, name: str) -> Array:
-            normed = layers.rms_norm(y, vector(weights, f"{name}_norm.weight"), config.norm_eps)
-            return layers.rope(normed, positions, frequencies, config.rope_interleaved)
+            y = normed(y, weights, f"{name}_norm", config)
+            return layers.rope(y, positions, frequencies, config.rope_interleaved)
 
         if not kv:
             nothing = jnp.zeros((*x.shape[:2], 0, width))
@@ -208,4 +231,4 @@ def of_layer(weights: Weights, x: Array, own: Array, config: DecoderConfig) -> A
     """What a layer makes of the tokens' embeddings for it `[B, T, P]`, to be added to hidden states x `[B, T, D]`."""
     gate = project(x, weights, "inp_gate", config)
     h = project(layers.gated(gate, own, config.activation), weights, "proj", config)
-    return layers.rms_norm(h, vector(weights, "post_norm.weight"), config.norm_eps)
+    return normed(h, weights, "post_norm", config)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as GGMLType
 from torch_models import decoded
+from toy_gemma4 import OUTSIDE, PARTS
 from toy_models import Toy, wide_blocks
 from toy_vocabularies import spm_metadata
 
@@ -19,23 +20,7 @@ from airjax.gguf import open_gguf
 _STREAMS, _RANK = 4, 8
 # Standard deviations above which a gate opens, and the share of gates that stays shut by it.
 _SPARSITY, _SHUT = 0.5244005, 0.7
-_PARTS = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "inp_gate": "per_layer_input_gate",
-    "proj": "per_layer_projection",
-    "post_norm": "post_per_layer_input_norm",
+_PARTS = PARTS | {
     "altup_correct_coef": "altup.correction_coefs",
     "altup_predict_coef": "altup.prediction_coefs",
     "altup_router": "altup.modality_router",
@@ -43,13 +28,6 @@ _PARTS = {
     "laurel_l": "laurel.linear_left",
     "laurel_r": "laurel.linear_right",
     "laurel_post_norm": "laurel.post_laurel_norm",
-}
-_OUTSIDE = {
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-    "per_layer_token_embd": "embed_tokens_per_layer",
-    "per_layer_model_proj": "per_layer_model_projection",
-    "per_layer_proj_norm": "per_layer_projection_norm",
 }
 
 
@@ -178,7 +156,7 @@ def torch_gemma3n_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
         )
         model = transformers.Gemma3nForCausalLM(config)
         state = {
-            f"model.{theirs}.weight": decoded(file, f"{ours}.weight") for ours, theirs in _OUTSIDE.items()
+            f"model.{theirs}.weight": decoded(file, f"{ours}.weight") for ours, theirs in OUTSIDE.items()
         }
         for ours, theirs in (
             ("altup_proj", "altup_projections"),

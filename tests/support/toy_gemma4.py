@@ -17,7 +17,8 @@ from toy_vocabularies import gemma4_metadata
 from airjax.gguf import open_gguf
 
 _COUNT, _USED = 8, 3
-_PARTS = {
+# What Gemma 3n has too.
+PARTS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -28,18 +29,20 @@ _PARTS = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
-    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
-    "post_ffw_norm_1": "post_feedforward_layernorm_1",
-    "post_ffw_norm_2": "post_feedforward_layernorm_2",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-    "ffn_gate_inp": "router.proj",
     "inp_gate": "per_layer_input_gate",
     "proj": "per_layer_projection",
     "post_norm": "post_per_layer_input_norm",
 }
-_OUTSIDE = {
+_WITH_EXPERTS = {
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
+    "ffn_gate_inp": "router.proj",
+}
+OUTSIDE = {
     "token_embd": "embed_tokens",
     "output_norm": "norm",
     "per_layer_token_embd": "embed_tokens_per_layer",
@@ -198,13 +201,13 @@ def torch_gemma4_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
         model = transformers.Gemma4ForCausalLM(config)
         state = {
             f"model.{theirs}.weight": decoded(file, f"{ours}.weight")
-            for ours, theirs in _OUTSIDE.items()
+            for ours, theirs in OUTSIDE.items()
             if f"{ours}.weight" in file.tensors
         }
         own_kv = key("block_count") - int(key("attention.shared_kv_layers"))
         for layer in range(key("block_count")):
             there = f"model.layers.{layer}"
-            for ours, theirs in _PARTS.items():
+            for ours, theirs in (PARTS | _WITH_EXPERTS).items():
                 unused = layer >= own_kv and ours.startswith(("attn_k", "attn_v"))
                 if f"blk.{layer}.{ours}.weight" in file.tensors and not unused:
                     state[f"{there}.{theirs}.weight"] = decoded(file, f"blk.{layer}.{ours}.weight")
