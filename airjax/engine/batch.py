@@ -16,6 +16,7 @@ from airjax.engine.experts import attend_and_route, run_experts
 from airjax.engine.fetched import run_fetched
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
+from airjax.engine.pages import Pages
 from airjax.engine.passing import Passing
 from airjax.engine.pipeline import Passage
 from airjax.engine.stages import chain
@@ -74,11 +75,23 @@ def new_pages(model: Model, count: int) -> PagedState:
 
 
 def grow_pages(state: PagedState, count: int) -> None:
-    """Adds empty pages, one layer at a time so that no more than one is held twice."""
+    """Adds empty pages, one layer after another, so that no more than two are held twice."""
+    before: LayerKV | None = None
     for layer, kv in enumerate(state.layers):
         state.layers[layer] = _padded(kv, count - kv.k.shape[0])
-        jax.block_until_ready(state.layers[layer])
         kv.delete()
+        if before is not None:
+            jax.block_until_ready(before)
+        before = state.layers[layer]
+
+
+def take_pages(pages: Pages, state: PagedState, count: int) -> list[int] | None:
+    """Holds `count` pages, for which the pool grows where it may; None if there are fewer."""
+    size = pages.size_for(count)
+    if size > pages.count:
+        pages.grow(size)
+        grow_pages(state, size)
+    return pages.take(count)
 
 
 def read_pages(state: PagedState, pages: Sequence[int]) -> list[LayerKV]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from airjax.engine.batch import Group, copy_pages, grow_pages, new_pages, shared_sweep, table_of
+from airjax.engine.batch import Group, copy_pages, new_pages, shared_sweep, table_of, take_pages
 from airjax.engine.generation import padded_rows
 from airjax.engine.model import Model
 from airjax.engine.pages import Pages
@@ -130,11 +130,7 @@ class Branches:
         missing = -(-positions // KV_PAGE) - len(branch.pages)
         if missing <= 0:
             return
-        pages = self._pages.take(missing)
-        while pages is None and self._pages.count < self._pages.limit:
-            self._pages.grow(min(2 * self._pages.count, self._pages.limit))
-            grow_pages(self._state, self._pages.count)
-            pages = self._pages.take(missing)
+        pages = take_pages(self._pages, self._state, missing)
         if pages is None:
             raise ValueError(
                 f"the branches need more than the {self._pages.limit * KV_PAGE} positions that the cache holds: "

@@ -62,6 +62,13 @@ class Pages:
             taken.append(page)
         return taken
 
+    def size_for(self, count: int) -> int:
+        """How many pages there should be for `take(count)`: doubled until these are enough, but not above the limit."""
+        size = self.count
+        while size - self.held < count and size < self.limit:
+            size = min(2 * size, self.limit)
+        return size
+
     def grow(self, count: int) -> None:
         """Adds pages until there are `count`."""
         self._free = list(range(count - 1, self.count - 1, -1)) + self._free

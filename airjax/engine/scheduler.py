@@ -19,12 +19,12 @@ import numpy as np
 from airjax.engine.batch import (
     Group,
     PagedState,
-    grow_pages,
     new_pages,
     place,
     read_pages,
     shared_sweep,
     table_of,
+    take_pages,
     write_pages,
 )
 from airjax.engine.drafting.batch import BatchDrafts, still_right
@@ -313,7 +313,7 @@ class Scheduler:
         else:
             row = sequence.kept.row
             count = _pages_for(sequence.filled)
-            pages = self._take(count)
+            pages = take_pages(self._pages, self._state, count)
             assert pages is not None  # its room was looked at before it was admitted
             sequence.pages = pages
             write_pages(self._state, pages, sequence.kept.content)
@@ -344,7 +344,7 @@ class Scheduler:
     def _make_room(self, sequence: BatchSequence, count: int) -> bool:
         """Gives a sequence `count` pages in all, from younger ones if need be; False if it was itself sent away."""
         while (missing := count - len(sequence.pages)) > 0:
-            pages = self._take(missing)
+            pages = take_pages(self._pages, self._state, missing)
             if pages is not None:
                 sequence.pages += pages
                 return True
@@ -353,14 +353,6 @@ class Scheduler:
             if youngest is sequence:
                 return False
         return True
-
-    def _take(self, count: int) -> list[int] | None:
-        pages = self._pages.take(count)
-        while pages is None and self._pages.count < self._pages.limit:
-            self._pages.grow(min(2 * self._pages.count, self._pages.limit))
-            grow_pages(self._state, self._pages.count)
-            pages = self._pages.take(count)
-        return pages
 
     def _preempt(self, sequence: BatchSequence) -> None:
         """Sends a sequence back to the queue with its cache on the host, so that it goes on as if never gone."""
@@ -543,7 +535,7 @@ class Scheduler:
     def _has_pages(self, sequence: BatchSequence, positions: int) -> bool:
         """Takes the pages for `positions` if there are any free; sends nobody away."""
         missing = _pages_for(positions) - len(sequence.pages)
-        pages = self._take(missing) if missing > 0 else []
+        pages = take_pages(self._pages, self._state, missing) if missing > 0 else []
         sequence.pages += pages or []
         return pages is not None
 

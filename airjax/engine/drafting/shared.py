@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from airjax.engine.batch import Group, grow_pages, new_pages, shared_sweep, table_of
+from airjax.engine.batch import Group, new_pages, shared_sweep, table_of, take_pages
 from airjax.engine.drafting.drafter import NOTHING, Draft
 from airjax.engine.drafting.law import tenth
 from airjax.engine.drafting.rows import padded
@@ -127,11 +127,7 @@ class SharedModel:
         if not ids or needed > self._model.plan.context:
             return False
         missing = -(-needed // KV_PAGE) - len(known.pages)
-        pages = self._pages.take(missing) if missing > 0 else []
-        while pages is None and self._pages.count < self._pages.limit:
-            self._pages.grow(min(2 * self._pages.count, self._pages.limit))
-            grow_pages(self._state, self._pages.count)
-            pages = self._pages.take(missing)
+        pages = take_pages(self._pages, self._state, missing) if missing > 0 else []
         known.pages += pages or []
         return pages is not None
 
