@@ -95,6 +95,7 @@ def measure(
     seed: int = 0,
     sampler: sampling.Transform | None = None,
     lanes: Sequence[Model] = (),
+    warm: bool = True,
 ) -> Measurement:
     """Prefills random prompts and decodes, whatever tokens come, until nothing is compiled any more.
 
@@ -108,6 +109,7 @@ def measure(
       seed: of the prompts and the draws.
       sampler: None is greedy; a model of random weights soon repeats itself then, and uses the same experts.
       lanes: models among which a batch is spread; none for `model` alone.
+      warm: False for one pass as it comes, where the same was measured before.
 
     Raises:
       ValueError: a number is out of range.
@@ -133,7 +135,7 @@ def measure(
             return _alone(model, prompts[0], count, chain, key)
         return _together(lanes, prompts, count, chain, key)
 
-    (prefilled, decoded), compiled = _warm(one_pass, decode)
+    (prefilled, decoded), compiled = _warm(one_pass, decode) if warm else _counted(one_pass, decode)
     return Measurement(batch, prompt, prefilled, decoded, peak_device_bytes(*model.devices), compiled)
 
 
@@ -184,12 +186,16 @@ def _warm(run: Callable[[int], Any], decode: int) -> tuple[Any, bool]:
     """What `run` measures once everything is compiled, and whether it was not."""
     run(min(_WARMING, decode))
     for _ in range(_PASSES):
-        before = compilations()
-        result = run(decode)
-        compiled = compilations() > before
+        result, compiled = _counted(run, decode)
         if not compiled:
             break
     return result, compiled
+
+
+def _counted(run: Callable[[int], Any], decode: int) -> tuple[Any, bool]:
+    """What `run` measures, and whether anything was compiled meanwhile."""
+    before = compilations()
+    return run(decode), compilations() > before
 
 
 def _from_position(model: Model, state: engine.State, token: int, position: int, decode: int) -> Phase:

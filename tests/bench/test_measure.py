@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 
 import jax
 import pytest
@@ -51,6 +52,17 @@ def test_a_measured_run_compiles_nothing(model, measured):
     assert compilations() == before
     jax.jit(lambda x: x + 1)(1.0)
     assert compilations() > before
+
+
+def test_without_warming_one_pass_is_run(model, measured, monkeypatch):
+    module = sys.modules["airjax.bench.measure"]
+    passes = []
+    alone = module._alone
+    monkeypatch.setattr(module, "_alone", lambda *args: passes.append(args[2]) or alone(*args))
+    once = bench.measure(model, batch=1, prompt=12, decode=8, warm=False)
+    assert passes == [8]
+    assert not once.compiled
+    assert (once.prefill.sweeps, once.decode.sweeps) == (1, 8)
 
 
 def test_resident_layers_have_no_rate_and_no_stall():
