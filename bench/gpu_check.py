@@ -34,9 +34,15 @@ def _max_kl(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sum(np.exp(log_a) * (log_a - log_b), axis=-1).max())
 
 
-def _rows(title: str, rows: list[tuple[str, str]]) -> None:
-    print(f"\n{title}")
-    for name, value in rows:
+class _Rows:
+    """A part of the output, each line as soon as it is known: a run that is cut off has said something."""
+
+    def __init__(self, title: str) -> None:
+        print(f"\n{title}", flush=True)
+
+    def append(self, row: tuple[str, str]) -> None:
+        """Prints a line."""
+        name, value = row
         print(f"  {name:<58} {value}", flush=True)
 
 
@@ -51,7 +57,7 @@ def correctness(folder: Path) -> None:
     """Prints KL against the CPU and whether every way of streaming gives the same bits."""
     path = str(folder / "check.gguf")
     shape = synthetic.SHAPES["1b"]._replace(layers=6, vocabulary=2048)
-    rows = []
+    rows = _Rows("correctness")
     for kind in ("Q4_K", "Q6_K", "Q8_0", "Q4_0"):
         synthetic.write(path, shape, gguf.GGMLQuantizationType[kind])
         ids = np.random.default_rng(0).integers(300, 2048, 200).tolist()
@@ -90,7 +96,6 @@ def correctness(folder: Path) -> None:
             rows.append(
                 (f"chunks of {chunk}: largest KL against one chunk", f"{_max_kl(resident, logits):.1e}")
             )
-    _rows("correctness", rows)
 
 
 def pieces(folder: Path) -> None:
@@ -99,7 +104,7 @@ def pieces(folder: Path) -> None:
     shape = synthetic.SHAPES["1b"]._replace(layers=6, vocabulary=2048)
     ids = np.random.default_rng(0).integers(300, 2048, 200).tolist()
     whole = plans.limits.PIECE_BYTES
-    rows = []
+    rows = _Rows("pieces")
     plans.limits.WHOLE_FIRST = False
     try:
         for kind in ("Q4_K",):
@@ -145,7 +150,6 @@ def pieces(folder: Path) -> None:
     finally:
         plans.limits.PIECE_BYTES, plans.limits.WHOLE_FIRST = whole, True
     Path(path).unlink()
-    _rows("pieces", rows)
 
 
 def _rate(run: Callable[[], Any], nbytes: int, repeats: int = 8) -> float:
@@ -164,7 +168,7 @@ def _put(array: np.ndarray, copies: int) -> list[jax.Array]:
 
 def link() -> float:
     """Prints the link's rate by size; returns torch's pinned rate in bytes per second."""
-    rows = []
+    rows = _Rows("link")
     best = 0.0
     try:
         import torch
@@ -195,7 +199,6 @@ def link() -> float:
             )
         )
         memory.close()
-    _rows("link", rows)
     return best
 
 
@@ -220,7 +223,8 @@ def speed(folder: Path, shapes: list[str], link_rate: float) -> None:
                 stats, plan = engine.stats, engine.plan
                 rate = plan.bytes_per_sweep * (stats.generated_tokens - 1) / stats.decode_s
                 share = f", {rate / link_rate:.0%} of torch's" if link_rate and plan.streamed else ""
-                rows = [
+                part = _Rows(f"{name} {options}")
+                for row in (
                     ("plan", f"{len(plan.resident)} resident, {len(plan.streamed)} streamed, {plan.tier}"),
                     ("load", f"{load_s:.1f} s"),
                     ("prefill 512", f"{stats.prefill_rate:.0f} tok/s"),
@@ -229,8 +233,8 @@ def speed(folder: Path, shapes: list[str], link_rate: float) -> None:
                     ("compute waited for weights", f"{stats.wait_share or 0:.0%}"),
                     ("planned peak", f"{plan.peak_bytes / GIB:.2f} GiB"),
                     ("peak of this process so far", f"{(stats.peak_device_bytes or 0) / GIB:.2f} GiB"),
-                ]
-            _rows(f"{name} {options}", rows)
+                ):
+                    part.append(row)
             gc.collect()
         Path(path).unlink()
 
