@@ -17,12 +17,12 @@ import collections
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 import airjax
-from airjax import bench
+from airjax import bench, plan
 
 # Shorter pauses between kernels are what launching one after another costs.
 _GAP_NS = 200_000
@@ -56,7 +56,7 @@ class Idle(NamedTuple):
 def idle_of(events: Iterable[Event]) -> Idle:
     """How long a stream worked and stood still; events that overlap count once."""
     ordered = sorted(events, key=lambda event: event.start)
-    first, last = ordered[0].start, ordered[0].start
+    first = last = ordered[0].start
     idle = gaps = gaps_ns = 0
     for event in ordered:
         pause = event.start - last
@@ -128,7 +128,6 @@ def main() -> None:
     parser.add_argument("--prefill_chunk", type=int, default=None)
     parser.add_argument("--lines", type=int, default=14, help="of each stream and thread")
     options = parser.parse_args()
-    several: dict[str, Any] = {} if options.batch == 1 else {"max_batch": options.batch}
     with airjax.load(
         options.model,
         vram_budget_gib=options.vram_budget_gib,
@@ -136,9 +135,9 @@ def main() -> None:
         resident=options.resident,
         prefill_chunk=options.prefill_chunk,
         context=bench.context_for(
-            options.batch, options.prompt, options.decode, options.prefill_chunk or 512
+            options.batch, options.prompt, options.decode, options.prefill_chunk or plan.PREFILL_CHUNK
         ),
-        **several,
+        max_batch=None if options.batch == 1 else options.batch,
     ) as loaded:
         quiet = jax.profiler.ProfileOptions()
         quiet.python_tracer_level = 0
