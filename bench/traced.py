@@ -161,7 +161,7 @@ def main() -> None:
                 )
                 print(f"\n== {name}")
                 for phase, plain, own in phases:
-                    if plain is not None and own is not None:
+                    if plain is not None and own is not None and own.sweeps:
                         print(
                             f"{phase}: {plain.tokens_per_s:.2f} tok/s, {1e3 * plain.seconds / plain.sweeps:.2f} ms a "
                             f"sweep; with the profiler {1e3 * own.seconds / own.sweeps:.2f}"

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from airjax import models
 from airjax.gguf import Layout
+from airjax.models import Buffers
 from airjax.streaming import Ring
 from airjax.types import Array
 
@@ -28,21 +29,22 @@ class Passing:
         self._ring = ring
         self._items = items
         self._coming = [piece for piece in models.passing_order(layout) if piece in items]
-        self._held: dict[int, Array] = {}
+        # As the ring gave them: it knows them again by that.
+        self._held: dict[int, Buffers] = {}
 
     def hold(self, buffers: Iterable[int], before: Array | None) -> Mapping[int, Array]:
         """Takes what is missing of `buffers`, and what comes before it; `before` is as in `Ring.take`."""
         for buffer in buffers:
             while buffer not in self._kept and buffer not in self._held:
                 self._take(before)
-        return {**self._kept, **self._held}
+        return {**self._kept, **{piece: array for piece, (array,) in self._held.items()}}
 
     def free(self, keep: Collection[int], done: Array) -> None:
         """Gives back what is held, but for `keep`; `done` is as in `Ring.release`."""
         gone = [piece for piece in self._held if piece not in keep]
         if gone:
             assert self._ring is not None
-            self._ring.release([(self._held.pop(piece),) for piece in gone], done)
+            self._ring.release([self._held.pop(piece) for piece in gone], done)
 
     def finish(self, done: Array) -> None:
         """Gives everything back, also what nobody needed."""
@@ -53,7 +55,7 @@ class Passing:
     def _take(self, before: Array | None) -> None:
         piece = self._coming.pop(0)
         assert self._ring is not None
-        (self._held[piece],) = self._ring.take(self._items[piece], before)
+        self._held[piece] = self._ring.take(self._items[piece], before)
 
 
 def ring_items(

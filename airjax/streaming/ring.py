@@ -127,8 +127,14 @@ class Ring:
         Args:
           weights: what `take` returned, of one or more items that the same work used last.
           done: an output of that work, not donated to anything.
+
+        Raises:
+          ValueError: `take` did not return these: their slots would never be refilled.
         """
-        self._taken = [taken for taken in self._taken if not any(taken is given for given in weights)]
+        kept = [taken for taken in self._taken if not any(taken is given for given in weights)]
+        if len(kept) + len(weights) != len(self._taken):
+            raise ValueError("weights are given back that were not taken: pass what `take` returned")
+        self._taken = kept
         self._busy.append(_Busy(tuple(weights), done))
         # The work is dispatched already, so waiting here for all before it leaves no gap on the device.
         jax.block_until_ready(self._before)

@@ -106,6 +106,19 @@ def test_an_item_out_of_order_is_refused():
     ring.close()
 
 
+def test_only_what_was_taken_is_given_back():
+    ring = Ring(_Counting(_data(3)), range(3), 2)
+    ring.begin_sweep()
+    weights = ring.take(0)
+    x = _block(weights, jnp.float32(0))
+    with pytest.raises(ValueError, match="not taken"):
+        ring.release([(weights[0],)], done=x)  # the same array in another tuple
+    ring.release([weights], done=x)
+    with pytest.raises(ValueError, match="not taken"):
+        ring.release([weights], done=x)
+    ring.close()
+
+
 def test_close_closes_the_tier_and_frees_the_device():
     source = _Counting(_data(3))
     ring = Ring(source, range(3), 3)
