@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from airjax import models
 from airjax.gguf import Layout
-from airjax.models import Buffers
 from airjax.streaming import Ring
 from airjax.types import Array
 
@@ -30,7 +29,7 @@ class Passing:
         self._items = items
         self._coming = [piece for piece in models.passing_order(layout) if piece in items]
         # As the ring gave them: it knows them again by that.
-        self._held: dict[int, Buffers] = {}
+        self._held: dict[int, tuple[Array, ...]] = {}
 
     def hold(self, buffers: Iterable[int], before: Array | None) -> Mapping[int, Array]:
         """Takes what is missing of `buffers`, and what comes before it; `before` is as in `Ring.take`."""
