@@ -56,3 +56,22 @@ def test_more_tokens_share_a_sweep_of_a_resident_model(plan):
 )
 def test_a_chunk_is_no_longer_than_there_is_use_for(plan, options, chunk):
     assert plan(48, **options).prefill_chunk == chunk
+
+
+def test_resident_layers_are_relaid_for_one_row_where_few_others_pass(plan):
+    """Of 70B in plain blocks a row takes as long as eleven layers on the link, re-laid no longer than two."""
+    forms = {}
+    for gib in range(16, 44):
+        found = plan(gib)
+        assert found.peak_bytes <= found.vram_budget_bytes
+        forms[gib] = len(found.streamed), found.relaid
+    assert all(not relaid for streamed, relaid in forms.values() if streamed > 12)
+    assert all(relaid for streamed, relaid in forms.values() if streamed < 10)
+    assert {streamed for streamed, _ in forms.values() if 0 < streamed < 10}
+    # All would fit in plain blocks there, and still a few pass, so that the others are fast.
+    assert forms[38][0] > 0
+
+
+@pytest.mark.parametrize("options", [{"backend": "cpu"}, {"resident": "none"}], ids=["CPU", "all streamed"])
+def test_nothing_is_relaid_for_one_row_elsewhere(plan, options):
+    assert not any(plan(gib, **options).relaid for gib in range(18, 44, 4))

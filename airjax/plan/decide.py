@@ -171,7 +171,7 @@ def _wide_by_layer(gguf: GGUF, manifest: Manifest, config: Config, asked: Asked,
 
 
 def _placed(plan: Plan) -> tuple[Any, ...]:
-    return plan.bytes_per_sweep, plan.host_tables, plan.shuttle, plan.tier
+    return plan.bytes_per_sweep, plan.host_tables, plan.shuttle, plan.tier, plan.relaid
 
 
 def _wider(asked: Asked) -> Iterator[Asked]:
@@ -211,9 +211,7 @@ class _Weights(NamedTuple):
     least_slots: int
 
 
-def _weights(manifest: Manifest, asked: Asked, streams: bool) -> _Weights:
-    # Beside the link plain blocks are fast enough for one row; XLA takes some 6 ms to decode a layer of 70B for more.
-    relaid = asked.kernels and (not streams or asked.drafts or (asked.max_batch or 1) > 1)
+def _weights(manifest: Manifest, asked: Asked, relaid: bool) -> _Weights:
     passing = [sizes.passing(span) for span in manifest.layers]
     # What one stage of a layer uses has its slots, and what comes next has the others.
     depth = asked.stream_depth + max(models.held_at_once(span.layout) for span in manifest.layers) - 1
@@ -308,8 +306,39 @@ def _gaps(asked: Asked, passing: Sequence[dict[int, int]]) -> int:
 def _plan_by_layer(
     gguf: GGUF, manifest: Manifest, config: Config, asked: Asked, cache: Cache, streams: bool
 ) -> Plan:
-    """Layers that stay, and others that pass whole or in pieces."""
-    weights = _weights(manifest, asked, streams)
+    """Layers that stay, re-laid where that is faster, and others that pass whole or in pieces."""
+    # XLA takes some 6 ms to decode a layer of 70B for more than one row.
+    several = asked.drafts or (asked.max_batch or 1) > 1
+    relaid = asked.kernels and (not streams or several)
+    plan = _plan_of(gguf, manifest, config, asked, cache, streams, relaid)
+    if relaid or not asked.kernels or not plan.resident:
+        return plan
+    # Beside a busy link plain blocks are fast enough for one row, and smaller; not where few layers pass.
+    with contextlib.suppress(PlanError):
+        other = _plan_of(gguf, manifest, config, asked, cache, streams, relaid=True)
+        if _row_cost(other) < _row_cost(plan):
+            return other
+    return plan
+
+
+def _row_cost(plan: Plan) -> float:
+    """What a sweep of one row takes, in bytes on the link meanwhile."""
+    stay = plan.resident_bytes + plan.globals_bytes
+    kernel = limits.KERNEL_SPEED if plan.relaid else limits.PLAIN_SPEED
+    return max(plan.bytes_per_sweep, stay / kernel + plan.bytes_per_sweep / limits.PLAIN_SPEED)
+
+
+def _plan_of(
+    gguf: GGUF,
+    manifest: Manifest,
+    config: Config,
+    asked: Asked,
+    cache: Cache,
+    streams: bool,
+    relaid: bool,
+) -> Plan:
+    """The plan with blocks that stay re-laid or as they lie in the file."""
+    weights = _weights(manifest, asked, relaid)
     beside = _beside(manifest, asked, cache, weights, streams)
     left = asked.vram_budget_bytes - beside.nbytes - beside.gaps
     pieces: tuple[tuple[int, int], ...] = ()

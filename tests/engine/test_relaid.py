@@ -92,6 +92,26 @@ def test_beside_streamed_layers_resident_ones_are_relaid_for_a_batch_alone(toy, 
     assert got == expected
 
 
+def test_one_sequence_beside_few_streamed_layers_has_relaid_ones(toy, kernel, monkeypatch):
+    for name in ("FIXED_WORKSPACE_BYTES", "ROUNDING_BYTES"):
+        monkeypatch.setattr(plan.limits, name, 0)
+    with airjax.load(toy, vram_budget_gib=1, context=64, resident="none") as engine:
+        tokens = [token.id for token in engine.generate(_IDS, max_tokens=12, ignore_eos=True)]
+        logits = np.asarray(engine.logits(_IDS))
+        budget = (engine.plan.peak_bytes + 6 * engine.plan.bytes_per_sweep / 11) / plan.GIB
+    found = {}
+    for speed in (1e9, 0.5):
+        monkeypatch.setattr(plan.limits, "PLAIN_SPEED", speed)
+        with airjax.load(toy, vram_budget_gib=budget, context=64) as engine:
+            assert engine.plan.streamed and engine.plan.resident
+            relaid = [engine.model.weights.relaid(layer) for layer in engine.plan.resident]
+            found[speed] = all(relaid), any(relaid)
+            assert [token.id for token in engine.generate(_IDS, max_tokens=12, ignore_eos=True)] == tokens
+            got = np.asarray(engine.logits(_IDS))
+            np.testing.assert_allclose(got, logits, atol=2e-3 * np.abs(logits).max())
+    assert found == {1e9: (False, False), 0.5: (True, True)}
+
+
 def test_closing_frees_relaid_layers(toy, kernel):
     before = len(jax.live_arrays())
     _run(toy, resident="all")
