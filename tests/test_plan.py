@@ -1,6 +1,9 @@
 """Plans of large models, made from files that have nothing but a header."""
 
+import dataclasses
+
 import gguf
+import jax
 import pytest
 import synthetic
 
@@ -18,9 +21,10 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan(path):
-    def make(vram_gib, backend="cuda", context=4096, **options):
+    def make(vram_gib, backend="cuda", context=4096, mesh=None, **options):
         with open_gguf(path) as file:
             _, config = models.from_gguf(file, "bfloat16", context=context)
+            config = dataclasses.replace(config, mesh=mesh)
             given = {"vram_budget_bytes": int(vram_gib * GIB), "ram_budget_bytes": 128 * GIB, "compact": True}
             return plan_layers(file, 1, config, backend=backend, context=context, **given | options)[1]
 
@@ -75,3 +79,11 @@ def test_resident_layers_are_relaid_for_one_row_where_few_others_pass(plan):
 @pytest.mark.parametrize("options", [{"backend": "cpu"}, {"resident": "none"}], ids=["CPU", "all streamed"])
 def test_nothing_is_relaid_for_one_row_elsewhere(plan, options):
     assert not any(plan(gib, **options).relaid for gib in range(18, 44, 4))
+
+
+def test_layers_that_are_cut_for_devices_leave_the_allocator_more(plan):
+    given = {"compact": False, "resident": "none"}
+    alone, cut = plan(18.62, **given), plan(18.62, mesh=jax.make_mesh((1,), ("shard",)), **given)
+    assert cut.workspace_bytes - alone.workspace_bytes == 256 << 20
+    batch = [plan(18.62, mesh=mesh, max_batch=8, **given) for mesh in (None, jax.make_mesh((1,), ("shard",)))]
+    assert batch[0].workspace_bytes == batch[1].workspace_bytes

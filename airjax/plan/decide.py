@@ -253,13 +253,15 @@ class _Beside(NamedTuple):
         return self.globals_bytes + self.workspace + self.kv_bytes
 
 
-def _beside(manifest: Manifest, asked: Asked, cache: Cache, weights: _Weights, streams: bool) -> _Beside:
+def _beside(
+    manifest: Manifest, config: Config, asked: Asked, cache: Cache, weights: _Weights, streams: bool
+) -> _Beside:
     spans = sizes.device_globals(manifest)
     globals_bytes = sum(sizes.relaid_bytes(span) if weights.relaid else span.nbytes for span in spans)
     held = cache.workspace_bytes + cache.nbytes
     shuttled = cache.shuttled_workspace_bytes + cache.passing_bytes
     least = held if asked.kv_shuttle == "off" else min(held, shuttled)
-    gaps = _gaps(asked, weights.passing) if streams else 0
+    gaps = _gaps(asked, weights.passing, config.mesh is not None) if streams else 0
     # A table that serves for single rows leaves the device where it does not fit, or where a layer fits in its place.
     host_tables: tuple[str, ...] = ()
     for name in _row_tables(manifest, streams):
@@ -293,13 +295,14 @@ def _row_tables(manifest: Manifest, streams: bool) -> list[str]:
     return sorted(tables, key=lambda name: -manifest.globals[name].nbytes)
 
 
-def _gaps(asked: Asked, passing: Sequence[dict[int, int]]) -> int:
+def _gaps(asked: Asked, passing: Sequence[dict[int, int]], sharded: bool) -> int:
     if not asked.kernels:
         return 0
     if asked.compact:
         return limits.GAP_BYTES
-    # Slots come and go beside other buffers: with slots of 0.45 GiB an H100 lost up to 0.28 GiB, 0.56 for batches.
-    rounding = limits.BATCH_ROUNDING_BYTES if asked.max_batch else limits.ROUNDING_BYTES
+    # Slots come and go beside other buffers: with slots of 0.45 GiB an H100 lost up to 0.28 GiB, 0.56 for batches. Of
+    # layers that were cut for two, with slots of half the size, each lost 0.40.
+    rounding = limits.BATCH_ROUNDING_BYTES if asked.max_batch or sharded else limits.ROUNDING_BYTES
     return sizes.largest(passing) // 2 + rounding
 
 
@@ -339,7 +342,7 @@ def _plan_of(
 ) -> Plan:
     """The plan with blocks that stay re-laid or as they lie in the file."""
     weights = _weights(manifest, asked, relaid)
-    beside = _beside(manifest, asked, cache, weights, streams)
+    beside = _beside(manifest, config, asked, cache, weights, streams)
     left = asked.vram_budget_bytes - beside.nbytes - beside.gaps
     pieces: tuple[tuple[int, int], ...] = ()
     if asked.resident == "all":
