@@ -1,7 +1,7 @@
 """Where the time of a sweep goes: what kept the device, the link and the host busy, from the profiler's own events.
 
     python bench/traced.py --model=M.gguf [--resident=none] [--vram_budget_gib=20] [--batch=1] [--prompt=512]
-        [--decode=32]
+        [--decode=32] [--devices=2 --parallel=pipeline]
 
 Runs the bench's passes until nothing is compiled, then one pass of prompts and one of decoding under JAX's profiler.
 For each stream of the device and each thread of the host: how long it was busy, the longest events by name, and for a
@@ -126,8 +126,12 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--decode", type=int, default=32)
     parser.add_argument("--prefill_chunk", type=int, default=None)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--parallel", default="auto")
     parser.add_argument("--lines", type=int, default=14, help="of each stream and thread")
     options = parser.parse_args()
+    # Each device of a pipeline and each replica has sequences of its own.
+    apart = options.devices if options.parallel in ("pipeline", "replica") else 1
     with airjax.load(
         options.model,
         vram_budget_gib=options.vram_budget_gib,
@@ -135,20 +139,28 @@ def main() -> None:
         resident=options.resident,
         prefill_chunk=options.prefill_chunk,
         context=bench.context_for(
-            options.batch, options.prompt, options.decode, options.prefill_chunk or plan.PREFILL_CHUNK
+            options.batch, options.prompt, options.decode, options.prefill_chunk or plan.PREFILL_CHUNK, apart
         ),
-        max_batch=None if options.batch == 1 else options.batch,
+        max_batch=None if options.batch == 1 else -(-options.batch // apart),
+        devices=options.devices,
+        parallel=options.parallel,
     ) as loaded:
+        lanes = loaded.lanes if options.batch > 1 else ()
         quiet = jax.profiler.ProfileOptions()
         quiet.python_tracer_level = 0
 
         def measured(decode: int) -> bench.Measurement:
             return bench.measure(
-                loaded.model, batch=options.batch, prompt=options.prompt, decode=decode, warm=False
+                loaded.model,
+                batch=options.batch,
+                prompt=options.prompt,
+                decode=decode,
+                lanes=lanes,
+                warm=False,
             )
 
         without = bench.measure(
-            loaded.model, batch=options.batch, prompt=options.prompt, decode=options.decode
+            loaded.model, batch=options.batch, prompt=options.prompt, decode=options.decode, lanes=lanes
         )
         print(f"{loaded.model.device.device_kind}, {len(loaded.plan.streamed)} layers streamed")
         for name, decode in (("prompts", 1), ("prompts and decoding", options.decode)):
