@@ -123,10 +123,9 @@ def _apart(case: tuple[str, str, int], timeout_s: float) -> tuple[bool, str]:
         )
     except subprocess.TimeoutExpired:
         return True, f"{case[0]} {case[1]}: not done before the deadline"
-    lines = (done.stdout.splitlines()[1:] or done.stderr.splitlines() or [f"exit code {done.returncode}"])[
-        -1:
-    ]
-    return done.returncode == 0, lines[0][:300]
+    # The first line names the device.
+    lines = done.stdout.splitlines()[1:] or done.stderr.splitlines() or [f"exit code {done.returncode}"]
+    return done.returncode == 0, lines[-1][:300]
 
 
 if __name__ == "__main__":

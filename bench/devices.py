@@ -150,6 +150,11 @@ def check(path: str, form: str, devices: int) -> dict[str, Any]:
     }
 
 
+def lanes_of(parallel: str, devices: int) -> int:
+    """Among how many a batch is spread: each device of a pipeline and each replica has sequences of its own."""
+    return devices if parallel in ("pipeline", "replica") else 1
+
+
 def case(
     path: str, options: dict[str, Any], batches: Sequence[int], prompts: Sequence[int], decode: int
 ) -> Iterator[dict[str, Any]]:
@@ -160,7 +165,7 @@ def case(
     from airjax import bench
     from airjax.plan import PlanError
 
-    lanes = options.get("devices", 1) if options.get("parallel") in ("pipeline", "replica") else 1
+    lanes = lanes_of(options.get("parallel", ""), options.get("devices", 1))
     for batch, prompt in zip(batches, prompts, strict=True):
         context = bench.context_for(batch, prompt, decode, 512, lanes)
         max_batch = None if batch == 1 else -(-batch // lanes)

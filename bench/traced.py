@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from devices import lanes_of
 
 import airjax
 from airjax import bench, plan
@@ -130,8 +131,7 @@ def main() -> None:
     parser.add_argument("--parallel", default="auto")
     parser.add_argument("--lines", type=int, default=14, help="of each stream and thread")
     options = parser.parse_args()
-    # Each device of a pipeline and each replica has sequences of its own.
-    apart = options.devices if options.parallel in ("pipeline", "replica") else 1
+    apart = lanes_of(options.parallel, options.devices)
     with airjax.load(
         options.model,
         vram_budget_gib=options.vram_budget_gib,
@@ -149,24 +149,22 @@ def main() -> None:
         quiet = jax.profiler.ProfileOptions()
         quiet.python_tracer_level = 0
 
-        def measured(decode: int) -> bench.Measurement:
+        def measured(decode: int, warm: bool) -> bench.Measurement:
             return bench.measure(
                 loaded.model,
                 batch=options.batch,
                 prompt=options.prompt,
                 decode=decode,
                 lanes=lanes,
-                warm=False,
+                warm=warm,
             )
 
-        without = bench.measure(
-            loaded.model, batch=options.batch, prompt=options.prompt, decode=options.decode, lanes=lanes
-        )
+        without = measured(options.decode, warm=True)
         print(f"{loaded.model.device.device_kind}, {len(loaded.plan.streamed)} layers streamed")
         for name, decode in (("prompts", 1), ("prompts and decoding", options.decode)):
             with tempfile.TemporaryDirectory() as folder:
                 with jax.profiler.trace(folder, profiler_options=quiet):
-                    traced = measured(decode)
+                    traced = measured(decode, warm=False)
                 phases = (
                     ("prompts", without.prefill, traced.prefill),
                     ("decoding", without.decode, traced.decode),
