@@ -231,7 +231,7 @@ def _sweep(plan: Plan, config: Config, c: Ceilings, batch: int, new: int, length
             decoded_bytes = _itemsize(config) * layers / config.n_layers * _weights(config, chosen)
             memory_s += (read_bytes + 2 * decoded_bytes) / c.memory_bytes_per_s
     # Each new row meets every weight of the layers, the last of a sequence the output matrix, and all the cache.
-    products = rows * met * share + (batch * config.vocab_size * config.d_model if plan.globals_bytes else 0)
+    products = rows * met * share + (batch * config.vocab_size * config.d_model if plan.draws else 0)
     products += 2 * rows * slots * config.n_heads * config.head_dim
     up_bytes = passing_bytes + (kv_bytes if plan.shuttle else 0)
     return SweepTime(

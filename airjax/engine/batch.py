@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.pages import Pages
 from airjax.engine.passing import Passing
-from airjax.engine.pipeline import Passage
+from airjax.engine.pipeline import Passage, at_stages
 from airjax.engine.stages import chain
 from airjax.engine.step import paged_block_step, paged_run_step
 from airjax.engine.sweep import run_end, settles, watch_run
@@ -42,6 +42,10 @@ class Group(NamedTuple):
     ids: np.ndarray | Array
     positions: np.ndarray
     table: np.ndarray
+
+
+# Positions and page table of each group, on one device.
+Placed: TypeAlias = list[tuple[Array, Array]]
 
 
 @dataclass
@@ -122,17 +126,17 @@ def copy_pages(state: PagedState, sources: Sequence[int], targets: Sequence[int]
         state.layers[layer] = _copy(kv, index, to)
 
 
-def place(model: Model, groups: Sequence[Group]) -> list[tuple[Array, Array]]:
-    """Positions and page tables of groups on the device."""
-    placed: list[tuple[Array, Array]] = model.put([(group.positions, group.table) for group in groups])
-    return placed
+def place(model: Model, groups: Sequence[Group]) -> list[Placed]:
+    """Positions and page tables of groups on the device, or on each of a pipeline."""
+    return at_stages(model, [(group.positions, group.table) for group in groups])
 
 
 def shared_sweep(
     model: Model,
     groups: Sequence[Group],
     state: PagedState,
-    placed: Sequence[tuple[Array, Array]] | None = None,
+    placed: Sequence[Placed] | None = None,
+    then: Callable[[list[Array]], Any] | None = None,
 ) -> list[Array]:
     """One pass of all layers for several groups: each layer's weights cross the link once for all of them.
 
@@ -141,6 +145,7 @@ def shared_sweep(
       groups: at least one.
       state: the pages, changed in place.
       placed: what `place` gives of them; None to do it here.
+      then: is given what is returned; what it dispatches comes before other sweeps' work on the last device.
 
     Returns:
       The hidden states after the last layer, `[B, T, D]` of each group.
@@ -152,21 +157,32 @@ def shared_sweep(
     model.gguf.check_unchanged()
     placed = place(model, groups) if placed is None else placed
     model.begin_sweep()
-    if model.plan.streamed or model.pool is not None:
-        xs = _pass(model, groups, state, placed)
+    if model.plan.streamed or model.pool is not None or len(groups) == 1:
+        xs = _pass(model, groups, state, placed, then)
     else:  # nothing to share: one after the other, so that a decoding group goes in runs of layers
-        xs = [_pass(model, [group], state, [own])[0] for group, own in zip(groups, placed, strict=True)]
+        xs = []
+        for number, group in enumerate(groups):
+            xs += _pass(model, [group], state, [own[number : number + 1] for own in placed])
+        if then is not None:
+            then(xs)
     model.count_sweep(state)
     return xs
 
 
 def _pass(
-    model: Model, groups: Sequence[Group], state: PagedState, placed: Sequence[tuple[Array, Array]]
+    model: Model,
+    groups: Sequence[Group],
+    state: PagedState,
+    placed: Sequence[Placed],
+    then: Callable[[list[Array]], Any] | None = None,
 ) -> list[Array]:
     """All layers for groups that share each of them."""
     xs = [embed(model, group.ids) for group in groups]
-    with Passage(model, list(placed)) as passage:
-        return _through(model, groups, state, xs, passage)
+    with Passage(model, placed) as passage:
+        xs = _through(model, groups, state, xs, passage)
+        if then is not None:
+            then(xs)
+        return xs
 
 
 def _through(

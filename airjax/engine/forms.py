@@ -14,13 +14,13 @@ from jax.sharding import Mesh
 from airjax import models, quants
 from airjax.engine import hosts
 from airjax.engine.model import Model, alignment, check_devices, fetches, open_model
-from airjax.engine.pipeline import Stage, StagedWeights, plan_stages
+from airjax.engine.pipeline import Stage, StagedWeights, divided_globals, plan_stages
 from airjax.engine.shards import cut_layers, local_manifest
 from airjax.engine.stats import Stats, has_compact_allocator
 from airjax.engine.weights import LayerWeights, matrix_types, open_weights, output_name, put_globals
 from airjax.gguf import GGUF, Manifest, build_manifest, open_gguf
 from airjax.models import Config, DecoderConfig
-from airjax.plan import Plan, PlanError, make_plan, plan_layers
+from airjax.plan import Plan, PlanError, make_plan, manifests_of, plan_layers
 from airjax.streaming import Links, Timeline, Turns
 
 Form = Literal["tensor", "pipeline", "replica"]
@@ -112,8 +112,8 @@ def plan_form(
     parallel: Parallel,
     links: Links | None = None,
     **options: Any,
-) -> tuple[Plan, Config]:
-    """The plan of a model on several devices, and the configuration that it is for.
+) -> tuple[Plan, Config, Manifest]:
+    """The plan of a model on several devices, the configuration that it is for, and the spans of the file.
 
     Args:
       gguf: the open file.
@@ -128,7 +128,8 @@ def plan_form(
     """
     align = alignment(devices[0])
     if len(devices) == 1:
-        return plan_layers(gguf, align, config, **options)[1], config
+        manifest, plan = plan_layers(gguf, align, config, **options)
+        return plan, config, manifest
     manifest = build_manifest(gguf, align)
     if hosts.several():
         if parallel in ("pipeline", "replica"):
@@ -147,16 +148,16 @@ def plan_form(
                 raise
             form, reason = "pipeline", f"the layers can't be cut ({error})"
         else:
-            return _named(plan, form, reason, len(devices)), local
+            return _named(plan, form, reason, len(devices)), local, manifest
     if form == "pipeline":
-        plan = _plan_pipeline(gguf, config, manifest, len(devices), options)
+        manifest, plan = _plan_pipeline(gguf, config, align, len(devices), options)
     else:
-        plan = make_plan(gguf, manifest, config, **options)
+        manifest, plan = plan_layers(gguf, align, config, **options)
         if plan.host_slots or plan.kv_host_bytes:
             # The models share a mapping, but each has host memory of its own beside it.
             own = {**options, "ram_budget_bytes": options["ram_budget_bytes"] // len(devices)}
-            plan = make_plan(gguf, manifest, config, **own)
-    return _named(plan, form, reason, len(devices)), config
+            manifest, plan = plan_layers(gguf, align, config, **own)
+    return _named(plan, form, reason, len(devices)), config, manifest
 
 
 def _plan_tensor(
@@ -177,15 +178,16 @@ def _plan_tensor(
 
 
 def _plan_pipeline(
-    gguf: GGUF, config: Config, manifest: Manifest, count: int, options: dict[str, Any]
-) -> Plan:
+    gguf: GGUF, config: Config, align: int, count: int, options: dict[str, Any]
+) -> tuple[Manifest, Plan]:
     for asked, what, remedy in (
         (options.get("kv_shuttle") == "on", "keeps its KV cache on the devices", "--kv_shuttle=off"),
         (options.get("drafts"), "checks no drafts", "--draft=none"),
     ):
         if asked:
             raise PlanError(f"a pipeline {what}: pass {remedy} or --parallel=replica")
-    return plan_stages(gguf, manifest, config, count, **{**options, "kv_shuttle": "off"})
+    manifests = manifests_of(gguf, align, options["backend"])
+    return plan_stages(gguf, manifests, config, count, **{**options, "kv_shuttle": "off"})
 
 
 def _named(plan: Plan, form: Form, reason: str, count: int) -> Plan:
@@ -235,9 +237,9 @@ def open_lanes(
             "compact": has_compact_allocator(first),
             "device_fetch": fetches(config, first),
         }
-        plan, _ = plan_form(gguf, config, devices, parallel=parallel, links=links, **planned)
+        plan, _, manifest = plan_form(gguf, config, devices, parallel=parallel, links=links, **planned)
         if plan.parallel == "pipeline":
-            lanes = _open_pipeline(gguf, config, plan, devices, timeline)
+            lanes = _open_pipeline(gguf, config, manifest, plan, devices, timeline)
             gguf = None
             return lanes
     finally:
@@ -264,12 +266,12 @@ def open_lanes(
 def _open_pipeline(
     gguf: GGUF,
     config: Config,
+    manifest: Manifest,
     plan: Plan,
     devices: Sequence[jax.Device],
     timeline: Timeline | None,
 ) -> tuple[Model, ...]:
     """A model whose stages are on the devices, as often as there are stages."""
-    manifest = build_manifest(gguf, alignment(devices[0]))
     opened: list[tuple[range, LayerWeights]] = []
     registers = True
     try:
@@ -283,8 +285,11 @@ def _open_pipeline(
             )
             registers = registers and not part.streamed
             opened.append((range(owned[0], owned[-1] + 1), weights))
-        # The last device's part has what is outside the layers.
-        globals_ = put_globals(gguf, manifest, plan, config, device, capability)
+        first, after = divided_globals(manifest, config)
+        tables = put_globals(gguf, Manifest((), first), plan, config, devices[0], "")
+        # Of an embedding that makes the logits too, the rows alone may stay on the host.
+        last = dataclasses.replace(plan, host_tables=())
+        globals_ = put_globals(gguf, Manifest((), after), last, config, device, capability)
     except BaseException:
         StagedWeights(opened).close()
         raise
@@ -303,6 +308,7 @@ def _open_pipeline(
         StagedWeights(opened),
         timeline,
         stages=stages,
+        tables=tables,
     )
     others = (dataclasses.replace(model, stats=Stats(), shares_weights=True) for _ in devices[1:])
     return (model, *others)

@@ -15,7 +15,7 @@ import numpy as np
 from airjax.engine.hooks import Hook
 from airjax.engine.lookup import embed
 from airjax.engine.model import Model
-from airjax.engine.pipeline import Passage
+from airjax.engine.pipeline import Passage, at_stages
 from airjax.engine.request import Constraint
 from airjax.engine.stats import peak_device_bytes
 from airjax.engine.step import draw_in_place_step, draw_step, unembed_step
@@ -87,7 +87,7 @@ def _prefill_by_stages(
                     yield done.result(), count
                 x = embed(model, padded)
                 # Made here, so that the chunks enter in their order.
-                passage = Passage(model, jax.device_put(positions, model.everywhere))
+                passage = Passage(model, at_stages(model, positions))
                 swept = pool.submit(sweep, model, x, state, positions, passage=passage)
                 under_way.append((swept, rows))
             while under_way:
@@ -166,15 +166,16 @@ def generate(
         allowed = None if mask is None else mask.result()[None]
         before = last_row, sampler_state, token
         given = model.globals, x, last_row, sampler_state, token, keys, numbers, allowed
-        if ahead and count and hook is None and not model.plan.host_embedding:
+        if ahead and count and hook is None and not (model.plan.host_embedding or model.stages):
             token, logprob, sampler_state, x, numbers, drawn_from = in_place(*given)
         else:
             drawn_from = x
             token, logprob, sampler_state, x, numbers = draw(*given)
         last_row, model.pending = only_row, logprob
         position = len(prompt) + count
-        swept = ahead and x is not None and count + 1 < max_tokens and position < model.plan.context
+        swept = ahead and count + 1 < max_tokens and position < model.plan.context
         if swept:
+            x = embed(model, token[:, None]) if x is None else x
             x = sweep(model, x, state, np.full((1, 1), position, np.int32), numbers[1], hook)
         ids, logprobs = jax.device_get((token, logprob))
         model.count_fetched(keep=int(swept))

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from airjax import models, quants
 from airjax.engine import fetch, hosts
+from airjax.engine.memory import leave_holes
 from airjax.engine.pipeline import Stage
 from airjax.engine.shards import ShardedLayer, cut_layers, local_devices, local_manifest
 from airjax.engine.stats import LinkStats, Stats, has_compact_allocator
@@ -53,6 +54,7 @@ from airjax.plan import (
     plan_layers,
 )
 from airjax.streaming import DevicePool, Pool, PoolStats, Ring, Timeline
+from airjax.types import Array
 
 if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
@@ -83,11 +85,13 @@ class Model:
         fills it, or the device itself.
       experts: where each layer's experts lie in the file; empty without a pool.
       routers: buffers and layout of the tensors that a layer's router reads, as they are first needed.
-      stages: of a pipeline, whose last one has what is outside the layers on `device`; empty otherwise.
+      stages: of a pipeline, whose last one has on `device` what follows the layers; empty otherwise.
+      tables: those that the embedding reads, on the first device of a pipeline; otherwise they are among `globals`.
       number: of the device, where others do the same beside it.
       shares_file: another model closes the file.
       shares_weights: another model closes the weights too.
       counting: held while counters are added up.
+      spacers: of `leave_holes`.
     """
 
     gguf: GGUF
@@ -105,10 +109,18 @@ class Model:
     experts: tuple[ExpertSpan | None, ...] = ()
     routers: dict[int, tuple[Buffers, Layout]] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
+    tables: Globals | None = None
     number: int | None = None
     shares_file: bool = False
     shares_weights: bool = False
     counting: threading.Lock = field(default_factory=threading.Lock)
+    spacers: Sequence[Array] = ()
+
+    def __post_init__(self) -> None:
+        # Where the link is waited for nobody notices that a graph is written anew.
+        moves = self.device.platform != "cpu" and not has_compact_allocator(self.device)
+        if self.runs_ahead and moves and not self.shares_weights:
+            self.spacers = leave_holes(self.devices)
 
     @functools.cached_property
     def everywhere(self) -> Placement:
@@ -186,7 +198,16 @@ class Model:
     @functools.cached_property
     def layouts(self) -> GlobalLayouts:
         """Layouts of the global tensors on the device."""
-        return tuple((name, self.manifest.globals[name].layout) for name in self.globals)
+        return self.layouts_of(self.globals)
+
+    def layouts_of(self, globals_: Globals) -> GlobalLayouts:
+        """Layouts of some global tensors."""
+        return tuple((name, self.manifest.globals[name].layout) for name in globals_)
+
+    @property
+    def entrance(self) -> Placement:
+        """Where tokens are embedded."""
+        return self.stages[0].device if self.stages else self.everywhere
 
     def watch(self, timeline: Timeline | None) -> None:
         """Records compute and transfers from the next sweep on; None ends that. Not within a sweep."""
@@ -304,9 +325,10 @@ class Model:
             if self.pool is not None:
                 self.pool.close()
         finally:
-            for part in jax.tree.leaves(self.globals):
+            for part in jax.tree.leaves((self.globals, self.tables, self.spacers)):
                 part.delete()
             self.globals.clear()
+            self.tables = None
             if not self.shares_file:
                 self.gguf.close()
 

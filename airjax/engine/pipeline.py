@@ -3,8 +3,10 @@
 Huang et al., GPipe: Efficient Training of Giant Neural Networks using Pipeline Parallelism, 2019. Only the order of
 work differs from one device: the programs are the same, and so are the numbers.
 
-What is outside the layers lives on the last device. Several sequences, or the chunks of one prompt, are under way at
-once, each in another stage; a stage is entered in the order of asking.
+The embedding lives on the first device, what follows the layers on the last: a device does its work in the order in
+which it was given, so tokens that were embedded on the last would wait there for the layers of other sequences. Several
+sequences, or the chunks of one prompt, are under way at once, each in another stage; a stage is entered in the order of
+asking.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
+from airjax import models
 from airjax.engine.passing import Passing
-from airjax.engine.weights import LayerWeights
-from airjax.gguf import GGUF, Manifest
+from airjax.engine.step import read_by_embedding
+from airjax.engine.weights import LayerWeights, output_name
+from airjax.gguf import GGUF, Manifest, Span
 from airjax.models import Buffers, Config
-from airjax.plan import Plan, PlanError, choose_tier, kv_positions, make_plan
+from airjax.plan import Plan, PlanError, choose_tier, kv_positions, plan_first
 from airjax.streaming import Turns
 from airjax.types import Array
 
@@ -82,19 +86,20 @@ class StagedWeights(LayerWeights):
 class Passage:
     """The way of one sweep through the stages; without stages it changes nothing.
 
-    It is made in the order in which sweeps shall enter, and used as a context manager by the thread that sweeps.
+    It is made in the order in which sweeps shall enter, and used as a context manager by the thread that sweeps. What
+    that thread gives the last device before it leaves comes before other sweeps' work there.
 
     Args:
       model: the open model.
-      placed: what each layer's call takes beside weights, hidden states and cache: positions, page tables.
+      placed: what each layer's call takes beside weights, hidden states and cache (positions, page tables), at every
+        stage; see `at_stages`.
     """
 
-    def __init__(self, model: Model, placed: Any) -> None:
+    def __init__(self, model: Model, placed: Sequence[Any]) -> None:
         self._model = model
         self._stages = model.stages
         self._at = -1
-        # Put now: in the middle of a sweep they would wait behind the layers that are fetched ahead.
-        self._placed = [jax.device_put(placed, stage.device) for stage in self._stages] or [placed]
+        self._placed = placed
         self._turn: threading.Event | None = self._stages[0].turns.ask() if self._stages else None
 
     def __enter__(self) -> Passage:
@@ -134,9 +139,30 @@ class Passage:
         self._stages[number].turns.leave(turn)
 
 
+def at_stages(model: Model, values: Any) -> list[Any]:
+    """Values on the device of each stage; once, everywhere, without stages.
+
+    Put before a sweep: in the middle of it they would wait behind the layers that are fetched ahead. And from the host
+    to each device: on the way through another one they would wait for what that has to do.
+    """
+    return [jax.device_put(values, stage.device) for stage in model.stages] or [model.put(values)]
+
+
+def divided_globals(manifest: Manifest, config: Config) -> tuple[dict[str, Span], dict[str, Span]]:
+    """Tensors outside the layers that the first device has, and those of the last; an embedding that makes the logits
+    too is on both."""
+    specs, output = models.get(config.architecture).global_specs(config), output_name(manifest)
+    layouts = [(name, span.layout) for name, span in manifest.globals.items() if name in specs]
+    read = read_by_embedding(tuple(layouts), config)
+    return (
+        {name: span for name, span in manifest.globals.items() if name in read},
+        {name: span for name, span in manifest.globals.items() if name not in read or name == output},
+    )
+
+
 def plan_stages(
     gguf: GGUF,
-    manifest: Manifest,
+    manifests: Sequence[Manifest],
     config: Config,
     count: int,
     *,
@@ -146,12 +172,12 @@ def plan_stages(
     kv_tokens: int | None,
     tier: str,
     **options: Any,
-) -> Plan:
+) -> tuple[Manifest, Plan]:
     """Divides the layers among devices so that the slowest link has as little to stream as can be, and plans each part.
 
     Args:
       gguf: the open file.
-      manifest: its spans.
+      manifests: its spans, with whole layers and with layers in pieces; each part has what `plan_first` says.
       config: of the model.
       count: of devices.
       backend, ram_budget_bytes, max_batch, kv_tokens, tier: as in `make_plan`; as many batches as devices are under
@@ -159,7 +185,8 @@ def plan_stages(
       **options: further ones of `make_plan`.
 
     Returns:
-      The plan of the whole, with those of the devices as `parts`; bytes are sums, but for the peak and the workspace.
+      The spans of all parts, and the plan of the whole, with those of the devices as `parts`; bytes are sums, but for
+      the peak and the workspace.
 
     Raises:
       PlanError: it cannot work.
@@ -175,23 +202,26 @@ def plan_stages(
         )
     if config.experts is not None and options.get("resident") == "dense":
         raise PlanError(f"{gguf.path}: a pool of experts is on one device: pass --parallel=replica")
+    manifest = manifests[0]
+    first, after = divided_globals(manifest, config)
     context = options["context"] or min(config.context_length, 4096)
     together = count * kv_positions(max_batch, kv_tokens, context) or None
 
-    def part(layers: range, **other: Any) -> Plan:
+    def part(layers: range, **other: Any) -> tuple[Manifest, Plan]:
         last = layers.stop == config.n_layers
-        own = Manifest(tuple(manifest.layers[layer] for layer in layers), manifest.globals if last else {})
-        plan = make_plan(
+        outside = first if not layers.start else after if last else {}
+        own, plan = plan_first(
             gguf,
-            own,
+            [Manifest(tuple(each.layers[layer] for layer in layers), outside) for each in manifests],
             config,
             backend=backend,
             first_layer=layers.start,
+            draws=last,
             max_batch=max_batch,
             kv_tokens=together,
             **{"ram_budget_bytes": ram_budget_bytes, "tier": tier, **other, **options},
         )
-        return dataclasses.replace(
+        return own, dataclasses.replace(
             plan,
             resident=tuple(layers.start + layer for layer in plan.resident),
             streamed=tuple(layers.start + layer for layer in plan.streamed),
@@ -202,7 +232,7 @@ def plan_stages(
     def cost(start: int, stop: int) -> float:
         layers = range(start, stop)
         try:
-            plan = part(layers, tier="pageable mapping")
+            _, plan = part(layers, tier="pageable mapping")
         except PlanError:
             return float("inf")
         read = plan.globals_bytes + sum(manifest.layers[layer].nbytes for layer in layers)
@@ -214,8 +244,8 @@ def plan_stages(
         stages = _even(config.n_layers, count)
         for layers in reversed(stages):
             part(layers, tier="pageable mapping")
-    plans = [part(layers, tier="pageable mapping") for layers in stages]
-    streamed = sum(plan.bytes_per_sweep for plan in plans)
+    parts = [part(layers, tier="pageable mapping") for layers in stages]
+    streamed = sum(plan.bytes_per_sweep for _, plan in parts)
     if config.experts is not None and streamed and options.get("resident") == "auto":
         raise PlanError(
             f"{gguf.path}: experts are streamed one by one by one device alone: pass --parallel=replica, or "
@@ -224,8 +254,11 @@ def plan_stages(
     chosen, reason = choose_tier(tier, backend, streamed, "streamed layers", ram_budget_bytes)
     if chosen != "pageable mapping":
         share = ram_budget_bytes // count if chosen == "ring" else ram_budget_bytes
-        plans = [part(layers, tier=chosen, ram_budget_bytes=share) for layers in stages]
-    return joined(plans, count, ram_budget_bytes, reason)
+        parts = [part(layers, tier=chosen, ram_budget_bytes=share) for layers in stages]
+    plan = joined([plan for _, plan in parts], count, ram_budget_bytes, reason)
+    twice = sum(span.nbytes for name, span in first.items() if name in after)
+    spans = Manifest(tuple(span for own, _ in parts for span in own.layers), manifest.globals)
+    return spans, dataclasses.replace(plan, model_bytes=plan.model_bytes - twice)
 
 
 def joined(plans: Sequence[Plan], lanes: int, ram_budget_bytes: int, reason: str) -> Plan:
@@ -244,6 +277,8 @@ def joined(plans: Sequence[Plan], lanes: int, ram_budget_bytes: int, reason: str
         kept=tuple(piece for plan in plans for piece in plan.kept),
         kv_slots=tuple(slots for plan in plans for slots in plan.kv_slots),
         relaid=any(plan.relaid for plan in plans),
+        host_tables=plans[0].host_tables,
+        globals_bytes=total("globals_bytes"),
         workspace_bytes=max(plan.workspace_bytes for plan in plans),
         kv_bytes=total("kv_bytes"),
         slots_bytes=total("slots_bytes"),

@@ -16,9 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from airjax.engine import hosts
 from airjax.engine.batch import (
     Group,
     PagedState,
+    Placed,
     new_pages,
     place,
     read_pages,
@@ -36,10 +38,11 @@ from airjax.engine.draws import Draws
 from airjax.engine.generation import padded_rows
 from airjax.engine.model import Model
 from airjax.engine.pages import Pages
+from airjax.engine.pipeline import at_stages
 from airjax.engine.request import MAX_TOP_LOGPROBS, Constraint, Event, Finish, Request
 from airjax.engine.sequence import BatchSequence, BatchStats, Flight, Kept, Rows
 from airjax.engine.stats import peak_device_bytes
-from airjax.engine.step import last_rows, next_rows, sum_step
+from airjax.engine.step import last_rows, next_positions, next_rows, sum_step
 from airjax.plan import KV_PAGE
 from airjax.sampling import Transform
 from airjax.types import Array
@@ -397,19 +400,27 @@ class Scheduler:
             groups.append(self._group(drafted, width))
             checks = self._checks(len(groups[-1].ids), drafted)
         placed = place(self.model, groups)
-        xs = shared_sweep(self.model, groups, self._state, placed)
+        alone = len(groups) == 1 and not masks and not drafted
+        lands = alone and all(
+            s.pending == (groups[0].positions[row] >= 0).sum() and not s.request.pooled
+            for row, s in enumerate(members[0])
+        )
+        flights: list[Flight] = []
+
+        def fly(xs: list[Array]) -> None:
+            x, own = self._last(xs[0], rows[0])
+            group, on_device = self._decoding(groups[0], placed, len(x))
+            flights.append(self._fly(list(members[0]), group, on_device, x, own))
+
+        xs = shared_sweep(self.model, groups, self._state, placed, fly if lands else None)
         for group, sequences in zip(groups, members, strict=False):
             for row, sequence in enumerate(sequences):
                 self._fill(sequence, int((group.positions[row] >= 0).sum()))
         for sequence in drafted:
             self._fill(sequence, 1)
-        events = self._pool(members, xs, placed)
-        alone = len(groups) == 1 and not masks and not drafted
-        if alone and all(s.pending == 0 and s.slot >= 0 for s in members[0]):
-            x, own = self._last(xs[0], rows[0])
-            out = self._launch(x, own, members[0], None)
-            group, on_device = self._decoding(groups[0], placed[0], len(x))
-            events += self._land(Flight(list(members[0]), group, on_device, x, own, out))
+        events = self._pool(members, xs, placed[-1])
+        if flights:
+            events += self._land(flights[0])
         else:
             for x, sequences, arguments in zip(xs, members, rows, strict=False):
                 finished = [(row, s) for row, s in enumerate(sequences) if s.pending == 0 and s.slot >= 0]
@@ -541,19 +552,25 @@ class Scheduler:
 
     def _ahead(self, flight: Flight) -> Flight:
         """Dispatches the next sweep of a flight's sequences, with the tokens that are on the device."""
-        positions, table = flight.placed
-        ids, rows, positions = next_rows(flight.out[0], tuple(flight.rows), positions, self._draws.spare)
+        ids, rows, after = flight.follows or self._follows(flight)
         old = flight.group
+        positions = [next_positions(own) for ((own, _),) in flight.placed[:-1]] + [after]
+        tables = [table for ((_, table),) in flight.placed]
         pages = table_of([sequence.pages for sequence in flight.sequences], len(old.positions))
         if pages.shape != old.table.shape or (pages != old.table).any():
-            table = self.model.put(pages)
+            tables = at_stages(self.model, pages)
+        placed = [[each] for each in zip(positions, tables, strict=True)]
         # Of positions that are on the device the host needs to know only which rows are padding.
         group = Group(ids, np.minimum(old.positions[:, :1], 0), pages)
-        (x,) = shared_sweep(self.model, [group], self._state, [(positions, table)])
+        flights: list[Flight] = []
+
+        def fly(xs: list[Array]) -> None:
+            flights.append(self._fly(flight.sequences, group, placed, xs[0], Rows(*rows)))
+
+        shared_sweep(self.model, [group], self._state, placed, fly)
         for sequence in flight.sequences:
             sequence.filled += 1
-        out = self._launch(x, Rows(*rows), flight.sequences, None)
-        return Flight(flight.sequences, group, (positions, table), x, Rows(*rows), out)
+        return flights[0]
 
     def _prompts(self, sequences: Sequence[BatchSequence]) -> list[list[BatchSequence]]:
         """Prompts whose next chunks are padded to one size share a call, and so the decoding of the weights."""
@@ -599,16 +616,38 @@ class Scheduler:
         x, *own = last_rows(x, *rows, self.rows_of(len(x)), np.int32(self._draws.spare))
         return x, Rows(*own)
 
-    def _decoding(
-        self, group: Group, placed: tuple[Array, Array], rows: int
-    ) -> tuple[Group, tuple[Array, Array]]:
+    def _decoding(self, group: Group, placed: Sequence[Placed], rows: int) -> tuple[Group, Sequence[Placed]]:
         """A call of prompts as the decoding call of `rows` sequences that the next one follows."""
         if group.positions.shape[1] == 1:
             return group, placed
         positions = np.full((rows, 1), -1, np.int32)
         positions[: len(group.positions), 0] = group.positions.max(axis=1)
-        on_device = self.model.put(positions)
-        return group._replace(positions=positions), (on_device, placed[1])
+        on_device = at_stages(self.model, positions)
+        return group._replace(positions=positions), [
+            [(own, table)] for own, ((_, table),) in zip(on_device, placed, strict=True)
+        ]
+
+    def _fly(
+        self,
+        sequences: list[BatchSequence],
+        group: Group,
+        placed: Sequence[Placed],
+        x: Array,
+        rows: Rows,
+    ) -> Flight:
+        """Dispatches the draws of a decoding call, and in a pipeline what its next sweep begins with: asked for later,
+        both would wait for the layers of other sequences, which the device is given meanwhile."""
+        out = self._launch(x, rows, sequences, None)
+        if self.model.stages:
+            jax.tree.map(lambda part: part.copy_to_host_async(), out)
+        flight = Flight(sequences, group, placed, x, rows, out)
+        follows = self._follows(flight) if self.model.stages and self.model.runs_ahead else None
+        return flight._replace(follows=follows)
+
+    def _follows(self, flight: Flight) -> Any:
+        ((positions, _),) = flight.placed[-1]
+        ids, rows, after = next_rows(flight.out[0], tuple(flight.rows), positions, self._draws.spare)
+        return hosts.put(ids, self.model.entrance), rows, after
 
     def _draw(
         self,

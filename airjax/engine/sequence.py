@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from airjax.engine.batch import Group
+from airjax.engine.batch import Group, Placed
 from airjax.engine.request import Request
 from airjax.engine.stats import LinkStats
 from airjax.streaming import PoolStats
@@ -122,15 +123,17 @@ class Flight(NamedTuple):
     Attributes:
       sequences: of its first rows; one that has left meanwhile has no slot.
       group: its tokens, of which those of a sweep dispatched ahead are on the device alone.
-      placed: positions and page table on the device.
+      placed: positions and page table, as `batch.place` gives them.
       x: hidden states.
       rows: what the draws took.
       out: what they give.
+      follows: what `next_rows` makes of them, where that was asked for together with them.
     """
 
     sequences: list[BatchSequence]
     group: Group
-    placed: tuple[Array, Array]
+    placed: Sequence[Placed]
     x: Array
     rows: Rows
     out: Any
+    follows: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 from collections.abc import Callable
@@ -162,6 +163,28 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
 def shuttled_row(config: Config, kind: str, batch: int) -> Any:
     """Shapes and dtypes `[B, K, H]` of the keys of one position of a kind of layer, as the shuttle takes them."""
     return layers.rows_struct((batch, *config.kv_shape(kind)), config.kv_dtype)
+
+
+@functools.cache
+def read_by_embedding(layouts: GlobalLayouts, config: Config) -> frozenset[str]:
+    """Which of the global tensors `embed_step` reads."""
+    read: set[str] = set()
+
+    class Seen(collections.UserDict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getitem__(name)
+
+    def embed(buffers: Globals, ids: Array) -> Array:
+        weights = Seen(unpack_globals(buffers, layouts))
+        return models.get(config.architecture).embed(weights, ids, config)
+
+    buffers = {
+        name: tuple(jax.ShapeDtypeStruct((nbytes,), jnp.uint8) for nbytes in layout.sizes)
+        for name, layout in layouts
+    }
+    jax.eval_shape(embed, buffers, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    return frozenset(read)
 
 
 @functools.cache
@@ -470,8 +493,14 @@ def next_rows(drawn: Array, rows: Any, positions: Array, spare: int) -> tuple[Ar
         jnp.where(could, drawn, tokens),
         counts + 1,
     )
+    return jnp.maximum(drawn, 0)[:, None], after, next_positions(positions)
+
+
+@jax.jit
+def next_positions(positions: Array) -> Array:
+    """The position `[B, 1]` after those of a call `[B, T]`; padding stays negative."""
     past = jnp.max(positions, axis=1, keepdims=True)
-    return jnp.maximum(drawn, 0)[:, None], after, jnp.where(past < 0, past, past + 1)
+    return jnp.where(past < 0, past, past + 1)
 
 
 def pack_row(row: Any) -> np.ndarray:

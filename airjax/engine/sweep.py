@@ -18,7 +18,7 @@ from airjax.engine.hooks import Hook, attention_step
 from airjax.engine.long import long_layer
 from airjax.engine.model import Model
 from airjax.engine.passing import Passing
-from airjax.engine.pipeline import Passage
+from airjax.engine.pipeline import Passage, at_stages
 from airjax.engine.stages import call, needs
 from airjax.engine.step import block_step, run_step, shuttled_block_step, shuttled_row
 from airjax.quants.kernels import MOST_ROWS
@@ -115,9 +115,9 @@ def sweep(
       ReadError: a reader thread failed.
     """
     if passage is None:
-        if device_positions is None:
-            device_positions = model.put(positions)
-        passage = Passage(model, device_positions)
+        passage = Passage(
+            model, at_stages(model, positions if device_positions is None else device_positions)
+        )
     with passage:
         x = _pass(model, x, state, positions, passage, hook, tree)
     model.count_sweep(state)

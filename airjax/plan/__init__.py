@@ -11,6 +11,8 @@ tiers    how weights reach the device
 
 from airjax.plan.cache import kv_positions as kv_positions
 from airjax.plan.decide import make_plan as make_plan
+from airjax.plan.decide import manifests_of as manifests_of
+from airjax.plan.decide import plan_first as plan_first
 from airjax.plan.decide import plan_layers as plan_layers
 from airjax.plan.limits import EMBEDDING as EMBEDDING
 from airjax.plan.limits import EXPERT_TENSORS as EXPERT_TENSORS

@@ -30,6 +30,7 @@ class Asked:
     drafts: bool
     device_fetch: bool
     first_layer: int | None
+    draws: bool
 
     @property
     def kernels(self) -> bool:

@@ -48,7 +48,7 @@ def sizes_of_cache(manifest: Manifest, config: Config, asked: Asked) -> Cache:
     position_bytes = max(row_bytes)
     block = max(limits.KV_BLOCK_BYTES // position_bytes // limits.KV_PAGE, 1) * limits.KV_PAGE
     pieces = max(asked.stream_depth, 2) + 2
-    least_workspace = sizes.workspace_bytes(config, manifest, context, chunk)
+    least_workspace = sizes.workspace_bytes(config, manifest, context, chunk, asked.draws)
     # One layer's cache at a time is read in the dtype of the products.
     plain_bytes = 2 * max(heads * width for heads, width in shapes) * sizes.itemsize(config)
     converted = position_bytes != plain_bytes or config.kv_dtype == "q8_0"
@@ -58,7 +58,7 @@ def sizes_of_cache(manifest: Manifest, config: Config, asked: Asked) -> Cache:
     if max_batch:
         # The gathered pages of one layer with a copy, and the logits of every sequence in a few forms.
         workspace += 2 * min(kv_tokens, max_batch * context) * position_bytes
-        workspace += 4 * max_batch * config.vocab_size * 4
+        workspace += 4 * max_batch * config.vocab_size * 4 if asked.draws else 0
     # The shuttle's pieces come in another order; what was seen of a long cache waits in float32 for the rest.
     copied = min(max(slots), block) * (position_bytes + (plain_bytes if converted else 0))
     waiting = 12 * chunk * config.n_heads * config.head_dim if max(slots) > block else 0

@@ -35,17 +35,26 @@ def plan_layers(gguf: GGUF, align: int, config: Config, **options: Any) -> tuple
     Raises:
       PlanError: nothing fits.
     """
-    size = piece_bytes(options["backend"])
-    if limits.WHOLE_FIRST or size is None:
-        manifest = build_manifest(gguf, align)
-        try:
+    return plan_first(gguf, manifests_of(gguf, align, options["backend"]), config, **options)
+
+
+def manifests_of(gguf: GGUF, align: int, backend: str) -> list[Manifest]:
+    """With whole layers, then with layers in pieces, if there is any use in these."""
+    size = piece_bytes(backend)
+    whole = build_manifest(gguf, align)
+    return [whole] if size is None else [whole, build_manifest(gguf, align, piece_bytes=size)]
+
+
+def plan_first(
+    gguf: GGUF, manifests: Sequence[Manifest], config: Config, **options: Any
+) -> tuple[Manifest, Plan]:
+    """The first of some manifests that fits, and the plan; see `plan_layers`."""
+    *others, last = manifests if limits.WHOLE_FIRST else manifests[-1:]
+    for manifest in others:
+        with contextlib.suppress(PlanError):
             return manifest, make_plan(gguf, manifest, config, **options)
-        except PlanError:
-            if size is None:
-                raise
-    manifest = build_manifest(gguf, align, piece_bytes=size)
-    plan = make_plan(gguf, manifest, config, **options)
-    return manifest if plan.streamed else build_manifest(gguf, align), plan
+    plan = make_plan(gguf, last, config, **options)
+    return last if plan.streamed else manifests[0], plan
 
 
 def make_plan(
@@ -68,6 +77,7 @@ def make_plan(
     drafts: bool = False,
     device_fetch: bool = True,
     first_layer: int | None = None,
+    draws: bool = True,
 ) -> Plan:
     """Decides what lives where.
 
@@ -92,6 +102,7 @@ def make_plan(
       drafts: decoding sweeps check several tokens of a sequence.
       device_fetch: the device can fetch experts from the mapping itself.
       first_layer: the device has only the layers of `manifest`, of which this is the first; None where it has all.
+      draws: the device has the output matrix.
 
     Raises:
       PlanError: nothing fits; the message gives the smallest budget that does.
@@ -117,6 +128,7 @@ def make_plan(
         drafts=drafts,
         device_fetch=device_fetch,
         first_layer=first_layer,
+        draws=draws,
     )
     if resident == "dense":
         check_dense(gguf, config)
@@ -264,7 +276,7 @@ def _beside(
     gaps = _gaps(asked, weights.passing, config.mesh is not None) if streams else 0
     # A table that serves for single rows leaves the device where it does not fit, or where a layer fits in its place.
     host_tables: tuple[str, ...] = ()
-    for name in _row_tables(manifest, streams):
+    for name in _row_tables(manifest, asked, streams):
         nbytes = manifest.globals[name].nbytes
         layers = weights.least_slots if streams else sum(weights.kept)
         leaves = globals_bytes + least + gaps + layers > asked.vram_budget_bytes
@@ -286,11 +298,12 @@ def _beside(
     )
 
 
-def _row_tables(manifest: Manifest, streams: bool) -> list[str]:
+def _row_tables(manifest: Manifest, asked: Asked, streams: bool) -> list[str]:
     """The tables that may leave the device, the largest first: not an embedding that makes the logits too, and while
     nothing is streamed none but that of the layers."""
     tables = [limits.PER_LAYER] if limits.PER_LAYER in manifest.globals else []
-    if streams and "output.weight" in manifest.globals:
+    rows_alone = not asked.draws or "output.weight" in manifest.globals
+    if streams and rows_alone and limits.EMBEDDING in manifest.globals:
         tables.append(limits.EMBEDDING)
     return sorted(tables, key=lambda name: -manifest.globals[name].nbytes)
 
@@ -404,6 +417,7 @@ def _plan_of(
         kv_block=cache.block if beside.shuttle else 0,
         kv_pieces=cache.pieces if beside.shuttle else 0,
         kept=pieces,
+        draws=asked.draws,
     )
 
 

@@ -60,7 +60,7 @@ def decoded_bytes(config: Config) -> float:
     return itemsize(config) * (4.0 if config.compute_dtype == "float32" else 1.25)
 
 
-def workspace_bytes(config: Config, manifest: Manifest, context: int, chunk: int) -> int:
+def workspace_bytes(config: Config, manifest: Manifest, context: int, chunk: int, draws: bool) -> int:
     """What the largest step takes: attention, the feed-forward part or the logits; they come one after another."""
     item_bytes, d, f, wide = itemsize(config), config.d_model, config.d_ff, config.n_heads * config.head_dim
     decoded = decoded_bytes(config)
@@ -79,7 +79,7 @@ def workspace_bytes(config: Config, manifest: Manifest, context: int, chunk: int
     logits = 2 * item_bytes * _tile(config.vocab_size, d) + 3 * max(
         config.vocab_size * 4, limits.LOGIT_ROWS_BYTES
     )
-    logits = logits if manifest.globals else 0
+    logits = logits if draws else 0
     # What is passed on beside the hidden states: what a step takes and gives, the one before, and one being made.
     passed_on = 4 * chunk * 4 * (config.width - d)
     return limits.FIXED_WORKSPACE_BYTES + int(max(attention, feed_forward, logits)) + passed_on

@@ -38,7 +38,8 @@ class Plan:
       relaid: what stays on the device is re-laid for the fused kernels; where layers are streamed only for batches and
         drafts.
       host_tables: those of the embedding whose rows are gathered on the host, so that they need no device memory.
-      globals_bytes: embedding (unless on the host), output and final norm on the device.
+      globals_bytes: embedding (unless on the host), output and final norm on the device; of a pipeline the embedding is
+        on the first device and the others on the last.
       workspace_bytes: activations, logits, decoded weights and the allocator's gaps, at most.
       kv_bytes: the KV cache on the device (with the shuttle: the slots it passes through).
       kv_host_bytes: the KV cache on the host.
@@ -61,6 +62,7 @@ class Plan:
       expert_hit_rate: share of the chosen experts that are assumed to be in the pool: that of all experts it holds, as
         if every choice were equally likely.
       device_fetch: the device itself fetches experts from the mapping.
+      draws: the device has the output matrix; of a pipeline the last one alone.
       parts: of a pipeline, the plan of each device; sizes of the whole are sums, but for the peak and the workspace, of
         which the largest counts.
       devices: how many share the work.
@@ -102,6 +104,7 @@ class Plan:
     expert_hit_rate: float = 1.0
     kept: tuple[tuple[int, int], ...] = ()
     device_fetch: bool = False
+    draws: bool = True
     parts: tuple[Plan, ...] = ()
     devices: int = 1
     parallel: str = ""
