@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from airjax.engine import hosts
 from airjax.engine.batch import (
     Group,
     PagedState,
@@ -42,7 +41,7 @@ from airjax.engine.pipeline import at_stages
 from airjax.engine.request import MAX_TOP_LOGPROBS, Constraint, Event, Finish, Request
 from airjax.engine.sequence import BatchSequence, BatchStats, Flight, Kept, Rows
 from airjax.engine.stats import peak_device_bytes
-from airjax.engine.step import last_rows, next_positions, next_rows, sum_step
+from airjax.engine.step import last_rows, next_rows, sum_step
 from airjax.plan import KV_PAGE
 from airjax.sampling import Transform
 from airjax.types import Array
@@ -524,11 +523,13 @@ class Scheduler:
     def _may_go_ahead(self, flight: Flight) -> bool:
         """Whether the next sweep is that of the same sequences whatever they draw, but for a stop token.
 
-        Not where the link is waited for: its next layers are under way anyhow. A sequence that then draws a stop token
-        has a row in one sweep too many, which writes behind what it leaves.
+        Not where the link is waited for: its next layers are under way anyhow. Nor in a pipeline, where each device
+        works in the order in which it was asked: two sweeps of one batch, one after the other, keep those of the other
+        batches waiting. A sequence that then draws a stop token has a row in one sweep too many, which writes behind
+        what it leaves.
         """
         plan = self.model.plan
-        if not self.model.runs_ahead:
+        if not self.model.runs_ahead or self.model.stages:
             return False
         if self._drafts is not None and not self._drafts.asleep:
             return False
@@ -552,14 +553,13 @@ class Scheduler:
 
     def _ahead(self, flight: Flight) -> Flight:
         """Dispatches the next sweep of a flight's sequences, with the tokens that are on the device."""
-        ids, rows, after = flight.follows or self._follows(flight)
+        (((positions, table),),) = flight.placed
+        ids, rows, positions = next_rows(flight.out[0], tuple(flight.rows), positions, self._draws.spare)
         old = flight.group
-        positions = [next_positions(own) for ((own, _),) in flight.placed[:-1]] + [after]
-        tables = [table for ((_, table),) in flight.placed]
         pages = table_of([sequence.pages for sequence in flight.sequences], len(old.positions))
         if pages.shape != old.table.shape or (pages != old.table).any():
-            tables = at_stages(self.model, pages)
-        placed = [[each] for each in zip(positions, tables, strict=True)]
+            table = self.model.put(pages)
+        placed = [[(positions, table)]]
         # Of positions that are on the device the host needs to know only which rows are padding.
         group = Group(ids, np.minimum(old.positions[:, :1], 0), pages)
         flights: list[Flight] = []
@@ -635,19 +635,12 @@ class Scheduler:
         x: Array,
         rows: Rows,
     ) -> Flight:
-        """Dispatches the draws of a decoding call, and in a pipeline what its next sweep begins with: asked for later,
-        both would wait for the layers of other sequences, which the device is given meanwhile."""
+        """Dispatches the draws of a decoding call."""
         out = self._launch(x, rows, sequences, None)
         if self.model.stages:
+            # Asked for later, they would wait for the layers of other sequences, which the device is given meanwhile.
             jax.tree.map(lambda part: part.copy_to_host_async(), out)
-        flight = Flight(sequences, group, placed, x, rows, out)
-        follows = self._follows(flight) if self.model.stages and self.model.runs_ahead else None
-        return flight._replace(follows=follows)
-
-    def _follows(self, flight: Flight) -> Any:
-        ((positions, _),) = flight.placed[-1]
-        ids, rows, after = next_rows(flight.out[0], tuple(flight.rows), positions, self._draws.spare)
-        return hosts.put(ids, self.model.entrance), rows, after
+        return Flight(sequences, group, placed, x, rows, out)
 
     def _draw(
         self,

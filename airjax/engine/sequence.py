@@ -127,7 +127,6 @@ class Flight(NamedTuple):
       x: hidden states.
       rows: what the draws took.
       out: what they give.
-      follows: what `next_rows` makes of them, where that was asked for together with them.
     """
 
     sequences: list[BatchSequence]
@@ -136,4 +135,3 @@ class Flight(NamedTuple):
     x: Array
     rows: Rows
     out: Any
-    follows: Any = None

@@ -493,14 +493,8 @@ def next_rows(drawn: Array, rows: Any, positions: Array, spare: int) -> tuple[Ar
         jnp.where(could, drawn, tokens),
         counts + 1,
     )
-    return jnp.maximum(drawn, 0)[:, None], after, next_positions(positions)
-
-
-@jax.jit
-def next_positions(positions: Array) -> Array:
-    """The position `[B, 1]` after those of a call `[B, T]`; padding stays negative."""
     past = jnp.max(positions, axis=1, keepdims=True)
-    return jnp.where(past < 0, past, past + 1)
+    return jnp.maximum(drawn, 0)[:, None], after, jnp.where(past < 0, past, past + 1)
 
 
 def pack_row(row: Any) -> np.ndarray:
