@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
+from airjax.engine.stats import has_compact_allocator
 from airjax.plan import GIB
 from airjax.streaming import PinningError, cuda_driver
 from airjax.types import Array
@@ -28,6 +29,11 @@ def free_device_bytes(device: jax.Device) -> int:
     with contextlib.suppress(PinningError):
         return int(cuda_driver(device.local_hardware_id or 0).free_bytes() * 0.95)
     return free_host_bytes()
+
+
+def shares_room(device: jax.Device) -> bool:
+    """Whether buffers of a device lie side by side in room that is its allocator's own."""
+    return device.platform != "cpu" and not has_compact_allocator(device)
 
 
 def leave_holes(devices: Iterable[jax.Device]) -> list[Array]:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from airjax import models, quants
 from airjax.engine import fetch, hosts
-from airjax.engine.memory import leave_holes
+from airjax.engine.memory import leave_holes, shares_room
 from airjax.engine.pipeline import Stage
 from airjax.engine.shards import ShardedLayer, cut_layers, local_devices, local_manifest
 from airjax.engine.stats import LinkStats, Stats, has_compact_allocator
@@ -118,8 +118,7 @@ class Model:
 
     def __post_init__(self) -> None:
         # Where the link is waited for nobody notices that a graph is written anew.
-        moves = self.device.platform != "cpu" and not has_compact_allocator(self.device)
-        if self.runs_ahead and moves and not self.shares_weights:
+        if self.runs_ahead and shares_room(self.device) and not self.shares_weights:
             self.spacers = leave_holes(self.devices)
 
     @functools.cached_property

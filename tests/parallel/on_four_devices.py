@@ -15,8 +15,11 @@ from toy_server import serve_toy
 
 import airjax
 from airjax import sampling
-from airjax.engine.pipeline import divide
-from airjax.plan import PlanError, format_plan
+from airjax.engine.draws import Draws
+from airjax.engine.lookup import embed
+from airjax.engine.pipeline import at_stages, divide
+from airjax.engine.scheduler import Scheduler
+from airjax.plan import PlanError, decide, format_plan
 from airjax.server.sampler import Settings, make_sampler
 from airjax.server.warm import Batch, warm_up
 from airjax.server.worker import Order
@@ -182,6 +185,51 @@ def test_batches_are_in_different_stages_at_once(toy, monkeypatch):
 
         monkeypatch.setattr(type(loaded.model.weights), "take", meeting)
         assert len(list(loaded.generate_batch(_PROMPTS[:2], max_tokens=2, ignore_eos=True))) == 4
+
+
+def test_what_a_batch_draws_from_is_not_behind_the_layers_of_another(toy, monkeypatch):
+    with _load(toy, resident="all", devices=2, parallel="pipeline", max_batch=2) as loaded:
+        model, given = loaded.model, []
+        first, last = model.stages
+        ids = np.zeros((1, 1), np.int32)
+        assert embed(model, ids).devices() == {first.device}
+        assert [x.devices() for x in at_stages(model, ids)] == [{first.device}, {last.device}]
+        take, launch = type(model.weights).take, Draws.launch
+
+        def taken(weights, layer, before=None):
+            if layer == last.layers.start:
+                given.append((threading.current_thread().name, "layers"))
+            return take(weights, layer, before)
+
+        def launched(draws, *args):
+            given.append((threading.current_thread().name, "draws"))
+            return launch(draws, *args)
+
+        monkeypatch.setattr(type(model.weights), "take", taken)
+        monkeypatch.setattr(Draws, "launch", launched)
+        # Sweeps of one batch that follow each other would keep the other's waiting.
+        monkeypatch.setattr(Scheduler, "_ahead", lambda scheduler, flight: pytest.fail("it goes ahead"))
+        one_length = [prompt[:3] for prompt in (*_PROMPTS[:2], _IDS, _IDS[9:])]
+        assert len(list(loaded.generate_batch(one_length, max_tokens=5, ignore_eos=True))) == 20
+    assert len({name for name, _ in given}) == 2
+    assert [what for _, what in given] == ["layers", "draws"] * (len(given) // 2)
+    assert [name for name, _ in given[::2]] == [name for name, _ in given[1::2]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_pass_in_pieces_where_they_do_not_fit_whole(toy, alone, monkeypatch, form):
+    options = {"resident": "none", "devices": 2, "parallel": form, "stream_depth": 3}
+    with _load(toy, max_batch=2, **options) as loaded:
+        whole = loaded.plan
+        assert not any(span.layout.pieces for span in loaded.model.manifest.layers)
+    monkeypatch.setattr(decide, "piece_bytes", lambda backend: 20_000)
+    logits, greedy, batch = _outputs(toy, **options, vram_budget_gib=(whole.peak_bytes - 1) / 2**30)
+    assert np.array_equal(logits, alone[0]) and (greedy, batch) == alone[1:]
+    with _load(toy, max_batch=2, **options, vram_budget_gib=(whole.peak_bytes - 1) / 2**30) as loaded:
+        cut = [bool(span.layout.pieces) for span in loaded.model.manifest.layers]
+        # In a pipeline the device with the output matrix has less room.
+        assert cut == ([False] * 3 + [True] * 3 if form == "pipeline" else [True] * 6)
+        assert loaded.plan.peak_bytes < whole.peak_bytes
 
 
 def test_requests_are_spread_and_come_back_to_what_they_share(toy):
