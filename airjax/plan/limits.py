@@ -25,8 +25,8 @@ KV_BLOCK_BYTES = 128 << 20
 LOGIT_ROWS_BYTES = 32 << 20
 # Where layers don't fit whole, a larger one passes in pieces of at most so much: the ring then takes less memory.
 PIECE_BYTES = 128 << 20
-# Pieces leave more room to resident layers too: at 18.62 GiB two of 70B's 80, which decodes 3 to 6 % faster. But a prompt
-# took 17 % longer, and 32 prompts twice as long, since no room is left for more tokens in a sweep (H200).
+# Pieces leave more room to resident layers too: at 18.62 GiB two of 70B's 80, which decodes 3 to 6 % faster. But a
+# prompt took 17 % longer, and 32 prompts twice as long, since no room is left for more tokens in a sweep (H200).
 WHOLE_FIRST = True
 # One row meets so many bytes of weights while one byte crosses the link: of blocks as they lie in the file, and of
 # re-laid ones by the fused kernels. An H100 took 1.23 and 0.21 ms for a layer of 70B, its link 8.78.
