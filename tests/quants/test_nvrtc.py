@@ -1,0 +1,82 @@
+"""Whether NVRTC takes the kernels' sources, for which no GPU is needed: g++, which runs them elsewhere, takes more."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from airjax import quants, streaming
+from airjax.engine import fetch
+from airjax.quants import cuda, kernels, mixture, packed
+
+
+def _missing():
+    try:
+        cuda._nvrtc()
+    except cuda.CudaError as error:
+        return str(error)
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(_missing()), reason=_missing() or "NVRTC is there")
+_CAPABILITIES = ("8.0", "9.0")
+
+
+@pytest.fixture
+def entries(monkeypatch):
+    """The entry points that were compiled to PTX since."""
+    names = []
+
+    def launch(ptx, name, results, *operands, written=(), blocks, threads):
+        assert f".entry {name}(" in ptx
+        names.append(name)
+        return [*(jnp.zeros(result.shape, result.dtype) for result in results), *written]
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    return names
+
+
+@pytest.mark.parametrize("capability", _CAPABILITIES)
+@pytest.mark.parametrize("kind", sorted(packed.PARTS), ids=lambda kind: kind.name)
+def test_products(entries, kind, capability):
+    matrix = packed.PackedTensor(jnp.zeros((4, 2, sum(packed.PARTS[kind])), jnp.uint8), kind, (64, 512))
+    for rows, terms in ((1, 1), (33, 3)):
+        kernels.product(jnp.zeros((rows, 512)), [matrix] * 2, terms=terms, capability=capability)
+    assert entries == ["airjax_product"] * 2
+
+
+@pytest.mark.parametrize("capability", _CAPABILITIES)
+@pytest.mark.parametrize("kind", sorted(mixture.TYPES), ids=lambda kind: kind.name)
+def test_mixtures(entries, kind, capability):
+    shapes = [(256, 512), (256, 512), (512, 256)]
+    sizes = [n_out * quants.row_bytes(kind, n_in) for n_out, n_in in shapes]
+    pool = jnp.zeros((6, sum(sizes)), jnp.uint8)
+    ws = tuple(quants.Stacked(pool, kind, shape, sum(sizes[:at])) for at, shape in enumerate(shapes))
+    assert quants.takes(*ws)
+    biases = tuple(jnp.zeros((6, n_out)) for n_out, _ in shapes)
+    for rows, activation, dtype in ((1, "silu", jnp.bfloat16), (96, "clamped", np.float32)):
+        mixture.mixture_products(
+            jnp.zeros((rows, 512)),
+            jnp.zeros(rows * 2, jnp.int32),
+            jnp.zeros(6, jnp.int32),
+            ws,
+            biases if rows > 1 else None,
+            experts=6,
+            activation=activation,
+            dtype=np.dtype(dtype),
+            capability=capability,
+        )
+    assert entries == ["airjax_experts_prepare", "airjax_experts_up", "airjax_experts_down"] * 2
+
+
+@pytest.mark.parametrize("capability", _CAPABILITIES)
+def test_fetching(entries, capability):
+    form = streaming.Form(0, 8, ((0, 48), (64, 16 * 1031)), 10, 64 + 16 * 1032, capability)
+    state = streaming.empty([(form.slots, form.slot_bytes)], form.experts, 2)
+    sources = streaming.Sources(jnp.zeros(5, jnp.int32))
+    fetch.fetch(state, form, sources, jnp.zeros(4, jnp.int32))
+    assert entries == ["airjax_fetch"]
+
+
+def test_what_is_wrong_is_said(entries):
+    with pytest.raises(cuda.CudaError, match=r"NVRTC refused the kernel for 9\.0: .*undefined"):
+        cuda.compile_ptx('extern "C" __global__ void wrong() { undefined(); }', "9.0")
