@@ -247,9 +247,15 @@ def pool_products(
     config: Config,
 ) -> Array:
     """`models.chosen_products` with experts that lie in the pool, inside jit."""
-    parts = {
-        slot.name.removesuffix(".weight"): quants.Stacked(pool, slot.type, slot.shape, slot.offset)
-        for slot in slots
-    }
     own = models.biases(weights, config)
-    return models.chosen_products(chosen, models.by_matrix(parts), own, where, before, config)
+    return models.chosen_products(chosen, pool_parts(pool, slots), own, where, before, config)
+
+
+def pool_parts(pool: Array, slots: tuple[ExpertSlot, ...]) -> dict[str, quants.Stacked]:
+    """The experts' matrices in a pool, by name."""
+    return models.by_matrix(
+        {
+            slot.name.removesuffix(".weight"): quants.Stacked(pool, slot.type, slot.shape, slot.offset)
+            for slot in slots
+        }
+    )

@@ -1,36 +1,22 @@
-// Brings the experts that a layer's router chose, and that are not in the pool, from host memory into its slots.
+// Finds slots for the experts that a layer's router chose and that are not in the pool; and brings them there from host
+// memory, or leaves that to the kernels that multiply (quants/experts.cu).
 //
-// fetch.py defines
+// fetch.py puts quants/chunks.cu in front, and defines
 //   EXPERTS    of a layer                 PAIRS      entries of `chosen`
-//   SLOTS      of the pool                SLOT_BYTES of one slot
-//   PARTS      tensors of an expert       PART_BYTES, PART_OFFSETS  of each: {..., ...}
+//   SLOTS      of the pool                COPIES     1: airjax_fetch; 0: airjax_assign, which copies nothing
+// and for copies
+//   SLOT_BYTES of one slot                PARTS      tensors of an expert
+//   PART_BYTES, PART_OFFSETS of each: {..., ...}
 //
-// Every block finds out for itself which experts are missing and which slots they take, and copies its share of the
-// bytes. All of them read the old tables; the block that is done last writes the new ones.
+// Of airjax_fetch every block finds out for itself which experts are missing and which slots they take, and copies its
+// share of the bytes. All of them read the old tables; the block that is done last writes the new ones. airjax_assign is
+// one block.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
 #define THREADS 256
-#define LOADS 4
-#define CHUNK (THREADS * LOADS * 16)
 #define WARPS (THREADS / 32)
-#define LINE 128
-
-__device__ __forceinline__ uint4 load16(const char* at) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
-  return v;
-}
-
-__device__ __forceinline__ u64 nanoseconds() {
-  u64 t;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
-  return t;
-}
 
 // How many threads before this one hold `yes`; *total is how many of all. All threads of the block call it.
-__device__ int rank_of(bool yes, int* total) {
+DEVICE int rank_of(bool yes, int* total) {
   __shared__ int held[WARPS];
   const u32 votes = __ballot_sync(0xffffffffu, yes);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -47,7 +33,7 @@ __device__ int rank_of(bool yes, int* total) {
 }
 
 // Whether a slot, if it is one, holds nothing that the layer needs.
-__device__ __forceinline__ bool is_free(int slot, const int* held, const unsigned char* needed, int first) {
+DEVICE bool is_free(int slot, const int* held, const unsigned char* needed, int first) {
   if (slot < 0) return false;
   const int expert = held[slot] - first;
   return expert < 0 || expert >= EXPERTS || !needed[expert];
@@ -61,15 +47,24 @@ __device__ __forceinline__ bool is_free(int slot, const int* held, const unsigne
 // given [4]: where those in transit begin; blocks that are done, 0 between launches; where the others begin; how many
 // slots of the order are in transit, for experts that are not wanted.
 // uses: how many tokens chose each unit.  fetched [layers][2]: experts; nanoseconds.
-// where [EXPERTS]: slot of each expert of the layer, negative if it is not there.
+// where [EXPERTS]: slot of each expert of the layer, negative if it is not there.  arrival: see chunks.cu.
+#if COPIES
 extern "C" __global__ void __launch_bounds__(THREADS) airjax_fetch(
     const int* chosen, const int* info, const int* order, const int* wanted, int* table, int* held,
     int* given, int* uses, int* fetched, char* pool, int* where) {
+#else
+extern "C" __global__ void __launch_bounds__(THREADS) airjax_assign(
+    const int* chosen, const int* info, const int* order, const int* wanted, int* table, int* held,
+    int* given, int* uses, int* fetched, int* where, int* arrival) {
+#endif
   __shared__ unsigned char needed[EXPERTS];
   __shared__ short expert_of[EXPERTS];
   __shared__ int slot_of[EXPERTS];
   __shared__ int inner[EXPERTS], outer[EXPERTS];
-  __shared__ int last, inner_taken, outer_taken;
+  __shared__ int inner_taken, outer_taken;
+#if COPIES
+  __shared__ int last;
+#endif
   const u64 begin = nanoseconds();
   const int thread = threadIdx.x, first = info[0];
   for (int e = thread; e < EXPERTS; e += THREADS) needed[e] = 0;
@@ -146,37 +141,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) airjax_fetch(
     __syncthreads();
     for (int i = thread; i < missing; i += THREADS) where[expert_of[i]] = slot_of[i];
   }
+#if COPIES
   if (!missing) return;
-
   constexpr int part_bytes[PARTS] = PART_BYTES, part_offsets[PARTS] = PART_OFFSETS;
-  int chunks_of[PARTS], chunks = 0;
+  int chunks = 0;
 #pragma unroll
-  for (int part = 0; part < PARTS; ++part)
-    chunks += chunks_of[part] = (part_bytes[part] + LINE - 16 + CHUNK - 1) / CHUNK;
+  for (int part = 0; part < PARTS; ++part) chunks += chunks_of(part_bytes[part], THREADS);
   for (int job = blockIdx.x; job < missing * chunks; job += gridDim.x) {
     const int i = job / chunks;
     int chunk = job % chunks;
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
-      if (chunk >= 0 && chunk < chunks_of[part]) {
-        const u64 base = (u64)(u32)info[1 + 2 * part] | (u64)(u32)info[2 + 2 * part] << 32;
-        const char* from = (const char*)base + (u64)expert_of[i] * part_bytes[part];
-        char* to = pool + (u64)slot_of[i] * SLOT_BYTES + part_offsets[part];
-        // A warp's loads begin with a line of the link: off by 32 bytes an H100 read 44 GB/s in place of 50.
-        const int begin_at = chunk * CHUNK + thread * 16 - (int)((u64)from & (LINE - 1));
-        uint4 v[LOADS];
-#pragma unroll
-        for (int n = 0; n < LOADS; ++n) {
-          const int at = begin_at + n * THREADS * 16;
-          if (at >= 0 && at < part_bytes[part]) v[n] = load16(from + at);
-        }
-#pragma unroll
-        for (int n = 0; n < LOADS; ++n) {
-          const int at = begin_at + n * THREADS * 16;
-          if (at >= 0 && at < part_bytes[part]) *(uint4*)(to + at) = v[n];
-        }
-      }
-      chunk -= chunks_of[part];
+      const int own = chunks_of(part_bytes[part], THREADS);
+      if (chunk >= 0 && chunk < own)
+        copy_chunk<THREADS>(address(info, part) + (u64)expert_of[i] * part_bytes[part],
+            pool + (u64)slot_of[i] * SLOT_BYTES + part_offsets[part], part_bytes[part], chunk);
+      chunk -= own;
     }
   }
   __threadfence();
@@ -184,6 +164,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) airjax_fetch(
   if (thread == 0) last = atomicAdd(&given[1], 1) == gridDim.x - 1;
   __syncthreads();
   if (!last) return;
+#else
+  for (int i = thread; i < ARRIVAL_SIZE(EXPERTS); i += THREADS) arrival[i] = 0;
+  __syncthreads();
+  if (thread == 0) arrival[MISSING] = missing, arrival[BEGIN] = (int)begin;
+  for (int i = thread; i < missing; i += THREADS) {
+    arrival[PENDING + expert_of[i]] = 1;
+    arrival[PENDING + EXPERTS + i] = expert_of[i];
+    arrival[PENDING + 2 * EXPERTS + i] = slot_of[i];
+  }
+  if (!missing) return;
+  __syncthreads();
+#endif
   for (int i = thread; i < missing; i += THREADS) {
     const int old = held[slot_of[i]];
     if (old >= 0) table[old] = -1;
@@ -198,6 +190,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) airjax_fetch(
     given[2] = (outer_begin + outer_taken) % turn;
     given[1] = 0;
     fetched[2 * (first / EXPERTS)] += missing;
+#if COPIES
     fetched[2 * (first / EXPERTS) + 1] += (int)(nanoseconds() - begin);
+#endif
   }
 }

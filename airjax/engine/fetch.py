@@ -11,12 +11,14 @@ import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gguf import GGMLQuantizationType
 
-from airjax import streaming
+from airjax import quants, streaming
 from airjax.gguf import ExpertSpan
 from airjax.quants import cuda
 from airjax.streaming import Form, Held, PinnedMemory, PinningError, Sources
@@ -42,40 +44,88 @@ def fetch(state: Held, form: Form, sources: Sources, chosen: Array) -> tuple[Hel
         return streaming.fetch(state, form, sources, chosen)
     kind = form.kind
     # What is written in place comes last among operands and results: XLA passes a buffer that is both only once.
-    written = [
-        state.table,
-        state.held[kind],
-        state.given[kind],
-        state.uses,
-        state.fetched,
-        state.buffers[kind],
-    ]
-    where, table, held, given, uses, fetched, buffer = cuda.launch(
-        cuda.compile_ptx(_source(form, chosen.shape[0]), form.capability),
+    where, *tables, buffer = _launch(
+        state,
+        form,
+        sources,
+        chosen,
         "airjax_fetch",
         [jax.ShapeDtypeStruct((form.experts,), np.int32)],
+        [state.buffers[kind]],
+        _BLOCKS,
+    )
+    state = _with_tables(state, kind, tables)
+    return dataclasses.replace(state, buffers=replaced(state.buffers, kind, buffer)), where
+
+
+def assign(state: Held, form: Form, sources: Sources, chosen: Array) -> tuple[Held, Array, quants.Arriving]:
+    """Gives the chosen experts of a layer their slots, by the kernel; those that are missing are fetched later.
+
+    Args:
+      state, form, sources, chosen: as in `fetch`.
+
+    Returns:
+      The pool, the slot of each expert, and what `quants.arriving_products` takes.
+    """
+    where, arrival, *tables = _launch(
+        state,
+        form,
+        sources,
+        chosen,
+        "airjax_assign",
+        [
+            jax.ShapeDtypeStruct((size,), np.int32)
+            for size in (form.experts, quants.arrival_size(form.experts))
+        ],
+        [],
+        1,
+    )
+    state = _with_tables(state, form.kind, tables)
+    return state, where, quants.Arriving(sources.info, arrival, state.fetched, form.parts)
+
+
+def _launch(
+    state: Held,
+    form: Form,
+    sources: Sources,
+    chosen: Array,
+    name: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    written: Sequence[Array],
+    blocks: int,
+) -> list[Array]:
+    """The results, the changed tables (see `_with_tables`), and what else is written in place."""
+    kind = form.kind
+    tables = [state.table, state.held[kind], state.given[kind], state.uses, state.fetched]
+    return cuda.launch(
+        cuda.compile_ptx(_source(form, chosen.shape[0], bool(written)), form.capability),
+        name,
+        results,
         chosen,
         sources.info,
         state.orders[kind],
         state.wanted,
-        written=written,
-        blocks=_BLOCKS,
+        written=[*tables, *written],
+        blocks=blocks,
         threads=_THREADS,
     )
 
-    def put(all: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-        return (*all[:kind], new, *all[kind + 1 :])
 
-    state = dataclasses.replace(
+def _with_tables(state: Held, kind: int, tables: Sequence[Array]) -> Held:
+    table, held, given, uses, fetched = tables
+    return dataclasses.replace(
         state,
         table=table,
-        held=put(state.held, held),
-        given=put(state.given, given),
+        held=replaced(state.held, kind, held),
+        given=replaced(state.given, kind, given),
         uses=uses,
         fetched=fetched,
-        buffers=put(state.buffers, buffer),
     )
-    return state, where
+
+
+def replaced(all: tuple[Array, ...], at: int, new: Array) -> tuple[Array, ...]:
+    """With another array in a place."""
+    return (*all[:at], new, *all[at + 1 :])
 
 
 def mapped_sources(maps: Sequence[np.ndarray], span: ExpertSpan, first: int, device: jax.Device) -> Sources:
@@ -112,7 +162,7 @@ def usable(device: jax.Device) -> str:
         return ""
     try:
         with jax.default_device(device):
-            reason = _test(device, capability)
+            reason = _test(device, capability) or _test_arrivals(device, capability)
     except (RuntimeError, PinningError) as error:  # CudaError, or XLA's own
         reason = str(error).strip().splitlines()[0][:200]
     if not reason:
@@ -173,18 +223,97 @@ def _test(device: jax.Device, capability: str) -> str:
     return ""
 
 
+def _test_arrivals(device: jax.Device, capability: str) -> str:
+    """What is wrong with fetching beside products, "" for nothing: all is as with fetching first, bit for bit."""
+    experts, layers, width, inner = 20, 2, 64, 96
+    type = GGMLQuantizationType.Q8_0
+    shapes = [(inner, width), (inner, width), (width, inner)]
+    sizes = [n_out * quants.row_bytes(type, n_in) for n_out, n_in in shapes]
+    offsets = [0, sizes[0], sizes[0] + sizes[1] + 64]
+    form = Form(
+        0, experts, tuple(zip(offsets, sizes, strict=True)), 24, offsets[2] + sizes[2] + 32, capability
+    )
+    generator = np.random.default_rng(0)
+    with PinnedMemory.allocate(experts * layers * sum(sizes), pin=True) as memory:
+        memory.array[:] = generator.integers(0, 256, memory.array.nbytes, np.uint8)
+        # Scales of blocks, 34 bytes each.
+        memory.array[0::34], memory.array[1::34] = 0, 0x2C
+        begins = np.cumsum([0] + [size * experts for size in sizes * layers]).tolist()
+        sources = [
+            Sources(
+                _info(layer * experts, [memory.device_address + at for at in begins[3 * layer :][:3]], device)
+            )
+            for layer in range(layers)
+        ]
+
+        @functools.partial(jax.jit, static_argnames="beside", donate_argnames="state")
+        def step(
+            state: Held, layer: Sources, x: Array, chosen: Array, beside: bool
+        ) -> tuple[Held, Array, Array]:
+            pool = state.buffers[0]
+            gate, up, down = (
+                quants.Stacked(pool, type, shape, offset)
+                for shape, offset in zip(shapes, offsets, strict=True)
+            )
+            options: dict[str, Any] = {"experts": experts, "activation": "silu", "capability": capability}
+            options["dtype"] = np.dtype(jnp.bfloat16)
+            if not beside:
+                state, where = fetch(state, form, layer, chosen)
+                pool = state.buffers[0]
+                gate, up, down = (dataclasses.replace(w, buffer=pool) for w in (gate, up, down))
+                return (
+                    state,
+                    where,
+                    quants.mixture_products(x, chosen, where, (gate, up, down), None, **options),
+                )
+            state, where, arriving = assign(state, form, layer, chosen)
+            made, pool, fetched = quants.arriving_products(
+                x, chosen, where, (gate, up, down), None, arriving, **options
+            )
+            return dataclasses.replace(state, buffers=(pool,), fetched=fetched), where, made
+
+        states = [streaming.empty([(form.slots, form.slot_bytes)], experts, layers) for _ in range(2)]
+        for _ in range(3):
+            states = [
+                streaming.begin_step(state, streaming.Policy(4.0), (form,) * layers) for state in states
+            ]
+            for layer in range(layers):
+                x = generator.normal(size=(5, width)).astype(np.float32)
+                chosen = (
+                    np.stack([generator.permutation(experts)[:3] for _ in x]).reshape(-1).astype(np.int32)
+                )
+                found = []
+                for which in range(2):
+                    states[which], *made = step(states[which], sources[layer], x, chosen, beside=bool(which))
+                    found.append([np.asarray(part) for part in made])
+                tables = [jax.tree.map(np.array, state) for state in states]
+                for table in tables:
+                    table.fetched[:, 1] = 0
+                if any(a.tobytes() != b.tobytes() for a, b in zip(*found, strict=True)):
+                    return "experts that are fetched beside products give other numbers"
+                pairs = zip(*(jax.tree.leaves(table) for table in tables), strict=True)
+                if any((a != b).any() for a, b in pairs):
+                    return "experts that are fetched beside products leave other bytes or tables"
+    return ""
+
+
 @functools.cache
-def _source(form: Form, pairs: int) -> str:
-    defines = {
+def _source(form: Form, pairs: int, copies: bool) -> str:
+    defines: dict[str, Any] = {
         "EXPERTS": form.experts,
         "PAIRS": pairs,
         "SLOTS": form.slots,
-        "SLOT_BYTES": f"{form.slot_bytes}ull",
-        "PARTS": len(form.parts),
-        "PART_BYTES": "{" + ", ".join(str(nbytes) for _, nbytes in form.parts) + "}",
-        "PART_OFFSETS": "{" + ", ".join(str(offset) for offset, _ in form.parts) + "}",
+        "COPIES": int(copies),
     }
-    return "\n".join([*(f"#define {name} {value}" for name, value in defines.items()), _body()])
+    if copies:
+        defines |= {
+            "SLOT_BYTES": f"{form.slot_bytes}ull",
+            "PARTS": len(form.parts),
+            "PART_BYTES": "{" + ", ".join(str(nbytes) for _, nbytes in form.parts) + "}",
+            "PART_OFFSETS": "{" + ", ".join(str(offset) for offset, _ in form.parts) + "}",
+        }
+    lines = [f"#define {name} {value}" for name, value in defines.items()]
+    return "\n".join([*lines, cuda.text("chunks.cu"), _body()])
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 
 from airjax import models
-from airjax.engine.experts import attend, pool_products
-from airjax.engine.fetch import fetch
+from airjax.engine.experts import attend, pool_parts, pool_products
+from airjax.engine.fetch import assign, fetch, replaced
 from airjax.engine.step import jit
 from airjax.gguf import ExpertSlot, Layout
 from airjax.models import Config, Weights
@@ -128,6 +129,15 @@ def _layer(
     architecture: Any = models.get(config.architecture)
     chosen, cache = attend(weights, x, cache, positions, config, block.kind, block.length)
     needed = jnp.where(positions[..., None] < 0, -1, chosen.ids)
-    state, where = fetch(state, form, source, needed.reshape(-1))
-    made = pool_products(state.buffers[form.kind], where, weights, chosen, None, block.slots, config)
+    parts = pool_parts(state.buffers[form.kind], block.slots)
+    rows = chosen.ids.shape[0] * chosen.ids.shape[1]
+    if form.capability and models.takes_kernels(rows, chosen.ids.size, parts, config):
+        state, where, arriving = assign(state, form, source, needed.reshape(-1))
+        made, pool, fetched = models.arriving_products(
+            chosen, parts, models.biases(weights, config), where, arriving, config
+        )
+        state = dataclasses.replace(state, buffers=replaced(state.buffers, form.kind, pool), fetched=fetched)
+    else:
+        state, where = fetch(state, form, source, needed.reshape(-1))
+        made = pool_products(state.buffers[form.kind], where, weights, chosen, None, block.slots, config)
     return state, architecture.mixed(weights, chosen, made, config), cache

@@ -101,6 +101,7 @@ from airjax.models.decoder import for_context
 from airjax.models.experts import EXPERT_STACKS as EXPERT_STACKS
 from airjax.models.experts import GATHERED_BYTES as GATHERED_BYTES
 from airjax.models.experts import Chosen as Chosen
+from airjax.models.experts import arriving_products as arriving_products
 from airjax.models.experts import biases as biases
 from airjax.models.experts import block_rows as block_rows
 from airjax.models.experts import by_matrix as by_matrix
@@ -109,6 +110,7 @@ from airjax.models.experts import combined as combined
 from airjax.models.experts import decoded_experts as decoded_experts
 from airjax.models.experts import expert_products as expert_products
 from airjax.models.experts import read_by_router as read_by_router
+from airjax.models.experts import takes_kernels as takes_kernels
 from airjax.models.experts import with_kernels as with_kernels
 from airjax.models.passing import held_at_once as held_at_once
 from airjax.models.passing import passing_order as passing_order

@@ -327,12 +327,41 @@ def expert_products(
     pairs = ids.reshape(-1)
     out = jnp.zeros((len(pairs), rows.shape[1])) if before is None else before.reshape(len(pairs), -1)
     factors = None if scales is None else scales.reshape(-1, 1)
-    experts = config.experts
     product = _by_pair if len(rows) <= _FEW_ROWS else _by_expert
-    few = len(rows) <= _KERNEL_ROWS and len(pairs) <= _KERNEL_TOKENS * experts.count
-    if experts.capability and few and quants.takes(*parts.values()):
+    if takes_kernels(len(rows), len(pairs), parts, config):
         product = _by_kernels
     return product(rows, pairs, factors, parts, own_biases, slots, out, config).reshape(*lead, used, -1)
+
+
+def takes_kernels(rows: int, pairs: int, parts: Mapping[str, quants.Stacked], config: Config) -> bool:
+    """Whether the fused kernels make the products of so many tokens and pairs."""
+    experts = config.experts
+    few = rows <= _KERNEL_ROWS and pairs <= _KERNEL_TOKENS * experts.count
+    return bool(experts.capability) and few and quants.takes(*parts.values())
+
+
+def arriving_products(
+    chosen: Chosen,
+    parts: Mapping[str, quants.Stacked],
+    own_biases: Mapping[str, Array],
+    slots: Array,
+    arriving: quants.Arriving,
+    config: Config,
+) -> tuple[Array, Array, Array]:
+    """`chosen_products` by the kernels, of experts in a pool that are fetched meanwhile; see `takes_kernels`.
+
+    Returns:
+      The products `[B, T, k, D]`, the pool, and `Arriving.fetched`.
+    """
+    *lead, used = chosen.ids.shape
+    rows, pairs = chosen.h.reshape(-1, chosen.h.shape[-1]), chosen.ids.reshape(-1)
+    factors = chosen.gates.reshape(-1, 1) if config.experts.on_input else None
+    x, pairs, _, ws, biases = _kernel_inputs(rows, pairs, factors, slots, parts, own_biases)
+    products, pool, fetched = quants.arriving_products(
+        x, pairs, slots, ws, biases, arriving, **_kernel_options(config)
+    )
+    products = jnp.where(slots[pairs][:, None] >= 0, products, 0.0)
+    return products.reshape(*lead, used, -1), pool, fetched
 
 
 def chosen_products(
@@ -380,22 +409,41 @@ def _by_kernels(
     config: Config,
 ) -> Array:
     """Each expert's blocks read once for the tokens that chose it, in three launches."""
-    gate, up, down = (parts[name] for name in EXPERT_MATRICES)
-    experts = config.experts
-    if factors is not None:
-        rows = jnp.repeat(rows, len(pairs) // len(rows), axis=0) * factors
     products = quants.mixture_products(
-        rows.astype(jnp.float32),
-        pairs,
-        slots,
-        (gate, up, down),
-        tuple(own_biases[name] for name in EXPERT_MATRICES) if own_biases else None,
-        experts=experts.count,
-        activation=experts.activation,
-        dtype=np.dtype(config.compute_dtype),
-        capability=experts.capability,
+        *_kernel_inputs(rows, pairs, factors, slots, parts, own_biases), **_kernel_options(config)
     )
     return products if slots is None else jnp.where(slots[pairs][:, None] >= 0, products, out)
+
+
+def _kernel_inputs(
+    rows: Array,
+    pairs: Array,
+    factors: Array | None,
+    slots: Array | None,
+    parts: Mapping[str, quants.Stacked],
+    own_biases: Mapping[str, Array],
+) -> tuple[
+    Array,
+    Array,
+    Array | None,
+    tuple[quants.Stacked, quants.Stacked, quants.Stacked],
+    tuple[Array, ...] | None,
+]:
+    if factors is not None:
+        rows = jnp.repeat(rows, len(pairs) // len(rows), axis=0) * factors
+    gate, up, down = (parts[name] for name in EXPERT_MATRICES)
+    biases = tuple(own_biases[name] for name in EXPERT_MATRICES) if own_biases else None
+    return rows.astype(jnp.float32), pairs, slots, (gate, up, down), biases
+
+
+def _kernel_options(config: Config) -> dict[str, Any]:
+    experts = config.experts
+    return {
+        "experts": experts.count,
+        "activation": experts.activation,
+        "dtype": np.dtype(config.compute_dtype),
+        "capability": experts.capability,
+    }
 
 
 def _by_pair(

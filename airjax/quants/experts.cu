@@ -13,6 +13,12 @@
 //   TURNS     how often in turn, which share activations
 //   SLICES    warps that share a tile, each with every so manyth unit of its rows
 //   STAGES    units of a warp that are on their way at once
+//   ARRIVING  1: the first FETCHERS blocks fetch the experts that are missing (chunks.cu, which is then in front too), the
+//             others multiply those that are there, and then each one that arrives; 0: all are there
+// and for such launches
+//   LAUNCH    0: gate and up, 1: down     FETCHERS  blocks that fetch
+//   EXPERTS   of a layer                  SLOT_BYTES  of one slot of the pool
+//   PARTS     tensors that are fetched    PART_NUMBERS, PART_BYTES, PART_OFFSETS  of each: {..., ...}
 //
 // A warp copies a unit of 16 rows (some 128 or 256 weights each) to shared memory, whatever its alignment, decodes it
 // there and multiplies. Sums are taken in an order that depends on the matrix's width and format alone.
@@ -269,20 +275,77 @@ DEVICE void slice(char* shared, int start, const char* rows, int first, const ui
   }
 }
 
+#if ARRIVING
+#define NOW(arrival) ((int)((u32)nanoseconds() - (u32)(arrival)[BEGIN]))
+
+// Blocks in the order in which they begin, so that no block waits for one that does not run.
+DEVICE int ticket(int* arrival) {
+  __shared__ int own;
+  if (threadIdx.x == 0) own = atomicAdd(&arrival[TICKETS + LAUNCH], 1);
+  __syncthreads();
+  return own;
+}
+
+// A block's share of the copies. `hits` blocks multiply what is there; the time from their end to that of the last copy,
+// in which products waited for the link, is added to the layer's.
+DEVICE void bring(int block, const int* info, int* arrival, int hits, int* fetched, char* pool) {
+  constexpr int threads = WARPS * 32, numbers[PARTS] = PART_NUMBERS, bytes[PARTS] = PART_BYTES, offsets[PARTS] = PART_OFFSETS;
+  const int missing = arrival[MISSING];
+  if (!missing) return;
+  if (block == 0 && threadIdx.x == 0) atomicMax(&arrival[ENDS + LAUNCH], NOW(arrival));
+  int chunks = 0;
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part) chunks += chunks_of(bytes[part], threads);
+  for (int job = block; job < missing * chunks; job += FETCHERS) {
+    const int expert = arrival[PENDING + EXPERTS + job / chunks], slot = arrival[PENDING + 2 * EXPERTS + job / chunks];
+    int chunk = job % chunks;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      const int own = chunks_of(bytes[part], threads);
+      if (chunk >= 0 && chunk < own)
+        copy_chunk<threads>(address(info, numbers[part]) + (u64)expert * bytes[part],
+            pool + (u64)slot * SLOT_BYTES + offsets[part], bytes[part], chunk);
+      chunk -= own;
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) atomicAdd(&arrival[PENDING + (3 + LAUNCH) * EXPERTS + expert], 1);
+  }
+  if (threadIdx.x == 0 && atomicAdd(&arrival[DONE + LAUNCH], 1) == FETCHERS - 1) {
+    const volatile int* seen = arrival;
+    if (seen[HITS + LAUNCH] == hits) fetched[2 * (info[0] / EXPERTS) + 1] += max(NOW(arrival) - seen[ENDS + LAUNCH], 0);
+  }
+}
+
+// Waits until an expert is there.
+DEVICE void await(const int* arrival, int expert) {
+  constexpr int threads = WARPS * 32, bytes[PARTS] = PART_BYTES;
+  int chunks = 0;
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part) chunks += chunks_of(bytes[part], threads);
+  const volatile int* there = arrival + PENDING + (3 + LAUNCH) * EXPERTS + expert;
+  if (threadIdx.x == 0) {
+    while (*there < chunks) __nanosleep(100);
+    __threadfence();
+  }
+  __syncthreads();
+}
+#endif
+
 // A block's share: ROW_TILES * TURNS tiles of 16 rows of a matrix, or of two of them, for the pairs of one group.
 template <Format F, Format UP, typename Write>
-DEVICE void share(const uint4* x, const int* table, const Stack& first, const Stack& second, Write write) {
+DEVICE void share(int block, const uint4* x, const int* table, int* arrival, int hits, const Stack& first, const Stack& second, Write write) {
   constexpr int staged = WARPS * STAGES * 16 * (Unit<F>::pitch > Unit<UP>::pitch ? Unit<F>::pitch : Unit<UP>::pitch);
   constexpr int summed = WARPS * TILES * 128 * 4;
   // Reads of a word may go 4 bytes past the last unit.
   __shared__ __align__(16) char shared[(staged > summed ? staged : summed) + 16];
   constexpr int block_rows = 16 * ROW_TILES * TURNS, spans = OUT / block_rows;
-  table += blockIdx.x / spans * TABLE;
+  table += block / spans * TABLE;
   const int slot = table[0], expert = table[1], count = table[2];
   if (slot < 0) return;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int part = warp / SLICES, begin = warp % SLICES, matrix = part / ROW_TILES;
-  const int row = blockIdx.x % spans * block_rows, line = row + part % ROW_TILES * (16 * TURNS);
+  const int row = block % spans * block_rows, line = row + part % ROW_TILES * (16 * TURNS);
   const int tiles = (count + 7) / 8;
   const uint4* columns[TILES];
 #pragma unroll
@@ -293,6 +356,10 @@ DEVICE void share(const uint4* x, const int* table, const Stack& first, const St
   const int start = warp * (staged / WARPS);
   const Stack& own = MATRICES == 2 && matrix == 1 ? second : first;
   const char* rows = own.data + slot * own.stride;
+#if ARRIVING
+  const bool pending = arrival[PENDING + expert];
+  if (pending) await(arrival, expert);
+#endif
   if (F == UP || matrix == 0)
     slice<F>(shared, start, rows + (long long)line * Unit<F>::row_bytes, begin, columns, tiles, sums);
   else
@@ -319,6 +386,10 @@ DEVICE void share(const uint4* x, const int* table, const Stack& first, const St
       write(table[3 + column], expert, row + (tile * TURNS + turn) * 16 + r, sum[0], sum[1]);
     }
   }
+#if ARRIVING
+  if (!pending && threadIdx.x == 0 && atomicAdd(&arrival[HITS + LAUNCH], 1) == hits - 1)
+    atomicMax(&arrival[ENDS + LAUNCH], NOW(arrival));
+#endif
 }
 
 enum Activation { silu, gelu, exact_gelu, relu, squared_relu, clamped };

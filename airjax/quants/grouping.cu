@@ -9,9 +9,10 @@
 //   COLUMNS  pairs of a group at most
 //   GROUPS   how many groups there can be
 //   SLOTS    1: where an expert lies stands in `slots`, negative if it is not there; 0: each has its place
+//   ARRIVING 1: some experts are fetched meanwhile (chunks.cu, which is then in front too)
 //
 // A row of the table is a group: its slot (-1: no group), its expert, how many pairs it has, and these. In which order
-// they come makes no difference to any of them.
+// they come makes no difference to any of them; experts that are fetched come last, in the order in which they arrive.
 
 #define THREADS 512
 #define TABLE (3 + COLUMNS)
@@ -21,7 +22,8 @@ DEVICE int slot_of(const int* slots, int expert) {
   return SLOTS ? slots[expert] : expert;
 }
 
-DEVICE void group(const int* pairs, const int* slots, int* table) {
+// *hits: how many groups are of experts that are there.
+DEVICE void group(const int* pairs, const int* slots, const int* arrival, int* table, int* hits) {
   __shared__ int held[EXPERTS], first[EXPERTS], used;
   for (int e = threadIdx.x; e < EXPERTS; e += THREADS) held[e] = 0;
   __syncthreads();
@@ -32,16 +34,24 @@ DEVICE void group(const int* pairs, const int* slots, int* table) {
   __syncthreads();
   if (threadIdx.x < 32) {
     int total = 0;
-    for (int base = 0; base < EXPERTS; base += 32) {
-      const int e = base + threadIdx.x, own = e < EXPERTS ? (held[e] + COLUMNS - 1) / COLUMNS : 0;
-      int sum = own;
+    for (int turn = 0; turn <= ARRIVING; ++turn) {
+      for (int base = 0; base < EXPERTS; base += 32) {
+        const int e = base + threadIdx.x;
+        bool mine = e < EXPERTS;
+#if ARRIVING
+        mine = mine && arrival[PENDING + e] == turn;
+#endif
+        const int own = mine ? (held[e] + COLUMNS - 1) / COLUMNS : 0;
+        int sum = own;
 #pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(~0u, sum, step);
-        if (threadIdx.x >= step) sum += other;
+        for (int step = 1; step < 32; step *= 2) {
+          const int other = __shfl_up_sync(~0u, sum, step);
+          if (threadIdx.x >= step) sum += other;
+        }
+        if (mine) first[e] = total + sum - own;
+        total += __shfl_sync(~0u, sum, 31);
       }
-      if (e < EXPERTS) first[e] = total + sum - own;
-      total += __shfl_sync(~0u, sum, 31);
+      if (ARRIVING && threadIdx.x == 0 && turn == 0) *hits = total;
     }
     if (threadIdx.x == 0) used = total;
   }
@@ -85,9 +95,9 @@ DEVICE void split_rows(const float4* x, uint4* to, int at) {
   }
 }
 
-DEVICE void prepare(const float4* x, const int* pairs, const int* slots, uint4* to, int* table) {
+DEVICE void prepare(const float4* x, const int* pairs, const int* slots, const int* arrival, uint4* to, int* table, int* hits) {
   if (blockIdx.x == 0)
-    group(pairs, slots, table);
+    group(pairs, slots, arrival, table, hits);
   else
     split_rows(x, to, (blockIdx.x - 1) * THREADS + threadIdx.x);
 }

@@ -6,8 +6,9 @@ activation, the third what comes down. No host looks at what was chosen.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ _MOST_EXPERTS = 1024
 _TILE_ROWS = 16
 _PREPARE_THREADS = 512
 _SHARED_BYTES = 48 << 10
+# Blocks of a launch that fetch: one for each multiprocessor of an H100.
+_FETCHERS = 132
 
 
 class Groups(NamedTuple):
@@ -47,6 +50,22 @@ class Groups(NamedTuple):
 
     x: Array
     table: Array
+
+
+class Arriving(NamedTuple):
+    """Experts of a layer that are fetched while others are multiplied.
+
+    Attributes:
+      info: int32, the layer's first unit and the address of each tensor's first expert, the low word first.
+      arrival: int32 `[arrival_size(E)]`: what `airjax_assign` found out; see chunks.cu.
+      fetched: int32 `[layers, 2]`: to the second of the layer's numbers nanoseconds are added in which products waited.
+      parts: offset in a slot and bytes of each tensor, in the order of `info` (static).
+    """
+
+    info: Array
+    arrival: Array
+    fetched: Array
+    parts: tuple[tuple[int, int], ...]
 
 
 class Tuning(NamedTuple):
@@ -67,6 +86,11 @@ class Tuning(NamedTuple):
     turns: int
     stages: int
     blocks: int
+
+
+def arrival_size(experts: int) -> int:
+    """Entries of an arrival of so many experts."""
+    return 10 + 5 * experts
 
 
 def takes(*ws: Stacked) -> bool:
@@ -137,13 +161,103 @@ def mixture_products(
     Raises:
       CudaError: a kernel can't be compiled.
     """
-    gate, up, down = ws
-    terms = {"bfloat16": 1, "float16": 2}.get(np.dtype(dtype).name, 3)
-    columns = columns_for(len(pairs), experts) if columns is None else columns
-    groups = prepare(x, pairs, slots, experts=experts, columns=columns, terms=terms, capability=capability)
+    groups, _ = _prepared(x, pairs, slots, ws, None, experts, dtype, capability, columns)
     own = (None, None) if biases is None else (biases[:2], biases[2:])
+    gate, up, down = ws
     h = gate_up(groups, gate, up, own[0], len(pairs), activation=activation, capability=capability)
     return down_product(Groups(h, groups.table), down, own[1], capability=capability)
+
+
+def arriving_products(
+    x: Array,
+    pairs: Array,
+    slots: Array,
+    ws: tuple[Stacked, Stacked, Stacked],
+    biases: tuple[Array, ...] | None,
+    arriving: Arriving,
+    *,
+    experts: int,
+    activation: str,
+    dtype: np.dtype,
+    capability: str,
+    columns: int | None = None,
+) -> tuple[Array, Array, Array]:
+    """`mixture_products` with experts of a pool, of which those that are missing are fetched meanwhile.
+
+    The first blocks of both products bring what these read, expert by expert; the others multiply what is there, and
+    then each expert that has come. So the link works while products are made, and the numbers are the same.
+
+    Args:
+      x, pairs, slots, biases: as there; every expert that is chosen has a slot.
+      ws: as there, in one pool, which is changed in place.
+      arriving: which are missing.
+      experts, activation, dtype, capability, columns: as there.
+
+    Returns:
+      The products, the pool, and `fetched`.
+    """
+    groups, hits = _prepared(x, pairs, slots, ws, arriving.arrival, experts, dtype, capability, columns)
+    gate, up, down = ws
+    own = (None, None) if biases is None else (biases[:2], biases[2:])
+    terms = groups.x.shape[0]
+    tuned = tuning((gate, up), groups.table.shape[1] - 3, terms)
+    body, shape = _gated(gate, own[0], len(pairs), terms, activation)
+    h, arrival, fetched, pool = _launch(
+        "airjax_experts_up",
+        groups,
+        (gate, up),
+        own[0],
+        _defines((gate, up), tuned, terms, groups.x.shape[1], len(pairs) // groups.x.shape[1]),
+        tuned,
+        body,
+        shape,
+        capability,
+        _Fetch(arriving, hits, 0, experts),
+    )
+    down = dataclasses.replace(down, buffer=pool)
+    groups = Groups(h, groups.table)
+    tuned = tuning((down,), groups.table.shape[1] - 3, terms)
+    body, shape = _plain(down, own[1], len(pairs))
+    y, _, fetched, pool = _launch(
+        "airjax_experts_down",
+        groups,
+        (down,),
+        own[1],
+        _defines((down,), tuned, terms, len(pairs), 1),
+        tuned,
+        body,
+        shape,
+        capability,
+        _Fetch(arriving._replace(arrival=arrival, fetched=fetched), hits, 1, experts),
+    )
+    return y, pool, fetched
+
+
+class _Fetch(NamedTuple):
+    """What a launch that fetches has beside the others: experts, blocks that need none of them, and its number."""
+
+    arriving: Arriving
+    hits: Array
+    number: int
+    experts: int
+
+
+def _prepared(
+    x: Array,
+    pairs: Array,
+    slots: Array | None,
+    ws: Sequence[Stacked],
+    arrival: Array | None,
+    experts: int,
+    dtype: np.dtype,
+    capability: str,
+    columns: int | None,
+) -> tuple[Groups, Array]:
+    terms = {"bfloat16": 1, "float16": 2}.get(np.dtype(dtype).name, 3)
+    columns = columns_for(len(pairs), experts) if columns is None else columns
+    return _prepare(
+        x, pairs, slots, arrival, experts=experts, columns=columns, terms=terms, capability=capability
+    )
 
 
 def prepare(
@@ -157,6 +271,24 @@ def prepare(
     capability: str,
 ) -> Groups:
     """Puts pairs together by expert and splits activations, in one launch; arguments as in `mixture_products`."""
+    groups, _ = _prepare(
+        x, pairs, slots, None, experts=experts, columns=columns, terms=terms, capability=capability
+    )
+    return groups
+
+
+def _prepare(
+    x: Array,
+    pairs: Array,
+    slots: Array | None,
+    arrival: Array | None,
+    *,
+    experts: int,
+    columns: int,
+    terms: int,
+    capability: str,
+) -> tuple[Groups, Array]:
+    """As `prepare`; with an arrival also int32 `[1]`, how many groups need nothing that is fetched."""
     rows, width = x.shape
     (count,) = pairs.shape
     hit = min(count, experts)
@@ -170,26 +302,37 @@ def prepare(
         "COLUMNS": columns,
         "GROUPS": groups,
         "SLOTS": int(slots is not None),
+        "ARRIVING": int(arrival is not None),
     }
     name = "airjax_experts_prepare"
-    parameters = ["const float4* x", "const int* pairs", *(["const int* slots"] if slots is not None else [])]
+    given = {"slots": slots, "arrival": arrival}
+    parameters = ["const float4* x", "const int* pairs"]
+    parameters += [f"const int* {own}" for own, array in given.items() if array is not None]
+    parameters += ["uint4* to", "int* table", *(["int* hits"] if arrival is not None else [])]
+    words = [own if array is not None else "nullptr" for own, array in given.items()]
     entry = f"""extern "C" __global__ void __launch_bounds__({_PREPARE_THREADS}) {name}(
-    {", ".join(parameters)}, uint4* to, int* table) {{
-  prepare(x, pairs, {"slots" if slots is not None else "nullptr"}, to, table);
+    {", ".join(parameters)}) {{
+  prepare(x, pairs, {", ".join(words)}, to, table, {"hits" if arrival is not None else "nullptr"});
 }}"""
-    operands = [x, pairs.astype(jnp.int32), *([] if slots is None else [slots.astype(jnp.int32)])]
-    split, table = cuda.launch(
-        cuda.compile_ptx(_source("grouping.cu", defines, entry), capability),
+    operands = [array.astype(jnp.int32) for array in (pairs, *given.values()) if array is not None]
+    results = [
+        jax.ShapeDtypeStruct((terms, rows, width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((groups, 3 + columns), np.dtype(np.int32)),
+    ]
+    results += [] if arrival is None else [jax.ShapeDtypeStruct((1,), np.dtype(np.int32))]
+    split, table, *hits = cuda.launch(
+        cuda.compile_ptx(
+            _source("grouping.cu", defines, entry, [] if arrival is None else [cuda.text("chunks.cu")]),
+            capability,
+        ),
         name,
-        [
-            jax.ShapeDtypeStruct((terms, rows, width), jnp.bfloat16),
-            jax.ShapeDtypeStruct((groups, 3 + columns), np.dtype(np.int32)),
-        ],
+        results,
+        x,
         *operands,
         blocks=1 + -(-rows * width // (8 * _PREPARE_THREADS)),
         threads=_PREPARE_THREADS,
     )
-    return Groups(split, table)
+    return Groups(split, table), hits[0] if hits else table
 
 
 def gate_up(
@@ -205,14 +348,22 @@ def gate_up(
 ) -> Array:
     """Both products of each pair and their activation, as bfloat16 `[terms, P, F]` in the order of the lanes."""
     terms, rows, _ = groups.x.shape
-    n_out = gate.shape[0]
     tuned = tuned or tuning((gate, up), groups.table.shape[1] - 3, terms)
     defines = _defines((gate, up), tuned, terms, rows, pairs // rows)
+    body, shape = _gated(gate, biases, pairs, terms, activation)
+    return _launch("airjax_experts_up", groups, (gate, up), biases, defines, tuned, body, shape, capability)[
+        0
+    ]
+
+
+def _gated(
+    gate: Stacked, biases: Sequence[Array] | None, pairs: int, terms: int, activation: str
+) -> tuple[str, jax.ShapeDtypeStruct]:
+    """What is written of two sums, and all of it."""
     added = ["", ""] if biases is None else [f" + b{i}[expert * OUT + row]" for i in range(2)]
     body = f"""split<SPLITS>(gated<{activation.replace(" ", "_")}>(first{added[0]}, second{added[1]}),
         y + (long long)pair * OUT + (row & ~31) + place(row & 31), {pairs}ll * OUT);"""
-    shape = jax.ShapeDtypeStruct((terms, pairs, n_out), jnp.bfloat16)
-    return _launch("airjax_experts_up", groups, (gate, up), biases, defines, tuned, body, shape, capability)
+    return body, jax.ShapeDtypeStruct((terms, pairs, gate.shape[0]), jnp.bfloat16)
 
 
 def down_product(
@@ -225,13 +376,18 @@ def down_product(
 ) -> Array:
     """The product of each pair's own row, float32 `[P, n_out]`."""
     terms, rows, _ = groups.x.shape
-    n_out = down.shape[0]
     tuned = tuned or tuning((down,), groups.table.shape[1] - 3, terms)
     defines = _defines((down,), tuned, terms, rows, 1)
+    body, shape = _plain(down, biases, rows)
+    return _launch("airjax_experts_down", groups, (down,), biases, defines, tuned, body, shape, capability)[0]
+
+
+def _plain(down: Stacked, biases: Sequence[Array] | None, pairs: int) -> tuple[str, jax.ShapeDtypeStruct]:
+    """What is written of one sum, and all of it."""
     added = "" if biases is None else " + b0[expert * OUT + row]"
-    body = f"y[(long long)pair * OUT + row] = first{added};"
-    shape = jax.ShapeDtypeStruct((rows, n_out), np.dtype(np.float32))
-    return _launch("airjax_experts_down", groups, (down,), biases, defines, tuned, body, shape, capability)
+    return f"y[(long long)pair * OUT + row] = first{added};", jax.ShapeDtypeStruct(
+        (pairs, down.shape[0]), np.dtype(np.float32)
+    )
 
 
 def in_order(x: Array) -> Array:
@@ -247,46 +403,90 @@ def _launch(
     groups: Groups,
     ws: Sequence[Stacked],
     biases: Sequence[Array] | None,
-    defines: dict[str, int],
+    defines: dict[str, Any],
     tuned: Tuning,
     body: str,
     result: jax.ShapeDtypeStruct,
     capability: str,
-) -> Array:
+    fetch: _Fetch | None = None,
+) -> list[Array]:
+    """The result; where something is fetched also the arrival, `fetched` and the pool, which are changed in place."""
     threads = 32 * len(ws) * tuned.row_tiles * tuned.slices
+    blocks = groups.table.shape[0] * (ws[0].shape[0] // (_TILE_ROWS * tuned.row_tiles * tuned.turns))
     given = biases or ()
     # Experts of a pool lie in one buffer, which XLA would pass once, however often it is given.
     buffers = list({id(w.buffer): w.buffer for w in ws}.values())
     at = [next(i for i, buffer in enumerate(buffers) if buffer is w.buffer) for w in ws]
-    pointers = ["const uint4* x", "const int* table", *(f"const char* w{i}" for i in range(len(buffers)))]
+    pointers = ["const uint4* x", "const int* table"]
+    operands: list[Array] = [groups.x, groups.table]
+    written: list[Array] = []
+    begin, block, counts, text = "", "blockIdx.x", "nullptr, 0", []
+    if fetch is None:
+        pointers += [f"const char* w{i}" for i in range(len(buffers))]
+        operands += buffers
+    else:
+        (pool,) = buffers
+        pointers += ["const int* info", "const int* hits"]
+        operands += [fetch.arriving.info, fetch.hits]
+        written = [fetch.arriving.arrival, fetch.arriving.fetched, pool]
+        defines = {**defines, **_fetch_defines(ws, fetch)}
+        blocks += _FETCHERS
+        begin = """const int own = ticket(arrival), needless = *hits * (OUT / (16 * ROW_TILES * TURNS));
+  if (own < FETCHERS) {
+    bring(own, info, arrival, needless, fetched, w0);
+    return;
+  }
+  """
+        block, counts, text = "own - FETCHERS", "arrival, needless", [cuda.text("chunks.cu")]
     pointers += [f"const float* b{i}" for i in range(len(given))]
+    pointers += ["int* arrival", "int* fetched", "char* w0"] if fetch is not None else []
     pointers.append(f"{'float' if result.dtype == np.float32 else 'unsigned short'}* y")
     stacks = [
         f"const Stack s{i} = {{w{at[i]} + {w.offset + w.lead}ll, {w.step}ll}};" for i, w in enumerate(ws)
     ]
     entry = f"""extern "C" __global__ void __launch_bounds__({threads}, {tuned.blocks}) {name}(
     {", ".join(pointers)}) {{
-  {" ".join(stacks)}
-  share<{ws[0].type.name}, {ws[-1].type.name}>(x, table, s0, s{len(ws) - 1},
+  {begin}{" ".join(stacks)}
+  share<{ws[0].type.name}, {ws[-1].type.name}>({block}, x, table, {counts}, s0, s{len(ws) - 1},
       [=](int pair, int expert, int row, float first, float second) {{
     {body}
   }});
 }}"""
-    (y,) = cuda.launch(
-        cuda.compile_ptx(_source("experts.cu", defines, entry), capability),
+    y, *changed = cuda.launch(
+        cuda.compile_ptx(
+            _source("experts.cu", {"ARRIVING": int(fetch is not None), **defines}, entry, text), capability
+        ),
         name,
         [result],
-        groups.x,
-        groups.table,
-        *buffers,
+        *operands,
         *given,
-        blocks=groups.table.shape[0] * (ws[0].shape[0] // (_TILE_ROWS * tuned.row_tiles * tuned.turns)),
+        written=written,
+        blocks=blocks,
         threads=threads,
     )
-    return y
+    return [y, *changed]
 
 
-def _defines(ws: Sequence[Stacked], tuned: Tuning, terms: int, rows: int, share: int) -> dict[str, int]:
+def _fetch_defines(ws: Sequence[Stacked], fetch: _Fetch) -> dict[str, Any]:
+    """Of a launch that fetches: the tensors of an expert that it reads."""
+    own = [
+        (number, nbytes, offset)
+        for number, (offset, nbytes) in enumerate(fetch.arriving.parts)
+        if any(offset <= w.offset + w.lead < offset + nbytes for w in ws)
+    ]
+    names = ("PART_NUMBERS", "PART_BYTES", "PART_OFFSETS")
+    lists = ("{" + ", ".join(map(str, column)) + "}" for column in zip(*own, strict=True))
+    return {
+        "LAUNCH": fetch.number,
+        "FETCHERS": _FETCHERS,
+        "EXPERTS": fetch.experts,
+        "SLOT_BYTES": f"{ws[0].step}ull",
+        "PARTS": len(own),
+        **dict(zip(names, lists, strict=True)),
+    }
+
+
+def _defines(ws: Sequence[Stacked], tuned: Tuning, terms: int, rows: int, share: int) -> dict[str, Any]:
     return {
         "COLUMNS": tuned.columns,
         "SPLITS": terms,
@@ -302,9 +502,9 @@ def _defines(ws: Sequence[Stacked], tuned: Tuning, terms: int, rows: int, share:
     }
 
 
-def _source(file: str, defines: dict[str, int], entry: str) -> str:
+def _source(file: str, defines: dict[str, Any], entry: str, between: Sequence[str] = ()) -> str:
     lines = [f"#define {name} {value}" for name, value in defines.items()]
-    return "\n".join([*lines, cuda.text("warps.cu"), cuda.text(file), entry])
+    return "\n".join([*lines, cuda.text("warps.cu"), *between, cuda.text(file), entry])
 
 
 def _pitch(type: GGMLType) -> int:

@@ -22,10 +22,11 @@
 #define STACK_BYTES (64 << 10)
 
 typedef unsigned int u32;
+typedef unsigned long long u64;
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct Index { int x; };
-static Index threadIdx, blockIdx;
+static Index threadIdx, blockIdx, gridDim;
 
 struct Copy { char* to; const char* from; int batch; };
 struct Fiber {
@@ -64,6 +65,23 @@ static int min(int a, int b) { return a < b ? a : b; }
 static int max(int a, int b) { return a > b ? a : b; }
 static int atomicAdd(int* at, int n) { return (*at += n) - n; }
 static int atomicSub(int* at, int n) { return (*at -= n) + n; }
+static int atomicMax(int* at, int n) {
+  const int before = *at;
+  if (n > before) *at = n;
+  return before;
+}
+static void __threadfence() {}
+static int __popc(u32 bits) { return __builtin_popcount(bits); }
+// Blocks run one after another: what one waits for is there, or never comes.
+static void __nanosleep(int) { fail("a block waits for a later one"); }
+static u64 nanoseconds() {
+  static u64 now = 0;
+  return now += 7;
+}
+static uint4 load16(const char* at) {
+  if ((size_t)at % 16) fail("a load of 16 bytes must be aligned to 16");
+  return *(const uint4*)at;
+}
 static u32 __funnelshift_r(u32 low, u32 high, u32 by) { return (u32)(((unsigned long long)high << 32 | low) >> (by & 31)); }
 
 static float __uint_as_float(u32 bits) {
@@ -78,6 +96,14 @@ static int exchanged(int value, int from) {
   const int got = lanes[from].value;
   __syncwarp();
   return got;
+}
+static u32 __ballot_sync(u32, bool yes) {
+  lanes[threadIdx.x].value = yes;
+  __syncwarp();
+  u32 votes = 0;
+  for (int i = 0; i < 32; ++i) votes |= (u32)lanes[(threadIdx.x & ~31) + i].value << i;
+  __syncwarp();
+  return votes;
 }
 static int __shfl_sync(u32, int value, int lane) { return exchanged(value, (threadIdx.x & ~31) + lane); }
 static int __shfl_up_sync(u32, int value, int by) {
@@ -199,6 +225,7 @@ static void run_block(int block, int threads) {
 extern "C" void run_grid(void (*kernel)(void**), void** pointers, int blocks, int threads) {
   entry = kernel;
   arguments = pointers;
+  gridDim.x = blocks;
   if (!fibers) {
     fibers = (Fiber*)calloc(MOST_THREADS, sizeof(Fiber));
     for (int i = 0; i < MOST_THREADS; ++i) fibers[i].stack = (char*)malloc(STACK_BYTES);

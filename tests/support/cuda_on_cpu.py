@@ -31,14 +31,16 @@ def use(monkeypatch):
     monkeypatch.setattr(cuda, "launch", launch)
 
 
-def launch(source, name, results, *operands, blocks, threads):
+def launch(source, name, results, *operands, written=(), blocks, threads):
     """`cuda.launch` of a source that was not compiled."""
-    assert len({id(operand) for operand in operands}) == len(operands), "XLA passes equal operands once"
-    run = functools.partial(_run, source, name, tuple(results), blocks, threads)
-    return list(jax.pure_callback(run, tuple(results), *operands))
+    given = (*operands, *written)
+    assert len({id(operand) for operand in given}) == len(given), "XLA passes equal operands once"
+    changed = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in written)
+    run = functools.partial(_run, source, name, tuple(results), changed, blocks, threads)
+    return list(jax.pure_callback(run, (*results, *changed), *given))
 
 
-def _run(source, name, results, blocks, threads, *operands):
+def _run(source, name, results, changed, blocks, threads, *operands):
     kernel, run_grid = _built(source, name)
     memory = [_guarded(np.asarray(operand)) for operand in operands]
     # What a kernel leaves out is no number.
@@ -47,7 +49,11 @@ def _run(source, name, results, blocks, threads, *operands):
         *(array.ctypes.data for array in (*memory, *outs))
     )
     run_grid(kernel, pointers, blocks, threads)
-    return tuple(out.copy().view(r.dtype).reshape(r.shape) for out, r in zip(outs, results, strict=True))
+    outs += memory[len(memory) - len(changed) :]
+    return tuple(
+        out.copy().view(np.uint8).view(r.dtype).reshape(r.shape)
+        for out, r in zip(outs, (*results, *changed), strict=True)
+    )
 
 
 def shape_bytes(result):
@@ -70,16 +76,18 @@ def _guarded(array):
 def _built(source, name):
     shim = (Path(__file__).parent / "cuda_on_cpu.h").read_text()
     warps = cuda.text("warps.cu")
-    assert warps in source
     formats = re.search(r"enum Format .*", warps).group(0)
     common = warps[warps.index("// Bits 0 to 3 of each half") :].replace(
         warps[warps.index("DEVICE void mma(") : warps.index("// A bfloat16 as float32.")], ""
     )
     head = f"{shim}\n#define DEVICE static inline\n#define MAGIC 0x43004300u\n{formats}\n"
-    source = source.replace(warps, f"{head}{common}").replace("DEVICE u32 byte(", "u32 byte(")
+    source = source.replace(warps, common).replace("DEVICE u32 byte(", "u32 byte(")
+    chunks = cuda.text("chunks.cu")
+    assembly = chunks[chunks.index("DEVICE uint4 load16(") : chunks.index("// No assembly from here on.")]
+    source = head + source.replace(assembly, "")
     # Members can't be static. Functions must be: the shared memory of one that is not is one for all libraries.
     source = re.sub(r"^([ \t]+)DEVICE ", r"\1inline ", source, flags=re.MULTILINE)
-    parameters = re.search(rf"{name}\(([^)]*)\)", source[source.rindex('extern "C"') :]).group(1).split(",")
+    parameters = re.search(rf" {name}\(([^)]*)\)", source[source.rindex(f" {name}(") :]).group(1).split(",")
     given = ", ".join(f"({p.rsplit(maxsplit=1)[0].strip()})a[{i}]" for i, p in enumerate(parameters))
     source += f'\nextern "C" void airjax_entry(void** a) {{ {name}({given}); }}\n'
     stem = Path(_folder.name) / hashlib.sha256(source.encode()).hexdigest()
