@@ -165,12 +165,12 @@ def route_step(
     def route(
         buffers: Buffers, after: Buffers | None, x: Array, kv: LayerKV, table: Array | None, positions: Array
     ) -> tuple[Routed, LayerKV]:
-        weights = models.unpack(buffers, layout)
+        weights = models.unpack(buffers, layout, config.decodes)
         cache: KVCache = kv if table is None else PagedKV(kv, table)
         chosen, cache = attend(weights, x, cache, positions, config, kind, length)
         picks = chosen.ids.reshape(-1, chosen.ids.shape[-1])
         if following is not None and after is not None:
-            router, new = models.unpack(after, following), chosen.x
+            router, new = models.unpack(after, following, config.decodes), chosen.x
             h = architecture.feed_forward_norm(router, new, config)
             likely, _ = architecture.route(router, new, new, h, config)
             picks = jnp.concatenate([picks, likely.reshape(picks.shape)], axis=1)
@@ -196,7 +196,7 @@ def products_step(
         before: Array | None,
         active: Array,
     ) -> Array:
-        weights = _weights(buffers, layout)
+        weights = _weights(buffers, layout, config)
         where = _where(table, first, active, config)
         return pool_products(pool, where, weights, chosen, before, slots, config)
 
@@ -219,7 +219,7 @@ def finish_step(slots: tuple[ExpertSlot, ...], layout: Layout | None, config: Co
         before: Array | None,
         active: Array | None,
     ) -> Array:
-        weights = _weights(buffers, layout)
+        weights = _weights(buffers, layout, config)
         where = _where(table, first, active, config)
         made = pool_products(pool, where, weights, chosen, before, slots, config)
         return architecture.mixed(weights, chosen, made, config)
@@ -227,8 +227,8 @@ def finish_step(slots: tuple[ExpertSlot, ...], layout: Layout | None, config: Co
     return run
 
 
-def _weights(buffers: Buffers | None, layout: Layout | None) -> Weights:
-    return {} if buffers is None or layout is None else models.unpack(buffers, layout)
+def _weights(buffers: Buffers | None, layout: Layout | None, config: Config) -> Weights:
+    return {} if buffers is None or layout is None else models.unpack(buffers, layout, config.decodes)
 
 
 def _where(table: Array, first: Array, active: Array | None, config: Config) -> Array:

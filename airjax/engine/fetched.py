@@ -98,7 +98,7 @@ def run_step(blocks: tuple[Block, ...], config: Config) -> Callable[..., tuple[H
     ) -> tuple[Held, Array, list[LayerKV]]:
         written: list[LayerKV] = []
         for block, source, part, own in zip(blocks, sources, buffers, kvs, strict=True):
-            weights = models.unpack(part, block.layout)
+            weights = models.unpack(part, block.layout, config.decodes)
             cache: KVCache = own if table is None else PagedKV(own, table)
             if block.form is None or source is None:
                 x, cache = architecture.block(weights, x, cache, positions, config, block.kind, block.length)

@@ -104,7 +104,7 @@ def attention_step(layout: Layout, config: Config, kind: str, length: int) -> Ca
     form = architecture.attention_form(config, kind)
 
     def part(buffers: Buffers, x: Array, kv: LayerKV, positions: Array) -> Array:
-        weights = models.unpack(buffers, layout)
+        weights = models.unpack(buffers, layout, config.decodes)
         q, _, _ = architecture.attend_inputs(weights, x, positions, config, kind)
         sinks = architecture.attention_sinks(weights, config)
         return layers.attention_weights(q, kv, positions, **form._asdict(), length=length, sinks=sinks)

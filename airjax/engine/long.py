@@ -71,7 +71,7 @@ def begin_step(layout: Layout, config: Config, kind: str) -> Callable[..., tuple
     form = architecture.attention_form(config, kind)
 
     def part(buffers: Buffers, x: Array, positions: Array) -> tuple[Array, Partial, LayerKV]:
-        weights = models.unpack(buffers, layout)
+        weights = models.unpack(buffers, layout, config.decodes)
         q, k, v = architecture.attend_inputs(weights, x, positions, config, kind)
         # As they will be read later, so that where a row comes from makes no difference.
         like: Any = layers.rows_struct((1, config.kv_shape(kind)[1]), config.kv_dtype)
@@ -119,7 +119,7 @@ def end_step(layout: Layout, config: Config, kind: str) -> Callable[..., Array]:
     architecture = models.get(config.architecture)
 
     def part(buffers: Buffers, x: Array, partial: Partial, positions: Array) -> Array:
-        weights = models.unpack(buffers, layout)
+        weights = models.unpack(buffers, layout, config.decodes)
         attended = layers.finish(partial, architecture.attention_sinks(weights, config))
         x = architecture.begun(weights, x, positions, config, kind)
         return architecture.attend_output(weights, x, attended, config, kind)

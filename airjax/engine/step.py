@@ -39,7 +39,7 @@ def block_step(
     architecture = models.get(config.architecture)
 
     def part(buffers: Buffers, x: Array, kv: KVCache, positions: Array) -> Any:
-        weights = models.unpack(buffers, layout)
+        weights = models.unpack(buffers, layout, config.decodes)
         return architecture.block(weights, x, kv, positions, config, kind, length)
 
     @functools.partial(jit, donate_argnames="kv")
@@ -63,7 +63,7 @@ def paged_block_step(layout: Layout, config: Config, kind: str) -> Callable[...,
     architecture = models.get(config.architecture)
 
     def part(buffers: Buffers, x: Array, pages: LayerKV, table: Array, positions: Array) -> Any:
-        weights = models.unpack(buffers, layout)
+        weights = models.unpack(buffers, layout, config.decodes)
         x, kv = architecture.block(weights, x, PagedKV(pages, table), positions, config, kind, None)
         assert isinstance(kv, PagedKV)
         return x, kv.pages
@@ -95,7 +95,7 @@ def run_step(
     def parts(buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array) -> Any:
         written: list[Any] = list(kvs)
         for (layout, kind, length, at), part in zip(blocks, buffers, strict=True):
-            weights = models.unpack(part, layout)
+            weights = models.unpack(part, layout, config.decodes)
             x, written[at] = architecture.block(weights, x, written[at], positions, config, kind, length)
         return x, written
 
@@ -117,7 +117,7 @@ def paged_run_step(
     def parts(buffers: list[Buffers], x: Array, pages: list[LayerKV], table: Array, positions: Array) -> Any:
         written = list(pages)
         for (layout, kind, at), part in zip(blocks, buffers, strict=True):
-            weights = models.unpack(part, layout)
+            weights = models.unpack(part, layout, config.decodes)
             x, kv = architecture.block(weights, x, PagedKV(written[at], table), positions, config, kind, None)
             assert isinstance(kv, PagedKV)
             written[at] = kv.pages
@@ -142,7 +142,7 @@ def shuttled_block_step(layout: Layout, config: Config, kind: str) -> Callable[.
     architecture = models.get(config.architecture)
 
     def part(buffers: Buffers, x: Array, piece: Array, positions: Array, tree: Tree | None = None) -> Any:
-        weights = models.unpack(buffers, layout)
+        weights = models.unpack(buffers, layout, config.decodes)
         kv = to_cache(piece, shuttled_row(config, kind, len(x)))
         cache: KVCache = kv if tree is None else TreeKV(kv, tree)
         x, written = architecture.block(weights, x, cache, positions, config, kind, kv.k.shape[2])

@@ -39,6 +39,7 @@ class Config:
     `long_rope` says that the rope is that of long contexts, where a model has two; `feed_forward_name` names the norm
     before the feed-forward part. The last `shared_kv` layers have no keys and values of their own: they read the cache
     of an earlier layer. `streams` says how many hidden states a token has between layers, side by side.
+    `decodes` is the capability of the device whose kernels decode matrices for products of many rows, "" for XLA alone.
     `whole_gates`: a gate depends on the others of its token, so that all of them are in memory at once.
     """
 
@@ -56,6 +57,7 @@ class Config:
     kv_dtype: str
     experts: Any = field(default=None, kw_only=True)
     mesh: Any = field(default=None, kw_only=True)
+    decodes: str = field(default="", kw_only=True)
     kv_copies: int = field(default=1, kw_only=True)
     long_rope: bool = field(default=False, kw_only=True)
     feed_forward_name: str = field(default="ffn_norm", kw_only=True)
@@ -156,18 +158,24 @@ class Architecture(Protocol):
 Buffers = tuple[Array, ...] | dict[str, dict[str, Array]]
 
 
-def unpack(buffers: Buffers, layout: Layout) -> Weights:
-    """A span's named tensors: views of flat buffers, which are free inside jit, or re-laid matrices."""
+def unpack(buffers: Buffers, layout: Layout, decoder: str = "") -> Weights:
+    """A span's named tensors: views of flat buffers, which are free inside jit, or re-laid matrices.
+
+    Args:
+      buffers: of the span.
+      layout: of the span.
+      decoder: capability of the device whose kernels decode for many rows; "" for XLA alone.
+    """
     if isinstance(buffers, dict):
         ((capability, arrays),) = buffers.items()
         return {
             name: quants.PackedTensor(arrays[name], slot.type, slot.shape, capability)
             if quants.packable(slot.type, slot.shape)
-            else quants.view(arrays[name], slot.type, slot.shape)
+            else quants.view(arrays[name], slot.type, slot.shape, 0, decoder)
             for name, slot in layout.tensors
         }
     return {
-        name: quants.view(buffers[slot.extent], slot.type, slot.shape, slot.offset)
+        name: quants.view(buffers[slot.extent], slot.type, slot.shape, slot.offset, decoder)
         for name, slot in layout.tensors
     }
 

@@ -182,7 +182,10 @@ def read_experts(
 
 
 def with_kernels(config: Config, gguf: GGUF, device: jax.Device) -> Config:
-    """The configuration with which experts are multiplied by the fused kernels, if these are right on the device."""
+    """The configuration with which kernels decode matrices and multiply experts, if they are right on the device."""
+    config = dataclasses.replace(
+        config, decodes=quants.decoding_usable({info.type for info in gguf.tensors.values()}, device)
+    )
     if getattr(config, "experts", None) is None:
         return config
     types = {info.type for name, info in gguf.tensors.items() if name.split(".")[-2] in EXPERT_STACKS}

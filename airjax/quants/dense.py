@@ -32,7 +32,8 @@ class Decoded(NamedTuple):
     """A matrix that is decoded for a product.
 
     Attributes:
-      decode: from the first of some rows and their number to these, float32 `[count, n_in]`.
+      decode: from the first of some rows and their number to these, `[count, n_in]` in float32 or in the dtype of the
+        factors.
       bias: float32 `[n_out]`, added to the product, if there is one.
     """
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from airjax.quants import cuda
+from airjax.quants import cuda, decoding
 from airjax.quants.dense import Decoded, decoded_product
 from airjax.quants.packed import TILE_ROWS, TILE_WIDTH, PackedTensor, unpack_dequantize
 from airjax.types import Array
@@ -120,11 +120,13 @@ def matmul_packed(x: Array, ws: Sequence[PackedTensor], *, dtype: np.dtype) -> l
 
 
 def _decoded(x: Array, w: PackedTensor, dtype: np.dtype) -> Array:
-    return decoded_product(x, to_decode(w), (w.shape[0], w.shape[1]), dtype)
+    return decoded_product(x, to_decode(w, dtype), (w.shape[0], w.shape[1]), dtype)
 
 
-def to_decode(w: PackedTensor, bias: Array | None = None) -> Decoded:
-    """A re-laid matrix, with the bias that is added to its product, as `dense` takes it."""
+def to_decode(w: PackedTensor, dtype: np.dtype, bias: Array | None = None) -> Decoded:
+    """A re-laid matrix, with the bias that is added to its product, as `dense` takes it for factors of a dtype."""
+    if decoding.takes(w, dtype):
+        return Decoded(functools.partial(decoding.decoded_rows, w), bias)
 
     def decode(first: Array | int, count: int) -> Array:
         data = jax.lax.dynamic_slice_in_dim(w.data, first // TILE_ROWS, count // TILE_ROWS)

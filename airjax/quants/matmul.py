@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 
-from airjax.quants import kernels, lanes
+from airjax.quants import decoding, kernels, lanes
 from airjax.quants.dense import Decoded, combined_products, decoded_product, rows_from
 from airjax.quants.groups import Groups
 from airjax.quants.packed import TILE_ROWS, PackedTensor
@@ -110,7 +110,7 @@ def matmul_combined(
         ys = [y if b is None else y + b for y, b in zip(ys, biases, strict=True)]
         return combine(*(jnp.split(ys[0], 2, axis=-1) if halves else ys))
     parts = [
-        kernels.to_decode(w, bias) if isinstance(w, PackedTensor) else _to_decode(w, bias)
+        kernels.to_decode(w, dtype, bias) if isinstance(w, PackedTensor) else _to_decode(w, dtype, bias)
         for w, bias in zip(ws, biases, strict=True)
     ]
     if halves:
@@ -139,10 +139,12 @@ def groups_of(w: QTensor) -> bool:
 
 
 def _decoded(x: Array, w: QTensor, dtype: np.dtype) -> Array:
-    return decoded_product(x, _to_decode(w), (w.shape[0], w.shape[1]), dtype)
+    return decoded_product(x, _to_decode(w, dtype), (w.shape[0], w.shape[1]), dtype)
 
 
-def _to_decode(w: QTensor, bias: Array | None = None) -> Decoded:
+def _to_decode(w: QTensor, dtype: np.dtype, bias: Array | None = None) -> Decoded:
+    if decoding.takes(w, dtype):
+        return Decoded(functools.partial(decoding.decoded_rows, w), bias)
     width = w.data.shape[-1]
 
     def decode(first: Array | int, count: int) -> Array:

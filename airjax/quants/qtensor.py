@@ -56,6 +56,7 @@ class QTensor:
       shape: of the decoded tensor (static).
       buffer: uint8 `[bytes]`, what `data` is a slice of, if it is one.
       offset: where in `buffer` the tensor begins (static).
+      capability: of the CUDA device whose kernel decodes it for many rows; "" for XLA alone (static).
     """
 
     data: Array
@@ -63,6 +64,7 @@ class QTensor:
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
     buffer: Array | None = None
     offset: int = flax.struct.field(pytree_node=False, default=0)
+    capability: str = flax.struct.field(pytree_node=False, default="")
 
 
 def supported() -> frozenset[GGMLType]:
@@ -85,7 +87,9 @@ def row_bytes(type: GGMLType, n: int) -> int:
     return n // block * nbytes
 
 
-def view(buffer: Array, type: GGMLType, shape: tuple[int, ...], offset: int = 0) -> QTensor:
+def view(
+    buffer: Array, type: GGMLType, shape: tuple[int, ...], offset: int = 0, capability: str = ""
+) -> QTensor:
     """A tensor inside a flat uint8 buffer, by a static slice: nothing is copied inside jit.
 
     Args:
@@ -93,6 +97,7 @@ def view(buffer: Array, type: GGMLType, shape: tuple[int, ...], offset: int = 0)
       type: the block format.
       shape: of the decoded tensor; its last axis is the one that blocks run along.
       offset: byte offset of the tensor.
+      capability: as in `QTensor`.
 
     Raises:
       ValueError: as `row_bytes`.
@@ -102,7 +107,7 @@ def view(buffer: Array, type: GGMLType, shape: tuple[int, ...], offset: int = 0)
     for size in shape[:-1]:
         rows *= size
     data = buffer[offset : offset + rows * width].reshape(*shape[:-1], width)
-    return QTensor(data=data, type=type, shape=shape, buffer=buffer, offset=offset)
+    return QTensor(data, type, shape, buffer, offset, capability)
 
 
 def blocks(w: QTensor) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as GGMLType
 
-from airjax.quants import cuda, kernels, mixture, packed
+from airjax.quants import cuda, decoding, kernels, mixture, packed
 from airjax.quants.experts import Stacked
 from airjax.quants.qtensor import QTensor, dequantize, groups
 
@@ -56,9 +57,43 @@ def mixture_usable(types: Iterable[GGMLType], device: jax.Device) -> str:
     return capability if capability and tested and _mixture_passes(tested, device, capability) else ""
 
 
+def decoding_usable(types: Iterable[GGMLType], device: jax.Device) -> str:
+    """The capability to decode blocks with, as `usable`.
+
+    Args:
+      types: block formats of the matrices that are to be decoded.
+      device: where.
+    """
+    capability = cuda.capability(device)
+    tested = frozenset(types) & decoding.TYPES
+    return capability if capability and tested and _decoding_passes(tested, device, capability) else ""
+
+
 @functools.cache
 def _passes(types: frozenset[GGMLType], device: jax.Device, capability: str) -> bool:
-    return _judged("fused kernel", types, device, lambda type: _error(type, capability))
+    def error(type: GGMLType) -> float:
+        w = _random_matrix(type, _ROWS, _WIDTH, int(type))
+        return max(_error(type, capability), _decoding_error(packed.pack(w, capability), w))
+
+    return _judged("fused kernel", types, device, error)
+
+
+@functools.cache
+def _decoding_passes(types: frozenset[GGMLType], device: jax.Device, capability: str) -> bool:
+    def error(type: GGMLType) -> float:
+        w = _random_matrix(type, _ROWS, _WIDTH, int(type))
+        return _decoding_error(dataclasses.replace(w, capability=capability), w)
+
+    return _judged("kernel that decodes", types, device, error)
+
+
+def _decoding_error(matrix: QTensor | packed.PackedTensor, w: QTensor) -> float:
+    """0, or infinity where a decoded weight has other bits than XLA's form gives."""
+    first, count = 2 * packed.TILE_ROWS, _ROWS - 3 * packed.TILE_ROWS
+    expected = np.asarray(dequantize(w).astype(jnp.bfloat16)).view(np.uint16)[first : first + count]
+    run = jax.jit(decoding.decoded_rows, static_argnums=2)
+    got = np.asarray(run(matrix, np.int32(first), count)).view(np.uint16)
+    return 0.0 if (got == expected).all() else float("inf")
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import pytest
 
 from airjax import quants, streaming
 from airjax.engine import fetch
-from airjax.quants import cuda, kernels, mixture, packed
+from airjax.quants import cuda, decoding, kernels, mixture, packed
 
 
 def _missing():
@@ -54,18 +54,25 @@ def test_mixtures(entries, kind, capability):
     assert quants.takes(*ws)
     biases = tuple(jnp.zeros((6, n_out)) for n_out, _ in shapes)
     for rows, activation, dtype in ((1, "silu", jnp.bfloat16), (96, "clamped", np.float32)):
-        mixture.mixture_products(
+        given = (
             jnp.zeros((rows, 512)),
             jnp.zeros(rows * 2, jnp.int32),
             jnp.zeros(6, jnp.int32),
             ws,
             biases if rows > 1 else None,
-            experts=6,
-            activation=activation,
-            dtype=np.dtype(dtype),
-            capability=capability,
         )
-    assert entries == ["airjax_experts_prepare", "airjax_experts_up", "airjax_experts_down"] * 2
+        options = {
+            "experts": 6,
+            "activation": activation,
+            "dtype": np.dtype(dtype),
+            "capability": capability,
+        }
+        mixture.mixture_products(*given, **options)
+        parts = tuple((sum(sizes[:at]), size) for at, size in enumerate(sizes))
+        arrival = jnp.zeros(quants.arrival_size(6), jnp.int32)
+        arriving = quants.Arriving(jnp.zeros(7, jnp.int32), arrival, jnp.zeros((2, 2), jnp.int32), parts)
+        mixture.arriving_products(*given, arriving, **options)
+    assert entries == ["airjax_experts_prepare", "airjax_experts_up", "airjax_experts_down"] * 4
 
 
 @pytest.mark.parametrize("capability", _CAPABILITIES)
@@ -74,7 +81,20 @@ def test_fetching(entries, capability):
     state = streaming.empty([(form.slots, form.slot_bytes)], form.experts, 2)
     sources = streaming.Sources(jnp.zeros(5, jnp.int32))
     fetch.fetch(state, form, sources, jnp.zeros(4, jnp.int32))
-    assert entries == ["airjax_fetch"]
+    fetch.assign(state, form, sources, jnp.zeros(4, jnp.int32))
+    assert entries == ["airjax_fetch", "airjax_assign"]
+
+
+@pytest.mark.parametrize("capability", _CAPABILITIES)
+@pytest.mark.parametrize("kind", sorted(decoding.TYPES), ids=lambda kind: kind.name)
+def test_decoding(entries, kind, capability):
+    nbytes = 32 * quants.row_bytes(kind, 512)
+    w = quants.view(jnp.zeros(nbytes, jnp.uint8), kind, (32, 512), 0, capability)
+    decoding.decoded_rows(w, 16, 16)
+    if kind in packed.PARTS:
+        records = jnp.zeros((2, 2, sum(packed.PARTS[kind])), jnp.uint8)
+        decoding.decoded_rows(packed.PackedTensor(records, kind, (32, 512), capability), 16, 16)
+    assert entries == ["airjax_decode", "airjax_decode_records"][: len(entries)] and entries
 
 
 def test_what_is_wrong_is_said(entries):

@@ -2,6 +2,7 @@
 
 import logging
 
+import cpu_kernel
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from gguf import quants as oracle
 from random_blocks import random_rows
 
 from airjax import quants
-from airjax.quants import cuda, kernels, packed, selftest
+from airjax.quants import cuda, decoding, kernels, packed, selftest
 
 _TYPES = sorted(packed.PARTS)
 _EXTREME = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E01]
@@ -140,6 +141,7 @@ def gpu(monkeypatch):
     """The CPU passes for a CUDA device, with XLA in the kernel's place."""
     monkeypatch.setattr(cuda, "capability", lambda device: "9.0")
     monkeypatch.setattr(kernels, "product", _xla_product)
+    monkeypatch.setattr(decoding, "decoded_rows", cpu_kernel.decoded_rows)
     return jax.devices("cpu")[0]
 
 

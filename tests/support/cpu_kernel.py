@@ -1,7 +1,16 @@
-"""The CPU in the place of a CUDA device with the fused kernel."""
+"""The CPU in the place of a CUDA device with the fused kernels."""
 
-from airjax import plan
-from airjax.quants import cuda, kernels, packed, selftest
+import jax
+import jax.numpy as jnp
+
+from airjax import plan, quants
+from airjax.quants import cuda, decoding, kernels, packed, selftest
+
+
+def decoded_rows(w, first, count):
+    """`decoding.decoded_rows` by XLA."""
+    whole = packed.unpack_dequantize(w) if isinstance(w, packed.PackedTensor) else quants.dequantize(w)
+    return jax.lax.dynamic_slice_in_dim(whole, first, count).astype(jnp.bfloat16)
 
 
 def install(monkeypatch):
@@ -13,4 +22,6 @@ def install(monkeypatch):
     monkeypatch.setattr(cuda, "capability", lambda device: "9.0")
     monkeypatch.setattr(plan.limits, "KERNEL_BACKENDS", ("cpu",))
     monkeypatch.setattr(kernels, "product", product)
+    monkeypatch.setattr(decoding, "decoded_rows", decoded_rows)
     selftest._passes.cache_clear()
+    selftest._decoding_passes.cache_clear()

@@ -23,6 +23,7 @@
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
+struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct Index { int x; };
