@@ -13,6 +13,7 @@ from airjax.quants.matmul import matmul_many as matmul_many
 from airjax.quants.mixture import Arriving as Arriving
 from airjax.quants.mixture import arrival_size as arrival_size
 from airjax.quants.mixture import arriving_products as arriving_products
+from airjax.quants.mixture import decoded_products as decoded_products
 from airjax.quants.mixture import mixture_products as mixture_products
 from airjax.quants.mixture import takes as takes
 from airjax.quants.packed import PackedTensor as PackedTensor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,9 @@ from airjax.quants import cuda
 from airjax.quants.packed import TILE_ROWS, TILE_WIDTH, PackedTensor
 from airjax.quants.qtensor import QTensor
 from airjax.types import Array
+
+if TYPE_CHECKING:
+    from airjax.quants.experts import Stacked
 
 TYPES = frozenset({GGMLType.Q4_0, GGMLType.Q8_0, GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.MXFP4})
 # Blocks that are read in words; those of the others are read byte by byte, or two at a time.
@@ -47,18 +52,67 @@ def decoded_rows(w: QTensor | PackedTensor, first: Array | int, count: int) -> A
         data, offset = (w.data, 0) if w.buffer is None else (w.buffer, w.offset)
         name, call = "airjax_decode", f"decode<{w.type.name}>(w + {offset}ll, first, y)"
         blocks = -(-count * width // (8 * _THREADS))
+    operands = {"const char* w": data, "const int* first": jnp.asarray(first, jnp.int32).reshape(1)}
+    return _launch(name, call, operands, defines, (count, width), blocks, w.capability)
+
+
+def decoded_experts(
+    w: Stacked, where: Array, first: Array, count: int, experts: int, capability: str
+) -> Array:
+    """Some experts of a stack whose type is among `TYPES`, for `mixture.decoded_products`.
+
+    Args:
+      w: `[n_out, n]` of each.
+      where: int32 `[experts]`: where in the stack an expert lies, negative for one that is not decoded.
+      first: int32 `[1]`, of these experts.
+      count: how many.
+      experts: of the layer.
+      capability: of the device.
+
+    Returns:
+      bfloat16 `[count, n_out, n]` in the order of the lanes that multiply; anything for those that were left out.
+    """
+    n_out, width = w.shape
+    defines = {
+        "WIDTH": width,
+        "ROWS": n_out,
+        "THREADS": _THREADS,
+        "EXPERTS": experts,
+        "COUNT": count,
+        "STEP": f"{w.step}ll",
+    }
+    return _launch(
+        "airjax_decode_experts",
+        f"decode_experts<{w.type.name}>(w + {w.offset + w.lead}ll, where, first, (uint2*)y)",
+        {"const char* w": w.buffer, "const int* where": where, "const int* first": first},
+        defines,
+        (count, n_out, width),
+        -(-count * n_out * width // (8 * _THREADS)),
+        capability,
+    )
+
+
+def _launch(
+    name: str,
+    call: str,
+    operands: dict[str, Array],
+    defines: dict[str, Any],
+    shape: tuple[int, ...],
+    blocks: int,
+    capability: str,
+) -> Array:
+    """A kernel that makes `call` of its operands, by their declarations, and of `y`: bfloat16 of a shape."""
     lines = [f"#define {define} {value}" for define, value in defines.items()]
     entry = f"""extern "C" __global__ void __launch_bounds__({_THREADS}) {name}(
-    const char* w, const int* first, uint4* y) {{
+    {", ".join(operands)}, uint4* y) {{
   {call};
 }}"""
     source = "\n".join([*lines, cuda.text("warps.cu"), cuda.text("decode.cu"), entry])
     (y,) = cuda.launch(
-        cuda.compile_ptx(source, w.capability),
+        cuda.compile_ptx(source, capability),
         name,
-        [jax.ShapeDtypeStruct((count, width), jnp.bfloat16)],
-        data,
-        jnp.asarray(first, jnp.int32).reshape(1),
+        [jax.ShapeDtypeStruct(shape, jnp.bfloat16)],
+        *operands.values(),
         blocks=blocks,
         threads=_THREADS,
     )

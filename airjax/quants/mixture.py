@@ -16,7 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as GGMLType
 
-from airjax.quants import cuda
+from airjax.quants import cuda, decoding
 from airjax.quants.experts import Stacked
 from airjax.quants.qtensor import row_bytes
 from airjax.types import Array
@@ -29,12 +29,15 @@ _UNIT_WEIGHTS: dict[GGMLType, int] = {
     GGMLType.Q5_K: 256,
     GGMLType.Q6_K: 256,
     GGMLType.MXFP4: 256,
+    # Of experts that were decoded.
+    GGMLType.BF16: 64,
 }
-TYPES = frozenset(_UNIT_WEIGHTS)
+TYPES = frozenset(_UNIT_WEIGHTS) - {GGMLType.BF16}
 ACTIVATIONS = ("silu", "gelu", "exact gelu", "relu", "squared relu", "clamped")
 _MOST_EXPERTS = 1024
 _TILE_ROWS = 16
 _PREPARE_THREADS = 512
+_MOST_COLUMNS = 32
 _SHARED_BYTES = 48 << 10
 # Blocks of a launch that fetch: one for each multiprocessor of an H100.
 _FETCHERS = 132
@@ -233,6 +236,82 @@ def arriving_products(
     return y, pool, fetched
 
 
+def decoded_products(
+    x: Array,
+    pairs: Array,
+    slots: Array | None,
+    ws: tuple[Stacked, Stacked, Stacked],
+    biases: tuple[Array, ...] | None,
+    out: Array,
+    *,
+    experts: int,
+    activation: str,
+    capability: str,
+    at_once: int,
+) -> Array:
+    """`mixture_products` of many rows: each expert is decoded once, and then multiplied with all groups of its pairs.
+
+    Args:
+      x, pairs, slots, ws, biases, experts, activation, capability: as there; the factors are bfloat16.
+      out: float32 `[P, D]`, changed in place: what stands there for pairs whose expert is not there.
+      at_once: how many experts are decoded at a time.
+
+    Returns:
+      float32 `[P, D]`.
+    """
+    groups, _ = _prepare(
+        x, pairs, slots, None, experts=experts, columns=_MOST_COLUMNS, terms=1, capability=capability
+    )
+    own = (None, None) if biases is None else (biases[:2], biases[2:])
+    needed = jnp.zeros(experts, jnp.int32).at[pairs].max(1, mode="drop")
+    places = jnp.arange(experts, dtype=jnp.int32) if slots is None else slots.astype(jnp.int32)
+    where = jnp.where(needed > 0, places, -1)
+
+    def some(step: Array, y: Array) -> Array:
+        first = (step * at_once).astype(jnp.int32).reshape(1)
+        gate, up, down = (
+            Stacked(
+                decoding.decoded_experts(w, where, first, at_once, experts, capability),
+                GGMLType.BF16,
+                w.shape,
+            )
+            for w in ws
+        )
+        chunk = _Chunk(first, at_once)
+        tuned = tuning((gate, up), _MOST_COLUMNS, 1)
+        defines = _defines((gate, up), tuned, 1, groups.x.shape[1], len(pairs) // groups.x.shape[1])
+        body, shape = _gated(gate, own[0], len(pairs), 1, activation)
+        (h,) = _launch(
+            "airjax_experts_up",
+            groups,
+            (gate, up),
+            own[0],
+            defines,
+            tuned,
+            body,
+            shape,
+            capability,
+            chunk=chunk,
+        )
+        tuned = tuning((down,), _MOST_COLUMNS, 1)
+        defines = _defines((down,), tuned, 1, len(pairs), 1)
+        body, _ = _plain(down, own[1], len(pairs))
+        made = Groups(h, groups.table)
+        (y,) = _launch(
+            "airjax_experts_down", made, (down,), own[1], defines, tuned, body, y, capability, chunk=chunk
+        )
+        return y
+
+    return jax.lax.fori_loop(0, -(-experts // at_once), some, out)
+
+
+class _Chunk(NamedTuple):
+    """The experts that a launch multiplies: the first of them, int32 `[1]`, and how many."""
+
+    first: Array
+    number: int
+
+
 class _Fetch(NamedTuple):
     """What a launch that fetches has beside the others: experts, blocks that need none of them, and its number."""
 
@@ -406,11 +485,13 @@ def _launch(
     defines: dict[str, Any],
     tuned: Tuning,
     body: str,
-    result: jax.ShapeDtypeStruct,
+    result: jax.ShapeDtypeStruct | Array,
     capability: str,
     fetch: _Fetch | None = None,
+    chunk: _Chunk | None = None,
 ) -> list[Array]:
-    """The result; where something is fetched also the arrival, `fetched` and the pool, which are changed in place."""
+    """The result, which is written into where it is an array already; where something is fetched also the arrival,
+    `fetched` and the pool, which are changed in place."""
     threads = 32 * len(ws) * tuned.row_tiles * tuned.slices
     blocks = groups.table.shape[0] * (ws[0].shape[0] // (_TILE_ROWS * tuned.row_tiles * tuned.turns))
     given = biases or ()
@@ -421,6 +502,7 @@ def _launch(
     operands: list[Array] = [groups.x, groups.table]
     written: list[Array] = []
     begin, block, counts, text = "", "blockIdx.x", "nullptr, 0", []
+    begins = "nullptr" if chunk is None else "from"
     if fetch is None:
         pointers += [f"const char* w{i}" for i in range(len(buffers))]
         operands += buffers
@@ -438,6 +520,9 @@ def _launch(
   }
   """
         block, counts, text = "own - FETCHERS", "arrival, needless", [cuda.text("chunks.cu")]
+    if chunk is not None:
+        pointers.append("const int* from")
+        operands.append(chunk.first)
     pointers += [f"const float* b{i}" for i in range(len(given))]
     pointers += ["int* arrival", "int* fetched", "char* w0"] if fetch is not None else []
     pointers.append(f"{'float' if result.dtype == np.float32 else 'unsigned short'}* y")
@@ -447,24 +532,28 @@ def _launch(
     entry = f"""extern "C" __global__ void __launch_bounds__({threads}, {tuned.blocks}) {name}(
     {", ".join(pointers)}) {{
   {begin}{" ".join(stacks)}
-  share<{ws[0].type.name}, {ws[-1].type.name}>({block}, x, table, {counts}, s0, s{len(ws) - 1},
+  share<{ws[0].type.name}, {ws[-1].type.name}>({block}, x, table, {begins}, {counts}, s0, s{len(ws) - 1},
       [=](int pair, int expert, int row, float first, float second) {{
     {body}
   }});
 }}"""
-    y, *changed = cuda.launch(
-        cuda.compile_ptx(
-            _source("experts.cu", {"ARRIVING": int(fetch is not None), **defines}, entry, text), capability
-        ),
+    defines = {
+        "ARRIVING": int(fetch is not None),
+        "CHUNK": 0 if chunk is None else chunk.number,
+        **defines,
+    }
+    fresh = [result] if isinstance(result, jax.ShapeDtypeStruct) else []
+    written += [] if isinstance(result, jax.ShapeDtypeStruct) else [result]
+    return cuda.launch(
+        cuda.compile_ptx(_source("experts.cu", defines, entry, text), capability),
         name,
-        [result],
+        fresh,
         *operands,
         *given,
         written=written,
         blocks=blocks,
         threads=threads,
     )
-    return [y, *changed]
 
 
 def _fetch_defines(ws: Sequence[Stacked], fetch: _Fetch) -> dict[str, Any]:

@@ -6,7 +6,7 @@ typedef unsigned int u32;
 // 128 in bfloat16: with q in its low bits it is 128 + q.
 #define MAGIC 0x43004300u
 
-enum Format { Q4_0, Q8_0, Q4_K, Q5_K, Q6_K, MXFP4 };
+enum Format { Q4_0, Q8_0, Q4_K, Q5_K, Q6_K, MXFP4, BF16 };
 
 DEVICE float half_low(u32 v) {
   float f;

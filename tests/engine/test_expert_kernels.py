@@ -58,6 +58,23 @@ def test_a_model_gives_the_logits_of_xlas_forms_and_the_same_bits_through_a_pool
     assert not launched
 
 
+def test_prompts_of_many_tokens_take_experts_that_are_decoded_first(tmp_path, launched, monkeypatch):
+    monkeypatch.setattr("airjax.models.experts._KERNEL_ROWS", 0)
+    monkeypatch.setattr("airjax.models.experts.TILE_WEIGHTS", 2 * 64 * 64)
+    path = toy_mixture(tmp_path / "toy.gguf", "gpt-oss", block_type="MXFP4", layers=2)
+
+    def logits():
+        with airjax.load(path, vram_budget_gib=1, context=256, compute_dtype="bfloat16") as loaded:
+            return loaded.logits(random_ids(loaded.model.config.vocab_size, 40))
+
+    kernels = logits()
+    assert {"airjax_decode_experts", "airjax_experts_up", "airjax_experts_down"} < set(launched)
+    launched.clear()
+    monkeypatch.setattr(quants, "mixture_usable", lambda types, device: "")
+    assert max_kl(logits(), kernels) < 1e-3
+    assert not launched
+
+
 def test_experts_of_other_types_take_xlas_forms(tmp_path, launched):
     with _load(toy_mixture(tmp_path / "toy.gguf", "qwen3moe", layers=1)) as loaded:
         loaded.logits(random_ids(loaded.model.config.vocab_size, 10))

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from random_blocks import random_rows
 
 from airjax import quants
-from airjax.quants import cuda, mixture, selftest
+from airjax.quants import cuda, decoding, mixture, selftest
 
 _TYPES = sorted(mixture.TYPES)
 _EVERYDAY = [0x2C00, 0xAC55, 0x1400]
@@ -169,6 +169,7 @@ def test_kernels_that_are_wrong_or_fail_are_not_used_and_that_is_said_once(
     gpu, monkeypatch, caplog, broken, reason
 ):
     monkeypatch.setattr(selftest, "mixture_error", broken)
+    monkeypatch.setattr(selftest, "decoded_experts_error", lambda type, capability: 0.0)
     with caplog.at_level(logging.WARNING):
         assert [quants.mixture_usable([GGMLType.Q4_K], gpu) for _ in range(2)] == ["", ""]
     (record,) = caplog.records
@@ -187,3 +188,58 @@ def test_the_self_test_finds_a_wrong_product(kernels, monkeypatch, name):
     monkeypatch.setattr(mixture, name, wrong)
     error = selftest.mixture_error(GGMLType.Q8_0, 6, 8, capability="9.0", experts=2)
     assert error > 10 * selftest._TOLERANCE
+
+
+@_runs_kernels
+@pytest.mark.parametrize("kind", _TYPES, ids=lambda kind: kind.name)
+def test_the_self_test_of_decoded_experts_passes_and_sees_a_wrong_order(kernels, monkeypatch, kind):
+    assert selftest.decoded_experts_error(kind, capability="9.0") == 0
+    decoded = decoding.decoded_experts
+    monkeypatch.setattr(decoding, "decoded_experts", lambda *args: jnp.roll(decoded(*args), 4, axis=-1))
+    assert selftest.decoded_experts_error(kind, capability="9.0") == np.inf
+
+
+@_runs_kernels
+@pytest.mark.parametrize("kind", _TYPES, ids=lambda kind: kind.name)
+def test_experts_that_are_decoded_first_give_the_sums_of_float64(kernels, kind):
+    d, f, experts = (512, 256, 5) if kind in (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K) else (288, 96, 5)
+    shapes = [(f, d), (f, d), (d, f)]
+    ws = tuple(_stack(kind, *shape, seed, experts=7, offset=128 * seed) for seed, shape in enumerate(shapes))
+    generator = np.random.default_rng(0)
+    x = np.asarray(jnp.asarray(generator.normal(size=(40, d)), jnp.bfloat16).astype(jnp.float32))
+    ids = np.stack([generator.choice(experts, 2, replace=False, p=[0.6, 0.1, 0.1, 0.1, 0.1]) for _ in x])
+    pairs, slots = ids.reshape(-1), np.array([3, -1, 0, 6, 2])
+    biases = [generator.normal(size=(experts, n_out)).astype(np.float32) for n_out, _ in shapes]
+    out = generator.normal(size=(len(pairs), d)).astype(np.float32)
+    got = mixture.decoded_products(
+        jnp.asarray(x),
+        jnp.asarray(pairs, jnp.int32),
+        jnp.asarray(slots, jnp.int32),
+        ws,
+        tuple(map(jnp.asarray, biases)),
+        jnp.asarray(out),
+        experts=experts,
+        activation="silu",
+        capability="9.0",
+        at_once=2,
+    )
+    for pair, expert in enumerate(pairs):
+        if slots[expert] < 0:
+            np.testing.assert_array_equal(got[pair], out[pair])
+            continue
+        gate, up, down = (_decoded(w, slots[expert]) for w in ws)
+        own = [bias[expert] for bias in biases]
+        one, other = gate @ x[pair // 2] + own[0], up @ x[pair // 2] + own[1]
+        with np.errstate(over="ignore"):
+            made = one / (1 + np.exp(-one)) * other
+        made = np.asarray(jnp.asarray(made, jnp.bfloat16).astype(jnp.float32), np.float64)
+        magnitude = np.abs(down) @ np.abs(made) + np.abs(own[2])
+        # Of what the activation gives one more or less of the last of 8 bits.
+        assert np.max(np.abs(np.asarray(got[pair]) - (down @ made + own[2])) / magnitude) < 2**-8
+
+
+def _decoded(w, slot):
+    data = w.buffer[slot, w.offset : w.offset + w.nbytes].reshape(w.shape[0], -1)
+    return np.asarray(
+        quants.dequantize(quants.QTensor(data, w.type, w.shape)).astype(jnp.bfloat16), np.float64
+    )

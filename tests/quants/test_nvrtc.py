@@ -73,6 +73,11 @@ def test_mixtures(entries, kind, capability):
         arriving = quants.Arriving(jnp.zeros(7, jnp.int32), arrival, jnp.zeros((2, 2), jnp.int32), parts)
         mixture.arriving_products(*given, arriving, **options)
     assert entries == ["airjax_experts_prepare", "airjax_experts_up", "airjax_experts_down"] * 4
+    entries.clear()
+    options = {"experts": 6, "activation": "silu", "capability": capability, "at_once": 4}
+    mixture.decoded_products(*given, jnp.zeros((192, 512)), **options)
+    products = ["airjax_experts_up", "airjax_experts_down"]
+    assert entries == ["airjax_experts_prepare", *["airjax_decode_experts"] * 3, *products]
 
 
 @pytest.mark.parametrize("capability", _CAPABILITIES)
