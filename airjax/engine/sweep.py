@@ -115,9 +115,11 @@ def sweep(
       ReadError: a reader thread failed.
     """
     if passage is None:
-        passage = Passage(
-            model, at_stages(model, positions if device_positions is None else device_positions)
-        )
+        if device_positions is None or model.stages:
+            placed = at_stages(model, positions if device_positions is None else device_positions)
+        else:
+            placed = [device_positions]
+        passage = Passage(model, placed)
     with passage:
         x = _pass(model, x, state, positions, passage, hook, tree)
     model.count_sweep(state)
