@@ -200,8 +200,10 @@ def test_the_self_test_of_decoded_experts_passes_and_sees_a_wrong_order(kernels,
 
 
 @_runs_kernels
-@pytest.mark.parametrize("kind", _TYPES, ids=lambda kind: kind.name)
-def test_experts_that_are_decoded_first_give_the_sums_of_float64(kernels, kind):
+@pytest.mark.parametrize(
+    ("kind", "columns"), [*((kind, None) for kind in _TYPES), (GGMLType.Q8_0, 64)], ids=str
+)
+def test_experts_that_are_decoded_first_give_the_sums_of_float64(kernels, kind, columns):
     d, f, experts = (512, 256, 5) if kind in (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K) else (288, 96, 5)
     shapes = [(f, d), (f, d), (d, f)]
     ws = tuple(_stack(kind, *shape, seed, experts=7, offset=128 * seed) for seed, shape in enumerate(shapes))
@@ -222,6 +224,7 @@ def test_experts_that_are_decoded_first_give_the_sums_of_float64(kernels, kind):
         activation="silu",
         capability="9.0",
         at_once=2,
+        columns=columns,
     )
     for pair, expert in enumerate(pairs):
         if slots[expert] < 0:

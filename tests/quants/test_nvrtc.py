@@ -75,9 +75,10 @@ def test_mixtures(entries, kind, capability):
     assert entries == ["airjax_experts_prepare", "airjax_experts_up", "airjax_experts_down"] * 4
     entries.clear()
     options = {"experts": 6, "activation": "silu", "capability": capability, "at_once": 4}
-    mixture.decoded_products(*given, jnp.zeros((192, 512)), **options)
+    for columns in (32, 64):
+        mixture.decoded_products(*given, jnp.zeros((192, 512)), columns=columns, **options)
     products = ["airjax_experts_up", "airjax_experts_down"]
-    assert entries == ["airjax_experts_prepare", *["airjax_decode_experts"] * 3, *products]
+    assert entries == ["airjax_experts_prepare", *["airjax_decode_experts"] * 3, *products] * 2
 
 
 @pytest.mark.parametrize("capability", _CAPABILITIES)
