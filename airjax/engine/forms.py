@@ -20,7 +20,7 @@ from airjax.engine.stats import Stats, has_compact_allocator
 from airjax.engine.weights import LayerWeights, matrix_types, open_weights, output_name, put_globals
 from airjax.gguf import GGUF, Manifest, build_manifest, open_gguf
 from airjax.models import Config, DecoderConfig
-from airjax.plan import Plan, PlanError, make_plan, manifests_of, plan_layers
+from airjax.plan import Plan, PlanError, make_plan, manifests_of, plan_first, plan_layers
 from airjax.streaming import Links, Timeline, Turns
 
 Form = Literal["tensor", "pipeline", "replica"]
@@ -130,7 +130,8 @@ def plan_form(
     if len(devices) == 1:
         manifest, plan = plan_layers(gguf, align, config, **options)
         return plan, config, manifest
-    manifest = build_manifest(gguf, align)
+    manifests = manifests_of(gguf, align, options["backend"])
+    manifest = manifests[0]
     if hosts.several():
         if parallel in ("pipeline", "replica"):
             raise PlanError(
@@ -150,13 +151,13 @@ def plan_form(
         else:
             return _named(plan, form, reason, len(devices)), local, manifest
     if form == "pipeline":
-        manifest, plan = _plan_pipeline(gguf, config, align, len(devices), options)
+        manifest, plan = _plan_pipeline(gguf, config, manifests, len(devices), options)
     else:
-        manifest, plan = plan_layers(gguf, align, config, **options)
+        manifest, plan = plan_first(gguf, manifests, config, **options)
         if plan.host_slots or plan.kv_host_bytes:
             # The models share a mapping, but each has host memory of its own beside it.
             own = {**options, "ram_budget_bytes": options["ram_budget_bytes"] // len(devices)}
-            manifest, plan = plan_layers(gguf, align, config, **own)
+            manifest, plan = plan_first(gguf, manifests, config, **own)
     return _named(plan, form, reason, len(devices)), config, manifest
 
 
@@ -178,7 +179,7 @@ def _plan_tensor(
 
 
 def _plan_pipeline(
-    gguf: GGUF, config: Config, align: int, count: int, options: dict[str, Any]
+    gguf: GGUF, config: Config, manifests: Sequence[Manifest], count: int, options: dict[str, Any]
 ) -> tuple[Manifest, Plan]:
     for asked, what, remedy in (
         (options.get("kv_shuttle") == "on", "keeps its KV cache on the devices", "--kv_shuttle=off"),
@@ -186,7 +187,6 @@ def _plan_pipeline(
     ):
         if asked:
             raise PlanError(f"a pipeline {what}: pass {remedy} or --parallel=replica")
-    manifests = manifests_of(gguf, align, options["backend"])
     return plan_stages(gguf, manifests, config, count, **{**options, "kv_shuttle": "off"})
 
 
@@ -286,10 +286,8 @@ def _open_pipeline(
             registers = registers and not part.streamed
             opened.append((range(owned[0], owned[-1] + 1), weights))
         first, after = divided_globals(manifest, config)
-        tables = put_globals(gguf, Manifest((), first), plan, config, devices[0], "")
-        # Of an embedding that makes the logits too, the rows alone may stay on the host.
-        last = dataclasses.replace(plan, host_tables=())
-        globals_ = put_globals(gguf, Manifest((), after), last, config, device, capability)
+        tables = put_globals(gguf, Manifest((), first), plan.parts[0], config, devices[0], "")
+        globals_ = put_globals(gguf, Manifest((), after), plan.parts[-1], config, device, capability)
     except BaseException:
         StagedWeights(opened).close()
         raise

@@ -13,8 +13,7 @@ from airjax.types import Array
 
 def embed(model: Model, ids: np.ndarray | Array) -> Array:
     """Token ids `[B, T]` to hidden states `[B, T, W]`, where the first layer is."""
-    here = model.globals if model.tables is None else model.tables
-    layouts = model.layouts if model.tables is None else model.layouts_of(here)
+    here, layouts = model.embedding, model.embedding_layouts
     if not model.plan.host_tables:
         return embed_step(layouts, model.config)(here, hosts.put(ids, model.entrance))
     rows, tables = [], []

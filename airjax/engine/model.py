@@ -197,10 +197,19 @@ class Model:
     @functools.cached_property
     def layouts(self) -> GlobalLayouts:
         """Layouts of the global tensors on the device."""
-        return self.layouts_of(self.globals)
+        return self._layouts_of(self.globals)
 
-    def layouts_of(self, globals_: Globals) -> GlobalLayouts:
-        """Layouts of some global tensors."""
+    @property
+    def embedding(self) -> Globals:
+        """What the embedding reads is among these."""
+        return self.globals if self.tables is None else self.tables
+
+    @functools.cached_property
+    def embedding_layouts(self) -> GlobalLayouts:
+        """Layouts of `embedding`."""
+        return self._layouts_of(self.embedding)
+
+    def _layouts_of(self, globals_: Globals) -> GlobalLayouts:
         return tuple((name, self.manifest.globals[name].layout) for name in globals_)
 
     @property

@@ -216,7 +216,6 @@ def plan_stages(
             config,
             backend=backend,
             first_layer=layers.start,
-            draws=last,
             max_batch=max_batch,
             kv_tokens=together,
             **{"ram_budget_bytes": ram_budget_bytes, "tier": tier, **other, **options},

@@ -19,7 +19,6 @@ import numpy as np
 from airjax.engine.batch import (
     Group,
     PagedState,
-    Placed,
     new_pages,
     place,
     read_pages,
@@ -37,7 +36,6 @@ from airjax.engine.draws import Draws
 from airjax.engine.generation import padded_rows
 from airjax.engine.model import Model
 from airjax.engine.pages import Pages
-from airjax.engine.pipeline import at_stages
 from airjax.engine.request import MAX_TOP_LOGPROBS, Constraint, Event, Finish, Request
 from airjax.engine.sequence import BatchSequence, BatchStats, Flight, Kept, Rows
 from airjax.engine.stats import peak_device_bytes
@@ -401,14 +399,14 @@ class Scheduler:
         placed = place(self.model, groups)
         alone = len(groups) == 1 and not masks and not drafted
         lands = alone and all(
-            s.pending == (groups[0].positions[row] >= 0).sum() and not s.request.pooled
+            _comes_in(s, groups[0].positions[row]) and not s.request.pooled
             for row, s in enumerate(members[0])
         )
         flights: list[Flight] = []
 
         def fly(xs: list[Array]) -> None:
             x, own = self._last(xs[0], rows[0])
-            group, on_device = self._decoding(groups[0], placed, len(x))
+            group, on_device = self._decoding(groups[0], placed[-1][0], len(x))
             flights.append(self._fly(list(members[0]), group, on_device, x, own))
 
         xs = shared_sweep(self.model, groups, self._state, placed, fly if lands else None)
@@ -553,24 +551,18 @@ class Scheduler:
 
     def _ahead(self, flight: Flight) -> Flight:
         """Dispatches the next sweep of a flight's sequences, with the tokens that are on the device."""
-        (((positions, table),),) = flight.placed
+        positions, table = flight.placed
         ids, rows, positions = next_rows(flight.out[0], tuple(flight.rows), positions, self._draws.spare)
         old = flight.group
         pages = table_of([sequence.pages for sequence in flight.sequences], len(old.positions))
         if pages.shape != old.table.shape or (pages != old.table).any():
             table = self.model.put(pages)
-        placed = [[(positions, table)]]
         # Of positions that are on the device the host needs to know only which rows are padding.
         group = Group(ids, np.minimum(old.positions[:, :1], 0), pages)
-        flights: list[Flight] = []
-
-        def fly(xs: list[Array]) -> None:
-            flights.append(self._fly(flight.sequences, group, placed, xs[0], Rows(*rows)))
-
-        shared_sweep(self.model, [group], self._state, placed, fly)
+        (x,) = shared_sweep(self.model, [group], self._state, [[(positions, table)]])
         for sequence in flight.sequences:
             sequence.filled += 1
-        return flights[0]
+        return self._fly(flight.sequences, group, (positions, table), x, Rows(*rows))
 
     def _prompts(self, sequences: Sequence[BatchSequence]) -> list[list[BatchSequence]]:
         """Prompts whose next chunks are padded to one size share a call, and so the decoding of the weights."""
@@ -604,7 +596,7 @@ class Scheduler:
         tokens, counts = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
         for row, sequence in enumerate(sequences):
             # A prompt that is not in after this call draws nothing; its row of the sampler's state stays.
-            if sequence.pending == (group.positions[row] >= 0).sum():
+            if _comes_in(sequence, group.positions[row]):
                 slots[row], tokens[row], counts[row] = sequence.slot, sequence.ids[-1], sequence.drawn
         last = np.maximum((group.positions >= 0).sum(axis=1).astype(np.int32) - 1, 0)
         return Rows(*self.model.put((last, slots, tokens, counts)))
@@ -616,22 +608,22 @@ class Scheduler:
         x, *own = last_rows(x, *rows, self.rows_of(len(x)), np.int32(self._draws.spare))
         return x, Rows(*own)
 
-    def _decoding(self, group: Group, placed: Sequence[Placed], rows: int) -> tuple[Group, Sequence[Placed]]:
+    def _decoding(
+        self, group: Group, placed: tuple[Array, Array], rows: int
+    ) -> tuple[Group, tuple[Array, Array]]:
         """A call of prompts as the decoding call of `rows` sequences that the next one follows."""
         if group.positions.shape[1] == 1:
             return group, placed
         positions = np.full((rows, 1), -1, np.int32)
         positions[: len(group.positions), 0] = group.positions.max(axis=1)
-        on_device = at_stages(self.model, positions)
-        return group._replace(positions=positions), [
-            [(own, table)] for own, ((_, table),) in zip(on_device, placed, strict=True)
-        ]
+        on_device = self.model.put(positions)
+        return group._replace(positions=positions), (on_device, placed[1])
 
     def _fly(
         self,
         sequences: list[BatchSequence],
         group: Group,
-        placed: Sequence[Placed],
+        placed: tuple[Array, Array],
         x: Array,
         rows: Rows,
     ) -> Flight:
@@ -775,6 +767,11 @@ class Scheduler:
 
 def _mask(constraint: Constraint) -> np.ndarray:
     return constraint.mask()
+
+
+def _comes_in(sequence: BatchSequence, positions: np.ndarray) -> bool:
+    """Whether nothing of a sequence is pending after a call with its tokens at some positions, negative for padding."""
+    return bool(sequence.pending == (positions >= 0).sum())
 
 
 def _pages_for(positions: int) -> int:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from airjax.engine.batch import Group, Placed
+from airjax.engine.batch import Group
 from airjax.engine.request import Request
 from airjax.engine.stats import LinkStats
 from airjax.streaming import PoolStats
@@ -123,7 +122,7 @@ class Flight(NamedTuple):
     Attributes:
       sequences: of its first rows; one that has left meanwhile has no slot.
       group: its tokens, of which those of a sweep dispatched ahead are on the device alone.
-      placed: positions and page table, as `batch.place` gives them.
+      placed: positions and page table on the device.
       x: hidden states.
       rows: what the draws took.
       out: what they give.
@@ -131,7 +130,7 @@ class Flight(NamedTuple):
 
     sequences: list[BatchSequence]
     group: Group
-    placed: Sequence[Placed]
+    placed: tuple[Array, Array]
     x: Array
     rows: Rows
     out: Any

@@ -13,12 +13,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 
 from airjax import models
 from airjax.engine.passing import Passing
-from airjax.engine.step import jit
+from airjax.engine.step import buffer_structs, jit
 from airjax.gguf import Layout
 from airjax.models import Buffers
 from airjax.types import Array
@@ -213,7 +212,7 @@ def _advance(
 
 @functools.cache
 def _cut(step: Step, layout: Layout, tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Staged:
-    buffers = tuple(jax.ShapeDtypeStruct((nbytes,), jnp.uint8) for nbytes in layout.sizes)
+    buffers = buffer_structs(layout)
     traced = step.trace(buffers, *jax.tree.unflatten(tree, leaves))
     jaxpr, count = traced.jaxpr.jaxpr, len(buffers)
     arguments = jaxpr.invars[len(jaxpr.invars) - count - len(leaves) :]

@@ -165,6 +165,11 @@ def shuttled_row(config: Config, kind: str, batch: int) -> Any:
     return layers.rows_struct((batch, *config.kv_shape(kind)), config.kv_dtype)
 
 
+def buffer_structs(layout: Layout, shards: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes and dtypes of a span's flat buffers, of so many devices together."""
+    return tuple(jax.ShapeDtypeStruct((nbytes * shards,), jnp.uint8) for nbytes in layout.sizes)
+
+
 @functools.cache
 def read_by_embedding(layouts: GlobalLayouts, config: Config) -> frozenset[str]:
     """Which of the global tensors `embed_step` reads."""
@@ -179,10 +184,7 @@ def read_by_embedding(layouts: GlobalLayouts, config: Config) -> frozenset[str]:
         weights = Seen(unpack_globals(buffers, layouts))
         return models.get(config.architecture).embed(weights, ids, config)
 
-    buffers = {
-        name: tuple(jax.ShapeDtypeStruct((nbytes,), jnp.uint8) for nbytes in layout.sizes)
-        for name, layout in layouts
-    }
+    buffers = {name: buffer_structs(layout) for name, layout in layouts}
     jax.eval_shape(embed, buffers, jax.ShapeDtypeStruct((1, 1), jnp.int32))
     return frozenset(read)
 

@@ -18,6 +18,7 @@ from airjax.engine.shards import is_cut
 from airjax.engine.stages import staged
 from airjax.engine.step import (
     block_step,
+    buffer_structs,
     draw_rows_step,
     draw_step,
     embed_step,
@@ -116,7 +117,7 @@ def _by_expert(
     _, cache = _block(layout, config, kind, shape, slots, plan, x.shape[0])
     kv, table = cache if plan.max_batch else (cache[0], None)
     length = None if plan.max_batch else slots
-    buffers = _buffers(layout)
+    buffers = buffer_structs(layout)
     if plan.device_fetch:
         return _fetched(layout, config, kind, length, span, plan, (x, [kv], table, positions))
     route = route_step(layout, layout, config, kind, length)
@@ -146,7 +147,7 @@ def _fetched(
     tensors = tuple(_array((span.experts * nbytes,), jnp.uint8) for _, nbytes in parts)
     source: Any = jax.eval_shape(Sources, _array((1 + len(parts),), jnp.int32), tensors)
     step = run_step((Block(layout, kind, length, form, span.slots),), config)
-    return _workspace(step, state, [source], [_buffers(layout)], *rest)
+    return _workspace(step, state, [source], [buffer_structs(layout)], *rest)
 
 
 def _long(
@@ -159,7 +160,7 @@ def _long(
     positions: jax.ShapeDtypeStruct,
 ) -> int:
     """Workspace of a layer whose cache comes in pieces."""
-    buffers = _buffers(layout, config.shards)
+    buffers = buffer_structs(layout, config.shards)
     begin, attend = begin_step(layout, config, kind), attend_step(config, kind, slots)
     q, partial, rows = jax.eval_shape(begin, buffers, x, positions)
     piece = piece_struct(plan.kv_block * config.shards, shuttled_row(config, kind, x.shape[0]))
@@ -180,7 +181,7 @@ def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
     names = [name for name in manifest.globals if name in architecture.global_specs(config)]
     layouts = tuple((name, manifest.globals[name].layout) for name in names if name not in left_out)
     shards = {name: config.shards if is_cut(manifest.globals[name]) else 1 for name in names}
-    buffers = {name: _buffers(layout, shards[name]) for name, layout in layouts}
+    buffers = {name: buffer_structs(layout, shards[name]) for name, layout in layouts}
     embed = 0
     if not plan.host_embedding:
         embed = _workspace(embed_step(layouts, config), buffers, _array((1, plan.prefill_chunk), jnp.int32))
@@ -205,9 +206,9 @@ def _outside(manifest: Manifest, config: Config, plan: Plan) -> int:
 def _workspace_of(step: Any, layout: Layout, shards: int, *args: Any) -> int:
     """Of a layer's step, which goes in stages where the layer is cut: then what waits between stages counts too."""
     if not layout.pieces:
-        return _workspace(step, _buffers(layout, shards), *args)
+        return _workspace(step, buffer_structs(layout, shards), *args)
     return max(
-        _workspace(stage.run, *stage.arguments(_buffers(layout))) + stage.waiting_bytes
+        _workspace(stage.run, *stage.arguments(buffer_structs(layout))) + stage.waiting_bytes
         for stage in staged(step, layout, *args).stages.values()
     )
 
@@ -216,10 +217,6 @@ def _workspace(step: Any, *args: Any) -> int:
     stats = step.lower(*args).compile().memory_analysis()
     fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return int(stats.temp_size_in_bytes + fresh)
-
-
-def _buffers(layout: Layout, shards: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return tuple(_array((nbytes * shards,), jnp.uint8) for nbytes in layout.sizes)
 
 
 def _cache(shape: tuple[int, ...], config: Config) -> LayerKV:

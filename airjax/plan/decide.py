@@ -77,7 +77,6 @@ def make_plan(
     drafts: bool = False,
     device_fetch: bool = True,
     first_layer: int | None = None,
-    draws: bool = True,
 ) -> Plan:
     """Decides what lives where.
 
@@ -102,7 +101,6 @@ def make_plan(
       drafts: decoding sweeps check several tokens of a sequence.
       device_fetch: the device can fetch experts from the mapping itself.
       first_layer: the device has only the layers of `manifest`, of which this is the first; None where it has all.
-      draws: the device has the output matrix.
 
     Raises:
       PlanError: nothing fits; the message gives the smallest budget that does.
@@ -128,7 +126,7 @@ def make_plan(
         drafts=drafts,
         device_fetch=device_fetch,
         first_layer=first_layer,
-        draws=draws,
+        draws=first_layer is None or first_layer + len(manifest.layers) == config.n_layers,
     )
     if resident == "dense":
         check_dense(gguf, config)
