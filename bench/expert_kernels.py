@@ -1,6 +1,6 @@
 """Checks and times the fused kernels for mixtures of experts on a GPU: one run, one table.
 
-    python bench/expert_kernels.py [--deadline_s=60] [--parts=check,bits,base,variants,layer] [--quick]
+    python bench/expert_kernels.py [--deadline_s=60] [--parts=check,bits,base,wide,variants,layer] [--quick]
 
 The check is against float64, with extreme scales and experts that are not there. Experts are chosen anew, all equally
 likely, for each of a dozen launches from a layer's own 340 MB and more, so that no cache helps; GB/s are the bytes of
@@ -122,8 +122,9 @@ def check(capability: str, pool: concurrent.futures.Executor, quick: bool) -> No
     """Every type against float64."""
     ways = [(1, 8, "bfloat16"), (2, 8, "bfloat16"), (8, 8, "bfloat16"), (32, 16, "bfloat16")]
     ways += [(64, 8, "bfloat16"), (512, 32, "bfloat16"), (3, 8, "float32"), (33, 48, "float32")]
+    ways += [(33, mixture.WIDE_COLUMNS, "bfloat16"), (600, mixture.WIDE_COLUMNS, "bfloat16")]
     if quick:
-        ways = [ways[at] for at in (2, 5, 7)]
+        ways = [ways[at] for at in (2, 5, 7, 9)]
 
     def one(kind: Type, rows: int, columns: int, dtype: str) -> float:
         return selftest.mixture_error(
@@ -332,6 +333,18 @@ def base_cases() -> list[Case]:
     return cases
 
 
+def wide_cases() -> list[Case]:
+    """Groups of both widths, where experts have many rows."""
+    cases = []
+    for rows in (256, 512, 2048):
+        for shape, kind, down_kind in (
+            ("30b-a3b", Type.Q4_K, Type.Q6_K),
+            ("gpt-oss", Type.MXFP4, Type.MXFP4),
+        ):
+            cases += [Case(shape, kind, down_kind, rows, columns) for columns in (32, mixture.WIDE_COLUMNS)]
+    return cases
+
+
 def variants() -> list[Case]:
     """Other tunings."""
     t = mixture.Tuning
@@ -365,7 +378,7 @@ def main() -> None:
     begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--deadline_s", type=float, default=60)
-    parser.add_argument("--parts", default="check,bits,base,variants,layer")
+    parser.add_argument("--parts", default="check,bits,base,wide,variants,layer")
     parser.add_argument("--quick", action="store_true", help="fewer checks and layers")
     args = parser.parse_args()
     capability = cuda.capability(jax.devices()[0])
@@ -376,6 +389,7 @@ def main() -> None:
             "base": lambda: measure(base_cases(), capability, pool),
             "bits": lambda: same_bits(capability),
             "layer": lambda: time_all_layers(capability, args.quick),
+            "wide": lambda: measure(wide_cases(), capability, pool),
             "variants": lambda: measure(variants(), capability, pool),
         }
         for name in args.parts.split(","):

@@ -62,6 +62,8 @@ def each(
     path: str, budget_gb: float, batches: Sequence[int], decode: int, ram_gib: float, resident: Any
 ) -> Iterator[dict[str, Any]]:
     """Loads a model once under a budget, and measures one batch after another."""
+    import jax
+
     import airjax
     from airjax import bench
     from airjax.bench.probes import probe_link
@@ -75,6 +77,8 @@ def each(
         "max_batch": max(batches),
         "kv_tokens": max(tokens, -(-max(contexts) // 64) * 64),
     }
+    # Before: what it takes of the device would count as the engine's.
+    link, _ = probe_link(jax.devices()[0], 256 << 20)
     with airjax.load(
         path,
         vram_budget_gib=budget_gb * 1e9 / 2**30,
@@ -84,7 +88,6 @@ def each(
         **(together if max(batches) > 1 else {}),
     ) as engine:
         model = engine.model
-        link, _ = probe_link(model.device, 256 << 20)
         chosen = _watch(model)
         for batch in batches:
             begin = time.perf_counter()

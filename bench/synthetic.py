@@ -137,8 +137,7 @@ def _tensors(shape: Shape, kind: Type, output_kind: Type) -> list[tuple[str, tup
     d, f = shape.d_model, shape.d_ff
     q, kv = shape.head_width * shape.heads, shape.head_width * shape.kv_heads
     rows: list[tuple[str, tuple[int, ...], Type]] = [
-        # Beside experts the embedding is F16, since it also carries what skews the routers.
-        ("token_embd.weight", (shape.vocabulary, d), Type.F16 if shape.experts else kind),
+        ("token_embd.weight", (shape.vocabulary, d), _embedding_kind(shape, kind)),
         ("output_norm.weight", (d,), Type.F32),
         ("output.weight", (shape.vocabulary, d), output_kind),
     ]
@@ -161,6 +160,14 @@ def _tensors(shape: Shape, kind: Type, output_kind: Type) -> list[tuple[str, tup
             )
         ]
     return rows
+
+
+def _embedding_kind(shape: Shape, kind: Type) -> Type:
+    """Beside experts one that is as large as published files have it, and that gguf's own quantizer makes, since the
+    embedding then carries what skews the routers."""
+    if not shape.experts:
+        return kind
+    return Type.Q8_0 if shape.architecture == "gpt-oss" else Type.Q4_0
 
 
 def _mixture(shape: Shape, layer: int, kind: Type) -> list[tuple[str, tuple[int, ...], Type]]:
@@ -305,7 +312,7 @@ def write(
         elif name.endswith("ffn_gate_inp.weight"):
             pool = _router(shape, skew, generator)
         elif shape.experts and name == "token_embd.weight":
-            pool = _constant_place(shape, generator)
+            pool = _constant_place(shape, block, generator)
         elif len(size) > 1:
             pool = quiet[block] if adds else pools[block]
             _, block_bytes = gguf.GGML_QUANT_SIZES[block]
@@ -350,11 +357,11 @@ def _router(shape: Shape, skew: float, generator: np.random.Generator) -> np.nda
     return weights.view(np.uint8).reshape(-1)
 
 
-def _constant_place(shape: Shape, generator: np.random.Generator) -> np.ndarray:
-    """Whole rows of an F16 embedding, as bytes."""
-    rows = generator.normal(size=(max(_POOL_BYTES // (2 * shape.d_model), 1), shape.d_model))
+def _constant_place(shape: Shape, kind: Type, generator: np.random.Generator) -> np.ndarray:
+    """Whole rows of an embedding, as bytes. The constant is the largest number of its block, so it is exact."""
+    rows = generator.normal(size=(4096, shape.d_model)).clip(-_CONSTANT / 2, _CONSTANT / 2).astype(np.float32)
     rows[:, 0] = _CONSTANT
-    return rows.astype(np.float16).view(np.uint8).reshape(-1)
+    return gguf.quants.quantize(rows, kind).reshape(-1)
 
 
 def _silent_rows(at: int, size: tuple[int, ...], kind: Type) -> list[_Part]:

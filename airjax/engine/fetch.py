@@ -246,9 +246,9 @@ def _test_arrivals(device: jax.Device, capability: str) -> str:
             for layer in range(layers)
         ]
 
-        @functools.partial(jax.jit, static_argnames="beside", donate_argnames="state")
+        @functools.partial(jax.jit, static_argnames=("beside", "columns"), donate_argnames="state")
         def step(
-            state: Held, layer: Sources, x: Array, chosen: Array, beside: bool
+            state: Held, layer: Sources, x: Array, chosen: Array, *, beside: bool, columns: int | None
         ) -> tuple[Held, Array, Array]:
             pool = state.buffers[0]
             gate, up, down = (
@@ -256,7 +256,7 @@ def _test_arrivals(device: jax.Device, capability: str) -> str:
                 for shape, offset in zip(shapes, offsets, strict=True)
             )
             options: dict[str, Any] = {"experts": experts, "activation": "silu", "capability": capability}
-            options["dtype"] = np.dtype(jnp.bfloat16)
+            options |= {"dtype": np.dtype(jnp.bfloat16), "columns": columns}
             if not beside:
                 state, where = fetch(state, form, layer, chosen)
                 pool = state.buffers[0]
@@ -273,7 +273,7 @@ def _test_arrivals(device: jax.Device, capability: str) -> str:
             return dataclasses.replace(state, buffers=(pool,), fetched=fetched), where, made
 
         states = [streaming.empty([(form.slots, form.slot_bytes)], experts, layers) for _ in range(2)]
-        for _ in range(3):
+        for columns in (None, None, None, quants.WIDE_COLUMNS, quants.WIDE_COLUMNS):
             states = [
                 streaming.begin_step(state, streaming.Policy(4.0), (form,) * layers) for state in states
             ]
@@ -284,7 +284,9 @@ def _test_arrivals(device: jax.Device, capability: str) -> str:
                 )
                 found = []
                 for which in range(2):
-                    states[which], *made = step(states[which], sources[layer], x, chosen, beside=bool(which))
+                    states[which], *made = step(
+                        states[which], sources[layer], x, chosen, beside=bool(which), columns=columns
+                    )
                     found.append([np.asarray(part) for part in made])
                 tables = [jax.tree.map(np.array, state) for state in states]
                 for table in tables:

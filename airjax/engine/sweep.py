@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
 
 _SMALLEST_LENGTH = 256
-# Layers with experts of a pool that share a call: such a layer is many kernels, so long runs take long to compile.
-_FETCHED_RUN = 16
 
 
 @dataclass
@@ -239,13 +237,11 @@ def run_end(
 
     Only for decoding: a layer of a prompt keeps the device busy for longer than its dispatch takes, and every number
     of rows would have to be compiled for all layers. Not where layers are streamed: there the link takes far longer
-    than any dispatch, and runs of every length would have to be compiled. `most` bounds the run where no sweep is
-    dispatched ahead: then the device stands still until the host has prepared the whole call.
+    than any dispatch, and runs of every length would have to be compiled. Elsewhere a run has all layers of a device:
+    one program that serves several runs in turn has its graph written anew by each, for its own weights. `most` bounds
+    the run where that costs less than it takes to compile.
     """
-    end = first
-    if model.pool is not None:
-        most = min(most or _FETCHED_RUN, _FETCHED_RUN)
-    last = model.stage_end(first) if most is None else min(first + most, model.stage_end(first))
+    end, last = first, model.stage_end(first) if most is None else min(first + most, model.stage_end(first))
     alone = model.timeline is not None and model.timeline.each_layer
     if (
         not model.plan.streamed

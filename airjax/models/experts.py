@@ -32,8 +32,8 @@ EXPERT_MATRICES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 EXPERT_STACKS = (_FUSED_GATE, *EXPERT_MATRICES)
 # As in `quants.matmul`: up to this many rows each goes to its experts alone.
 _FEW_ROWS = 8
-# Up to this many rows, and tokens of an expert on average, the fused kernels are faster than decoding experts and a
-# product: 1.7 and 2.5 times with 512 rows and 32 and 16 tokens (H100); with 128 tokens the estimate is less than once.
+# With factors in float32, which the kernels take in three terms, they are faster than decoding experts and a product
+# up to this many rows, and tokens of an expert on average.
 _KERNEL_ROWS = 512
 _KERNEL_TOKENS = 64
 # Weights of experts that are decoded at once where there are more rows, and bytes that are gathered where not.
@@ -333,8 +333,6 @@ def expert_products(
     product = _by_pair if len(rows) <= _FEW_ROWS else _by_expert
     if takes_kernels(len(rows), len(pairs), parts, config):
         product = _by_kernels
-    elif product is _by_expert and _decodes(parts, config):
-        product = _by_decoded
     return product(rows, pairs, factors, parts, own_biases, slots, out, config).reshape(*lead, used, -1)
 
 
@@ -342,13 +340,8 @@ def takes_kernels(rows: int, pairs: int, parts: Mapping[str, quants.Stacked], co
     """Whether the fused kernels make the products of so many tokens and pairs."""
     experts = config.experts
     few = rows <= _KERNEL_ROWS and pairs <= _KERNEL_TOKENS * experts.count
-    return bool(experts.capability) and few and quants.takes(*parts.values())
-
-
-def _decodes(parts: Mapping[str, quants.Stacked], config: Config) -> bool:
-    """Whether kernels decode experts for products of many rows."""
-    bfloat16 = np.dtype(config.compute_dtype) == jnp.bfloat16
-    return bool(config.experts.capability) and bfloat16 and quants.takes(*parts.values())
+    fast = few or np.dtype(config.compute_dtype) == jnp.bfloat16
+    return bool(experts.capability) and fast and quants.takes(*parts.values())
 
 
 def arriving_products(
@@ -424,24 +417,6 @@ def _by_kernels(
         *_kernel_inputs(rows, pairs, factors, slots, parts, own_biases), **_kernel_options(config)
     )
     return products if slots is None else jnp.where(slots[pairs][:, None] >= 0, products, out)
-
-
-def _by_decoded(
-    rows: Array,
-    pairs: Array,
-    factors: Array | None,
-    parts: Mapping[str, quants.Stacked],
-    own_biases: Mapping[str, Array],
-    slots: Array | None,
-    out: Array,
-    config: Config,
-) -> Array:
-    """A few experts are decoded at a time, in as much memory as `_by_expert` takes, each once for all its tokens."""
-    x, pairs, slots, ws, biases = _kernel_inputs(rows, pairs, factors, slots, parts, own_biases)
-    options = _kernel_options(config)
-    del options["dtype"]
-    at_once = min(max(decoded_experts(config) // 2, 1), config.experts.count)
-    return quants.decoded_products(x, pairs, slots, ws, biases, out, at_once=at_once, **options)
 
 
 def _kernel_inputs(

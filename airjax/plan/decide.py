@@ -167,9 +167,8 @@ def _wide_by_expert(gguf: GGUF, manifest: Manifest, config: Config, asked: Asked
 
 def _wide_by_layer(gguf: GGUF, manifest: Manifest, config: Config, asked: Asked, plan: Plan) -> Plan:
     """The plan with more tokens in a sweep, where such a prompt can be, and nothing else leaves the device for it."""
-    # On a CPU products of 512 rows keep it busy anyhow, stages of a pipeline take the chunks of a prompt in turn, and
-    # the kernels for experts take no more rows.
-    if not asked.kernels or asked.first_layer is not None or config.experts is not None:
+    # On a CPU products of 512 rows keep it busy anyhow, and stages of a pipeline take the chunks of a prompt in turn.
+    if not asked.kernels or asked.first_layer is not None:
         return plan
     for own in _wider(asked):
         cache = sizes_of_cache(manifest, config, own)

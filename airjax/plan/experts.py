@@ -24,9 +24,6 @@ def plan_by_expert(gguf: GGUF, config: Config, asked: Asked, cache: Cache, model
         sizes.relaid_bytes(span) if relaid else span.nbytes for span in sizes.device_globals(manifest)
     )
     dense_bytes = sum(sizes.relaid_bytes(span) if relaid else span.nbytes for span in manifest.layers)
-    # One layer's experts may still be at work while the next one attends.
-    workspace = int(sizes.experts_workspace(config, asked.chunk, sizes.decoded_bytes(config)))
-    workspace += limits.GAP_BYTES if relaid else 0
     expert_bytes = sum(span.experts * span.unit_bytes for span in spans)
     chosen, reason = choose_tier(asked.tier, asked.backend, expert_bytes, "experts", asked.ram_budget_bytes)
     kinds: dict[Any, list[ExpertSpan]] = {}
@@ -34,6 +31,7 @@ def plan_by_expert(gguf: GGUF, config: Config, asked: Asked, cache: Cache, model
         kinds.setdefault(span.slots, []).append(span)
     everything = sum(span.experts * span.slot_bytes for span in spans)
     fixed_bytes = cache.workspace_bytes + cache.nbytes
+    workspace = limits.GAP_BYTES if relaid else 0
     left = asked.vram_budget_bytes - fixed_bytes - globals_bytes - dense_bytes - workspace
     embedding_bytes = manifest.globals[limits.EMBEDDING].nbytes
     own_embedding = relaid and "output.weight" in manifest.globals
@@ -44,6 +42,10 @@ def plan_by_expert(gguf: GGUF, config: Config, asked: Asked, cache: Cache, model
         share = min(left / everything, 1.0)
         device_fetch = all(share * len(own) >= 1 for own in kinds.values())
         own_embedding &= embedding_bytes > limits.EMBEDDING_SHARE * (left + embedding_bytes)
+    if not device_fetch:
+        # Products are a call of their own: one layer's may still be at work while the next one attends.
+        beside = int(sizes.experts_workspace(config, asked.chunk, sizes.decoded_bytes(config)))
+        workspace, left = workspace + beside, left - beside
     # A table that serves for single rows leaves its place to experts.
     host_embedding = own_embedding
     if host_embedding:

@@ -10,10 +10,10 @@ from airjax.quants.kernels import MOST_ROWS as MOST_ROWS
 from airjax.quants.matmul import matmul as matmul
 from airjax.quants.matmul import matmul_combined as matmul_combined
 from airjax.quants.matmul import matmul_many as matmul_many
+from airjax.quants.mixture import WIDE_COLUMNS as WIDE_COLUMNS
 from airjax.quants.mixture import Arriving as Arriving
 from airjax.quants.mixture import arrival_size as arrival_size
 from airjax.quants.mixture import arriving_products as arriving_products
-from airjax.quants.mixture import decoded_products as decoded_products
 from airjax.quants.mixture import mixture_products as mixture_products
 from airjax.quants.mixture import takes as takes
 from airjax.quants.packed import PackedTensor as PackedTensor

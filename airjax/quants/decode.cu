@@ -5,9 +5,6 @@
 //   WIDTH    n_in
 //   ROWS     rows that are decoded, from a given one on
 //   THREADS  of a block
-// and for experts
-//   EXPERTS  of a layer           COUNT  experts that are decoded, ROWS rows each
-//   STEP     bytes from one to the next
 // Every weight is scale * q + offset, rounded once to float32 and once to bfloat16, as in airjax/quants/groups.py.
 
 template <Format F> struct Block {
@@ -171,26 +168,3 @@ template <Format F> DEVICE void decode_records(const char* records, const int* f
     }
   }
 }
-
-// Experts from *first on, each where `where` says, negative for one that nobody needs: y [COUNT, ROWS, WIDTH] in the order
-// of the lanes that multiply (experts.cu): each group of 32 as 4 lanes of 4 + 4, each four as pairs (0, 2) and (1, 3).
-#ifdef EXPERTS
-template <Format F> DEVICE void decode_experts(const char* stack, const int* where, const int* first, uint2* y) {
-  constexpr int row_bytes = WIDTH / Block<F>::weights * Block<F>::bytes, of_expert = ROWS * (WIDTH / 8);
-  const long long id = (long long)blockIdx.x * THREADS + threadIdx.x;
-  const int own = (int)(id / of_expert), expert = *first + own;
-  if (own >= COUNT || expert >= EXPERTS || where[expert] < 0) return;
-  const int row = (int)(id % of_expert) / (WIDTH / 8), at = (int)(id % of_expert) % (WIDTH / 8) * 8;
-  const unsigned char* block = (const unsigned char*)stack + where[expert] * (long long)STEP +
-      (long long)row * row_bytes + at / Block<F>::weights * Block<F>::bytes;
-  int q[8];
-  float scale, offset;
-  eight<F>(block, at % Block<F>::weights, q, scale, offset);
-  uint2* to = y + ((long long)(own * ROWS + row) * WIDTH + at / 32 * 32) / 4 + (at & 15) / 4 * 2 + (at >> 4 & 1);
-  uint2 v;
-  v.x = pair<F>(q[0], q[2], scale, offset), v.y = pair<F>(q[1], q[3], scale, offset);
-  to[0] = v;
-  v.x = pair<F>(q[4], q[6], scale, offset), v.y = pair<F>(q[5], q[7], scale, offset);
-  to[2] = v;
-}
-#endif

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,6 @@ from airjax.quants import cuda
 from airjax.quants.packed import TILE_ROWS, TILE_WIDTH, PackedTensor
 from airjax.quants.qtensor import QTensor
 from airjax.types import Array
-
-if TYPE_CHECKING:
-    from airjax.quants.experts import Stacked
 
 TYPES = frozenset({GGMLType.Q4_0, GGMLType.Q8_0, GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.MXFP4})
 # Blocks that are read in words; those of the others are read byte by byte, or two at a time.
@@ -54,42 +51,6 @@ def decoded_rows(w: QTensor | PackedTensor, first: Array | int, count: int) -> A
         blocks = -(-count * width // (8 * _THREADS))
     operands = {"const char* w": data, "const int* first": jnp.asarray(first, jnp.int32).reshape(1)}
     return _launch(name, call, operands, defines, (count, width), blocks, w.capability)
-
-
-def decoded_experts(
-    w: Stacked, where: Array, first: Array, count: int, experts: int, capability: str
-) -> Array:
-    """Some experts of a stack whose type is among `TYPES`, for `mixture.decoded_products`.
-
-    Args:
-      w: `[n_out, n]` of each.
-      where: int32 `[experts]`: where in the stack an expert lies, negative for one that is not decoded.
-      first: int32 `[1]`, of these experts.
-      count: how many.
-      experts: of the layer.
-      capability: of the device.
-
-    Returns:
-      bfloat16 `[count, n_out, n]` in the order of the lanes that multiply; anything for those that were left out.
-    """
-    n_out, width = w.shape
-    defines = {
-        "WIDTH": width,
-        "ROWS": n_out,
-        "THREADS": _THREADS,
-        "EXPERTS": experts,
-        "COUNT": count,
-        "STEP": f"{w.step}ll",
-    }
-    return _launch(
-        "airjax_decode_experts",
-        f"decode_experts<{w.type.name}>(w + {w.offset + w.lead}ll, where, first, (uint2*)y)",
-        {"const char* w": w.buffer, "const int* where": where, "const int* first": first},
-        defines,
-        (count, n_out, width),
-        -(-count * n_out * width // (8 * _THREADS)),
-        capability,
-    )
 
 
 def _launch(

@@ -13,7 +13,8 @@
 //   TURNS     how often in turn, which share activations
 //   SLICES    warps that share a tile, each with every so manyth unit of its rows
 //   STAGES    units of a warp that are on their way at once
-//   CHUNK     0, or so many experts from *from on were decoded (decode.cu), whose groups alone are multiplied
+//   WIDE      1: wide.cu follows, whose blocks have so many WARPS and whose COLUMNS are more
+//   SPANS     blocks of a group
 //   ARRIVING  1: the first FETCHERS blocks fetch the experts that are missing (chunks.cu, which is then in front too), the
 //             others multiply those that are there, and then each one that arrives; 0: all are there
 // and for such launches
@@ -26,7 +27,9 @@
 
 #define TILES (COLUMNS / 8)
 #define TABLE (3 + COLUMNS)
+#if !WIDE
 #define WARPS (MATRICES * ROW_TILES * SLICES)
+#endif
 
 // Where the blocks of an expert lie: `data + slot * stride`.
 struct Stack {
@@ -35,11 +38,11 @@ struct Stack {
 };
 
 template <Format F> struct Unit {
-  static constexpr int block = F == Q4_0 ? 18 : F == Q8_0 ? 34 : F == MXFP4 ? 17 : F == BF16 ? 64 : F == Q4_K ? 144 : F == Q5_K ? 176 : 210;
+  static constexpr int block = F == Q4_0 ? 18 : F == Q8_0 ? 34 : F == MXFP4 ? 17 : F == Q4_K ? 144 : F == Q5_K ? 176 : 210;
   static constexpr bool super = F == Q4_K || F == Q5_K || F == Q6_K;
-  static constexpr int groups = F == BF16 ? 2 : F == Q8_0 ? 4 : 8;  // of 32 weights
+  static constexpr int groups = F == Q8_0 ? 4 : 8;  // of 32 weights
   static constexpr int bytes = super ? block : groups * block;
-  static constexpr int align = F == Q4_K || F == Q5_K || F == BF16 ? 16 : F == MXFP4 ? 1 : 2;
+  static constexpr int align = F == Q4_K || F == Q5_K ? 16 : F == MXFP4 ? 1 : 2;
   static constexpr int chunks = (bytes + 16 - align + 15) / 16;  // of 16 bytes, wherever a row begins
   // An odd number of chunks from row to row: eight rows lie in different banks.
   static constexpr int pitch = 16 * (chunks | 1);
@@ -89,7 +92,8 @@ template <Format F> struct Scales {
   u32 scale[2][4];    // a byte each: 8 of 6 bits (Q4_K, Q5_K), 16 signed ones (Q6_K)
   u32 minimum[2][2];
 
-  DEVICE void load(const Rows<F>& rows) {
+  template <typename From>
+  DEVICE void load(const From& rows) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (F == Q4_K || F == Q5_K) {
@@ -116,13 +120,9 @@ DEVICE u32 floats(u32 magnitude, u32 sign) {
 }
 
 // The weights of one group of 32 as A fragments, by the half of the group: pairs of row g, of row g + 8, twice.
-template <Format F> DEVICE void decode(const Rows<F>& rows, int group, int t, u32 (&a)[2][4]) {
+template <Format F, typename From> DEVICE void decode(const From& rows, int group, int t, u32 (&a)[2][4]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    if (F == BF16) {
-      const uint4 v = *(const uint4*)(rows.stage + (rows.at[h] >> 2) + group * 16 + t * 4);
-      a[0][h] = v.x, a[0][2 + h] = v.y, a[1][h] = v.z, a[1][2 + h] = v.w;
-    }
     if (F == Q4_0 || F == MXFP4) {
       const u32 w = rows.word(h, group * Unit<F>::block + (F == Q4_0 ? 2 : 1) + 4 * t);
 #pragma unroll
@@ -167,7 +167,7 @@ template <Format F> DEVICE void decode(const Rows<F>& rows, int group, int t, u3
 }
 
 // A group's factor: its scale, or for formats with super-blocks the small integer that d multiplies.
-template <Format F> DEVICE float factor(const Rows<F>& rows, const Scales<F>& s, int group, int h, int side) {
+template <Format F, typename From> DEVICE float factor(const From& rows, const Scales<F>& s, int group, int h, int side) {
   if (F == Q4_0 || F == Q8_0) return half_low(rows.half(h, group * Unit<F>::block));
   if (F == MXFP4) {
     const u32 e = rows.byte(h, group * 17);
@@ -205,14 +205,6 @@ DEVICE void multiply(const Rows<F>& rows, int unit, int t, const uint4* const (&
       uint4 b[SPLITS];
 #pragma unroll
       for (int p = 0; p < SPLITS; ++p) b[p] = x[n][(unit * U::groups + group) * 4 + p * (X_ROWS * (WIDTH / 8))];
-      if (F == BF16) {
-#pragma unroll
-        for (int p = 0; p < SPLITS; ++p) {
-          mma(sums[n], a[0][0], a[0][1], a[0][2], a[0][3], b[p].x, b[p].y, sums[n]);
-          mma(sums[n], a[1][0], a[1][1], a[1][2], a[1][3], b[p].z, b[p].w, sums[n]);
-        }
-        continue;
-      }
       // A product with a constant: the sum of the activations times the bias, where the other sums will be.
       float start[2][4] = {}, c[2][4];
       if (biased)
@@ -347,23 +339,18 @@ DEVICE void await(const int* arrival, int expert) {
 
 // A block's share: ROW_TILES * TURNS tiles of 16 rows of a matrix, or of two of them, for the pairs of one group.
 template <Format F, Format UP, typename Write>
-DEVICE void share(int block, const uint4* x, const int* table, const int* from, int* arrival, int hits, const Stack& first, const Stack& second, Write write) {
+DEVICE void share(int block, const uint4* x, const int* table, int* arrival, int hits, const Stack& first, const Stack& second, Write write) {
   constexpr int staged = WARPS * STAGES * 16 * (Unit<F>::pitch > Unit<UP>::pitch ? Unit<F>::pitch : Unit<UP>::pitch);
   constexpr int summed = WARPS * TILES * 128 * 4;
   // Reads of a word may go 4 bytes past the last unit.
   __shared__ __align__(16) char shared[(staged > summed ? staged : summed) + 16];
-  constexpr int block_rows = 16 * ROW_TILES * TURNS, spans = OUT / block_rows;
-  table += block / spans * TABLE;
-  int slot = table[0];
-  const int expert = table[1], count = table[2];
+  constexpr int block_rows = 16 * ROW_TILES * TURNS;
+  table += block / SPANS * TABLE;
+  const int slot = table[0], expert = table[1], count = table[2];
   if (slot < 0) return;
-#if CHUNK
-  slot = expert - *from;
-  if (slot < 0 || slot >= CHUNK) return;
-#endif
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int part = warp / SLICES, begin = warp % SLICES, matrix = part / ROW_TILES;
-  const int row = block % spans * block_rows, line = row + part % ROW_TILES * (16 * TURNS);
+  const int row = block % SPANS * block_rows, line = row + part % ROW_TILES * (16 * TURNS);
   const int tiles = (count + 7) / 8;
   const uint4* columns[TILES];
 #pragma unroll

@@ -1,7 +1,8 @@
 """The fused kernels for mixtures of experts: the blocks of experts as they lie in the file, in three launches a layer.
 
 The first puts pairs of a token and one of its experts together by expert, the second makes gate and up and their
-activation, the third what comes down. No host looks at what was chosen.
+activation, the third what comes down. No host looks at what was chosen. Where experts have few pairs each, sums are
+made of integers and scaled in float32 (experts.cu); where they have many, weights are rounded to bfloat16 (wide.cu).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as GGMLType
 
-from airjax.quants import cuda, decoding
+from airjax.quants import cuda
 from airjax.quants.experts import Stacked
 from airjax.quants.qtensor import row_bytes
 from airjax.types import Array
@@ -29,17 +30,22 @@ _UNIT_WEIGHTS: dict[GGMLType, int] = {
     GGMLType.Q5_K: 256,
     GGMLType.Q6_K: 256,
     GGMLType.MXFP4: 256,
-    # Of experts that were decoded.
-    GGMLType.BF16: 64,
 }
-TYPES = frozenset(_UNIT_WEIGHTS) - {GGMLType.BF16}
+TYPES = frozenset(_UNIT_WEIGHTS)
 ACTIVATIONS = ("silu", "gelu", "exact gelu", "relu", "squared relu", "clamped")
 _MOST_EXPERTS = 1024
 _TILE_ROWS = 16
 _PREPARE_THREADS = 512
 _SHARED_BYTES = 48 << 10
-# Blocks of a launch that fetch: one for each multiprocessor of an H100.
+# Blocks of a launch that fetch: one for each multiprocessor of an H100; few where a multiprocessor holds but one block,
+# which have 16 KiB on their way each.
 _FETCHERS = 132
+_WIDE_FETCHERS = 32
+# Pairs of an expert on average above which weights are rounded to bfloat16 (H200: with 32 of Qwen3-30B-A3B's that takes
+# 0.68 ms a layer in place of 0.88, with 16 of them 0.60 and 0.52); then pairs of a group, and warps of a block.
+WIDE_FROM = 24
+WIDE_COLUMNS = 128
+_WIDE_WARPS = 8
 
 
 class Groups(NamedTuple):
@@ -108,14 +114,22 @@ def takes(*ws: Stacked) -> bool:
     )
 
 
-def columns_for(pairs: int, experts: int) -> int:
-    """Pairs of a group: as many as an expert has on average and some more, since each group decodes its expert."""
+def columns_for(pairs: int, experts: int, terms: int = 1) -> int:
+    """Pairs of a group: as many as an expert has on average and some more, since each group decodes its expert.
+
+    Args:
+      pairs: P.
+      experts: E.
+      terms: of each activation; only one term goes with weights in bfloat16.
+    """
     average = pairs / min(pairs, experts)
+    if average > WIDE_FROM and terms == 1:
+        return WIDE_COLUMNS
     return 8 if average <= 4 else 16 if average <= 8 else 32
 
 
 def tuning(ws: Sequence[Stacked], columns: int, terms: int) -> Tuning:
-    """The choices for one matrix, or for two of one input."""
+    """The choices for one matrix, or for two of one input; wide.cu has its own, and takes `columns` alone."""
     n_out, n_in = ws[0].shape
     units = max(-(-n_in // _UNIT_WEIGHTS[w.type]) for w in ws)
     slices = -(-units // -(-units // 4))
@@ -235,86 +249,6 @@ def arriving_products(
     return y, pool, fetched
 
 
-def decoded_products(
-    x: Array,
-    pairs: Array,
-    slots: Array | None,
-    ws: tuple[Stacked, Stacked, Stacked],
-    biases: tuple[Array, ...] | None,
-    out: Array,
-    *,
-    experts: int,
-    activation: str,
-    capability: str,
-    at_once: int,
-    columns: int | None = None,
-) -> Array:
-    """`mixture_products` of many rows: each expert is decoded once, and then multiplied with all groups of its pairs.
-
-    Args:
-      x, pairs, slots, ws, biases, experts, activation, capability: as there; the factors are bfloat16.
-      out: float32 `[P, D]`, changed in place: what stands there for pairs whose expert is not there.
-      at_once: how many experts are decoded at a time.
-      columns: pairs of a group; None for 32, or 64 where experts have more on average, which are read half as often.
-
-    Returns:
-      float32 `[P, D]`.
-    """
-    if columns is None:
-        columns = 64 if len(pairs) > 32 * experts else 32
-    groups, _ = _prepare(
-        x, pairs, slots, None, experts=experts, columns=columns, terms=1, capability=capability
-    )
-    own = (None, None) if biases is None else (biases[:2], biases[2:])
-    needed = jnp.zeros(experts, jnp.int32).at[pairs].max(1, mode="drop")
-    places = jnp.arange(experts, dtype=jnp.int32) if slots is None else slots.astype(jnp.int32)
-    where = jnp.where(needed > 0, places, -1)
-
-    def some(step: Array, y: Array) -> Array:
-        first = (step * at_once).astype(jnp.int32).reshape(1)
-        gate, up, down = (
-            Stacked(
-                decoding.decoded_experts(w, where, first, at_once, experts, capability),
-                GGMLType.BF16,
-                w.shape,
-            )
-            for w in ws
-        )
-        chunk = _Chunk(first, at_once)
-        tuned = tuning((gate, up), columns, 1)
-        defines = _defines((gate, up), tuned, 1, groups.x.shape[1], len(pairs) // groups.x.shape[1])
-        body, shape = _gated(gate, own[0], len(pairs), 1, activation)
-        (h,) = _launch(
-            "airjax_experts_up",
-            groups,
-            (gate, up),
-            own[0],
-            defines,
-            tuned,
-            body,
-            shape,
-            capability,
-            chunk=chunk,
-        )
-        tuned = tuning((down,), columns, 1)
-        defines = _defines((down,), tuned, 1, len(pairs), 1)
-        body, _ = _plain(down, own[1], len(pairs))
-        made = Groups(h, groups.table)
-        (y,) = _launch(
-            "airjax_experts_down", made, (down,), own[1], defines, tuned, body, y, capability, chunk=chunk
-        )
-        return y
-
-    return jax.lax.fori_loop(0, -(-experts // at_once), some, out)
-
-
-class _Chunk(NamedTuple):
-    """The experts that a launch multiplies: the first of them, int32 `[1]`, and how many."""
-
-    first: Array
-    number: int
-
-
 class _Fetch(NamedTuple):
     """What a launch that fetches has beside the others: experts, blocks that need none of them, and its number."""
 
@@ -336,7 +270,7 @@ def _prepared(
     columns: int | None,
 ) -> tuple[Groups, Array]:
     terms = {"bfloat16": 1, "float16": 2}.get(np.dtype(dtype).name, 3)
-    columns = columns_for(len(pairs), experts) if columns is None else columns
+    columns = columns_for(len(pairs), experts, terms) if columns is None else columns
     return _prepare(
         x, pairs, slots, arrival, experts=experts, columns=columns, terms=terms, capability=capability
     )
@@ -404,7 +338,7 @@ def _prepare(
     results += [] if arrival is None else [jax.ShapeDtypeStruct((1,), np.dtype(np.int32))]
     split, table, *hits = cuda.launch(
         cuda.compile_ptx(
-            _source("grouping.cu", defines, entry, [] if arrival is None else [cuda.text("chunks.cu")]),
+            _source(["grouping.cu"], defines, entry, [] if arrival is None else [cuda.text("chunks.cu")]),
             capability,
         ),
         name,
@@ -488,15 +422,16 @@ def _launch(
     defines: dict[str, Any],
     tuned: Tuning,
     body: str,
-    result: jax.ShapeDtypeStruct | Array,
+    result: jax.ShapeDtypeStruct,
     capability: str,
     fetch: _Fetch | None = None,
-    chunk: _Chunk | None = None,
 ) -> list[Array]:
-    """The result, which is written into where it is an array already; where something is fetched also the arrival,
-    `fetched` and the pool, which are changed in place."""
-    threads = 32 * len(ws) * tuned.row_tiles * tuned.slices
-    blocks = groups.table.shape[0] * (ws[0].shape[0] // (_TILE_ROWS * tuned.row_tiles * tuned.turns))
+    """The result; where something is fetched also the arrival, `fetched` and the pool, which are changed in place."""
+    wide = tuned.columns == WIDE_COLUMNS
+    warps = _WIDE_WARPS if wide else len(ws) * tuned.row_tiles * tuned.slices
+    rows = _TILE_ROWS * (_WIDE_WARPS * 2 // len(ws) if wide else tuned.row_tiles * tuned.turns)
+    spans = -(-ws[0].shape[0] // rows)
+    blocks = groups.table.shape[0] * spans
     given = biases or ()
     # Experts of a pool lie in one buffer, which XLA would pass once, however often it is given.
     buffers = list({id(w.buffer): w.buffer for w in ws}.values())
@@ -505,7 +440,7 @@ def _launch(
     operands: list[Array] = [groups.x, groups.table]
     written: list[Array] = []
     begin, block, counts, text = "", "blockIdx.x", "nullptr, 0", []
-    begins = "nullptr" if chunk is None else "from"
+    fetchers = _WIDE_FETCHERS if wide else _FETCHERS
     if fetch is None:
         pointers += [f"const char* w{i}" for i in range(len(buffers))]
         operands += buffers
@@ -514,48 +449,41 @@ def _launch(
         pointers += ["const int* info", "const int* hits"]
         operands += [fetch.arriving.info, fetch.hits]
         written = [fetch.arriving.arrival, fetch.arriving.fetched, pool]
-        defines = {**defines, **_fetch_defines(ws, fetch)}
-        blocks += _FETCHERS
-        begin = """const int own = ticket(arrival), needless = *hits * (OUT / (16 * ROW_TILES * TURNS));
+        defines = {**defines, "FETCHERS": fetchers, **_fetch_defines(ws, fetch)}
+        blocks += fetchers
+        begin = """const int own = ticket(arrival), needless = *hits * SPANS;
   if (own < FETCHERS) {
     bring(own, info, arrival, needless, fetched, w0);
     return;
   }
   """
         block, counts, text = "own - FETCHERS", "arrival, needless", [cuda.text("chunks.cu")]
-    if chunk is not None:
-        pointers.append("const int* from")
-        operands.append(chunk.first)
     pointers += [f"const float* b{i}" for i in range(len(given))]
     pointers += ["int* arrival", "int* fetched", "char* w0"] if fetch is not None else []
     pointers.append(f"{'float' if result.dtype == np.float32 else 'unsigned short'}* y")
     stacks = [
         f"const Stack s{i} = {{w{at[i]} + {w.offset + w.lead}ll, {w.step}ll}};" for i, w in enumerate(ws)
     ]
-    entry = f"""extern "C" __global__ void __launch_bounds__({threads}, {tuned.blocks}) {name}(
+    entry = f"""extern "C" __global__ void __launch_bounds__({32 * warps}, {1 if wide else tuned.blocks}) {name}(
     {", ".join(pointers)}) {{
   {begin}{" ".join(stacks)}
-  share<{ws[0].type.name}, {ws[-1].type.name}>({block}, x, table, {begins}, {counts}, s0, s{len(ws) - 1},
+  share{"_wide" if wide else ""}<{ws[0].type.name}, {ws[-1].type.name}>({block}, x, table, {counts}, s0, s{len(ws) - 1},
       [=](int pair, int expert, int row, float first, float second) {{
     {body}
   }});
 }}"""
-    defines = {
-        "ARRIVING": int(fetch is not None),
-        "CHUNK": 0 if chunk is None else chunk.number,
-        **defines,
-    }
-    fresh = [result] if isinstance(result, jax.ShapeDtypeStruct) else []
-    written += [] if isinstance(result, jax.ShapeDtypeStruct) else [result]
+    defines = {"ARRIVING": int(fetch is not None), "WIDE": int(wide), "SPANS": spans, **defines}
+    defines |= {"WARPS": warps} if wide else {}
+    files = ["experts.cu", "wide.cu"] if wide else ["experts.cu"]
     return cuda.launch(
-        cuda.compile_ptx(_source("experts.cu", defines, entry, text), capability),
+        cuda.compile_ptx(_source(files, defines, entry, text), capability),
         name,
-        fresh,
+        [result],
         *operands,
         *given,
         written=written,
         blocks=blocks,
-        threads=threads,
+        threads=32 * warps,
     )
 
 
@@ -570,7 +498,6 @@ def _fetch_defines(ws: Sequence[Stacked], fetch: _Fetch) -> dict[str, Any]:
     lists = ("{" + ", ".join(map(str, column)) + "}" for column in zip(*own, strict=True))
     return {
         "LAUNCH": fetch.number,
-        "FETCHERS": _FETCHERS,
         "EXPERTS": fetch.experts,
         "SLOT_BYTES": f"{ws[0].step}ull",
         "PARTS": len(own),
@@ -594,9 +521,9 @@ def _defines(ws: Sequence[Stacked], tuned: Tuning, terms: int, rows: int, share:
     }
 
 
-def _source(file: str, defines: dict[str, Any], entry: str, between: Sequence[str] = ()) -> str:
+def _source(files: Sequence[str], defines: dict[str, Any], entry: str, between: Sequence[str] = ()) -> str:
     lines = [f"#define {name} {value}" for name, value in defines.items()]
-    return "\n".join([*lines, cuda.text("warps.cu"), *between, cuda.text(file), entry])
+    return "\n".join([*lines, cuda.text("warps.cu"), *between, *map(cuda.text, files), entry])
 
 
 def _pitch(type: GGMLType) -> int:

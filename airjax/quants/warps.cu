@@ -6,7 +6,7 @@ typedef unsigned int u32;
 // 128 in bfloat16: with q in its low bits it is 128 + q.
 #define MAGIC 0x43004300u
 
-enum Format { Q4_0, Q8_0, Q4_K, Q5_K, Q6_K, MXFP4, BF16 };
+enum Format { Q4_0, Q8_0, Q4_K, Q5_K, Q6_K, MXFP4 };
 
 DEVICE float half_low(u32 v) {
   float f;
@@ -24,6 +24,13 @@ DEVICE float half_high(u32 v) {
 DEVICE unsigned short bfloat16(float v) {
   unsigned short bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+  return bits;
+}
+
+// Two of them, the first in the low half.
+DEVICE u32 bfloat16_pair(float low, float high) {
+  u32 bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
 

@@ -345,9 +345,12 @@ def _draws(loaded, generate, prompt, **options):
 
 
 def test_long_prompts_share_a_sweep_where_that_costs_few_slots(path):
-    small, batch = _budget(path, 40, max_batch=8), {"max_batch": 8}
+    # Where the host calls products, those of one layer are at work beside the attention of the next one.
+    batch, host = {"max_batch": 8}, {"device_fetch": False}
+    small = _budget(path, 40, **batch, **host)
     with _planner(path) as plan:
-        assert plan(small, **batch).prefill_chunk == 512
+        assert plan(small, **batch, **host).prefill_chunk == 512
+        assert plan(small, **batch).prefill_chunk == 2048
         # Where all experts have a slot, more tokens take none of them.
         large = plan(1 << 30, **batch)
         assert (large.prefill_chunk, sum(large.expert_slots)) == (2048, _EXPERTS * _LAYERS)

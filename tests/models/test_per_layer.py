@@ -200,8 +200,6 @@ def test_runs_of_layers_in_one_program_share_their_caches_too(tmp_path, monkeypa
     expected, _ = run()
     cpu_kernel.install(monkeypatch)
     assert run() == (expected, True)
-    # Of a batch a run has 3 layers here: the last one reads a cache of the run before.
-    monkeypatch.setattr(engine.batch, "_RUN_LAYERS", 3)
     with _load(path, resident="all", max_batch=1) as loaded:
         batch = loaded.generate_batch([ids], samplers=sampling.greedy(), **greedy)
         assert [token.id for _, token in batch] == expected

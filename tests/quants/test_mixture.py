@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from random_blocks import random_rows
 
 from airjax import quants
-from airjax.quants import cuda, decoding, mixture, selftest
+from airjax.quants import cuda, mixture, selftest
 
 _TYPES = sorted(mixture.TYPES)
 _EVERYDAY = [0x2C00, 0xAC55, 0x1400]
@@ -55,7 +55,8 @@ def _products(x, pairs, ws, slots=None, dtype="bfloat16", columns=None, biases=N
 @_runs_kernels
 @pytest.mark.parametrize(
     ("kind", "rows", "columns", "dtype"),
-    [(kind, 3, 8, "bfloat16") for kind in _TYPES] + [(GGMLType.MXFP4, 9, 16, "float32")],
+    [(kind, *way, "bfloat16") for kind in _TYPES for way in ((3, 8), (70, mixture.WIDE_COLUMNS))]
+    + [(GGMLType.MXFP4, 9, 16, "float32")],
 )
 def test_the_sums_are_those_of_float64(kernels, kind, rows, columns, dtype):
     error = selftest.mixture_error(kind, rows, columns, capability="9.0", dtype=dtype, seed=rows)
@@ -72,9 +73,24 @@ def test_a_token_has_the_same_bits_alone_and_among_others_in_groups_of_any_size(
     ids = np.stack([generator.choice(4, 2, replace=False, p=[0.7, 0.1, 0.1, 0.1]) for _ in x])
     among = _products(x, ids.reshape(-1), ws, columns=8)
     np.testing.assert_array_equal(_products(x, ids.reshape(-1), ws, columns=32), among)
+    wide = _products(x, ids.reshape(-1), ws, columns=mixture.WIDE_COLUMNS)
+    assert 0 < np.max(np.abs(wide - among)) < 2**-5 * np.max(np.abs(among))
     for row in (0, 7):
-        alone = _products(x[row : row + 1], ids[row], ws)
-        np.testing.assert_array_equal(alone, among.reshape(10, 2, d)[row])
+        for columns, several in ((None, among), (mixture.WIDE_COLUMNS, wide)):
+            alone = _products(x[row : row + 1], ids[row], ws, columns=columns)
+            np.testing.assert_array_equal(alone, several.reshape(10, 2, d)[row])
+
+
+@_runs_kernels
+def test_an_expert_of_many_pairs_takes_several_wide_groups(kernels):
+    ws = tuple(_stack(GGMLType.Q8_0, *shape, seed=7) for shape in ((32, 64), (32, 64), (64, 32)))
+    x = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)
+    # 279 of one expert, 21 of another; on average far more than a narrow group has.
+    pairs = np.where(np.arange(300) % 15 == 4, 3, 1)
+    whole = _products(x, pairs, ws)
+    np.testing.assert_array_equal(whole, _products(x, pairs, ws, columns=mixture.WIDE_COLUMNS))
+    few = np.arange(3, 20)
+    np.testing.assert_array_equal(whole[few], _products(x[few], pairs[few], ws, columns=mixture.WIDE_COLUMNS))
 
 
 @_runs_kernels
@@ -169,7 +185,6 @@ def test_kernels_that_are_wrong_or_fail_are_not_used_and_that_is_said_once(
     gpu, monkeypatch, caplog, broken, reason
 ):
     monkeypatch.setattr(selftest, "mixture_error", broken)
-    monkeypatch.setattr(selftest, "decoded_experts_error", lambda type, capability: 0.0)
     with caplog.at_level(logging.WARNING):
         assert [quants.mixture_usable([GGMLType.Q4_K], gpu) for _ in range(2)] == ["", ""]
     (record,) = caplog.records
@@ -177,8 +192,9 @@ def test_kernels_that_are_wrong_or_fail_are_not_used_and_that_is_said_once(
 
 
 @_runs_kernels
+@pytest.mark.parametrize("columns", [8, mixture.WIDE_COLUMNS])
 @pytest.mark.parametrize("name", ["down_product", "gate_up"])
-def test_the_self_test_finds_a_wrong_product(kernels, monkeypatch, name):
+def test_the_self_test_finds_a_wrong_product(kernels, monkeypatch, name, columns):
     right = getattr(mixture, name)
 
     def wrong(*arguments, **options):
@@ -186,63 +202,5 @@ def test_the_self_test_finds_a_wrong_product(kernels, monkeypatch, name):
         return made.at[..., 3].multiply(1.5)
 
     monkeypatch.setattr(mixture, name, wrong)
-    error = selftest.mixture_error(GGMLType.Q8_0, 6, 8, capability="9.0", experts=2)
+    error = selftest.mixture_error(GGMLType.Q8_0, 6, columns, capability="9.0", experts=2)
     assert error > 10 * selftest._TOLERANCE
-
-
-@_runs_kernels
-@pytest.mark.parametrize("kind", _TYPES, ids=lambda kind: kind.name)
-def test_the_self_test_of_decoded_experts_passes_and_sees_a_wrong_order(kernels, monkeypatch, kind):
-    assert selftest.decoded_experts_error(kind, capability="9.0") == 0
-    decoded = decoding.decoded_experts
-    monkeypatch.setattr(decoding, "decoded_experts", lambda *args: jnp.roll(decoded(*args), 4, axis=-1))
-    assert selftest.decoded_experts_error(kind, capability="9.0") == np.inf
-
-
-@_runs_kernels
-@pytest.mark.parametrize(
-    ("kind", "columns"), [*((kind, None) for kind in _TYPES), (GGMLType.Q8_0, 64)], ids=str
-)
-def test_experts_that_are_decoded_first_give_the_sums_of_float64(kernels, kind, columns):
-    d, f, experts = (512, 256, 5) if kind in (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K) else (288, 96, 5)
-    shapes = [(f, d), (f, d), (d, f)]
-    ws = tuple(_stack(kind, *shape, seed, experts=7, offset=128 * seed) for seed, shape in enumerate(shapes))
-    generator = np.random.default_rng(0)
-    x = np.asarray(jnp.asarray(generator.normal(size=(40, d)), jnp.bfloat16).astype(jnp.float32))
-    ids = np.stack([generator.choice(experts, 2, replace=False, p=[0.6, 0.1, 0.1, 0.1, 0.1]) for _ in x])
-    pairs, slots = ids.reshape(-1), np.array([3, -1, 0, 6, 2])
-    biases = [generator.normal(size=(experts, n_out)).astype(np.float32) for n_out, _ in shapes]
-    out = generator.normal(size=(len(pairs), d)).astype(np.float32)
-    got = mixture.decoded_products(
-        jnp.asarray(x),
-        jnp.asarray(pairs, jnp.int32),
-        jnp.asarray(slots, jnp.int32),
-        ws,
-        tuple(map(jnp.asarray, biases)),
-        jnp.asarray(out),
-        experts=experts,
-        activation="silu",
-        capability="9.0",
-        at_once=2,
-        columns=columns,
-    )
-    for pair, expert in enumerate(pairs):
-        if slots[expert] < 0:
-            np.testing.assert_array_equal(got[pair], out[pair])
-            continue
-        gate, up, down = (_decoded(w, slots[expert]) for w in ws)
-        own = [bias[expert] for bias in biases]
-        one, other = gate @ x[pair // 2] + own[0], up @ x[pair // 2] + own[1]
-        with np.errstate(over="ignore"):
-            made = one / (1 + np.exp(-one)) * other
-        made = np.asarray(jnp.asarray(made, jnp.bfloat16).astype(jnp.float32), np.float64)
-        magnitude = np.abs(down) @ np.abs(made) + np.abs(own[2])
-        # Of what the activation gives one more or less of the last of 8 bits.
-        assert np.max(np.abs(np.asarray(got[pair]) - (down @ made + own[2])) / magnitude) < 2**-8
-
-
-def _decoded(w, slot):
-    data = w.buffer[slot, w.offset : w.offset + w.nbytes].reshape(w.shape[0], -1)
-    return np.asarray(
-        quants.dequantize(quants.QTensor(data, w.type, w.shape)).astype(jnp.bfloat16), np.float64
-    )

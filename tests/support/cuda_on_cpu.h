@@ -125,6 +125,8 @@ static unsigned short bfloat16(float v) {
   return v != v ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 
+static u32 bfloat16_pair(float low, float high) { return bfloat16(low) | (u32)bfloat16(high) << 16; }
+
 static float bf16_at(u32 pair, int i) { return __uint_as_float(i ? pair & 0xFFFF0000u : pair << 16); }
 
 static u32 fma_pair(u32 a, u32 b, u32 c) {
