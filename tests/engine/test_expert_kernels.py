@@ -22,16 +22,8 @@ pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="needs g++"
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that models were given since."""
-    names = []
-
-    def launch(source, name, *operands, **options):
-        names.append(name)
-        return cuda_on_cpu.launch(source, name, *operands, **options)
-
-    cuda_on_cpu.use(monkeypatch)
-    monkeypatch.setattr("airjax.quants.cuda.launch", launch)
     monkeypatch.setattr(quants, "mixture_usable", lambda types, device: "9.0")
-    return names
+    return cuda_on_cpu.record(monkeypatch)
 
 
 def _load(path, **options):

@@ -26,16 +26,8 @@ def _memory(nbytes, pin):
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that were launched since."""
-    names = []
-
-    def launch(source, name, *operands, **options):
-        names.append(name)
-        return cuda_on_cpu.launch(source, name, *operands, **options)
-
-    cuda_on_cpu.use(monkeypatch)
-    monkeypatch.setattr("airjax.quants.cuda.launch", launch)
     monkeypatch.setattr(fetch.PinnedMemory, "allocate", _memory)
-    return names
+    return cuda_on_cpu.record(monkeypatch)
 
 
 def test_tables_and_bytes_are_those_of_xlas_form(launched):

@@ -23,15 +23,7 @@ _SCALES = [0x2C00, 0xAC55, 0x1400, 0x0000, 0x8000, 0x0001]
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that were launched since."""
-    names = []
-
-    def launch(source, name, *operands, **options):
-        names.append(name)
-        return cuda_on_cpu.launch(source, name, *operands, **options)
-
-    cuda_on_cpu.use(monkeypatch)
-    monkeypatch.setattr("airjax.quants.cuda.launch", launch)
-    return names
+    return cuda_on_cpu.record(monkeypatch)
 
 
 def _matrix(kind, rows, width, lead=0):

@@ -31,6 +31,19 @@ def use(monkeypatch):
     monkeypatch.setattr(cuda, "launch", launch)
 
 
+def record(monkeypatch):
+    """As `use`; a list of the names of the kernels that are launched since."""
+    names = []
+
+    def launch_known(source, name, *operands, **options):
+        names.append(name)
+        return launch(source, name, *operands, **options)
+
+    use(monkeypatch)
+    monkeypatch.setattr(cuda, "launch", launch_known)
+    return names
+
+
 def launch(source, name, results, *operands, written=(), blocks, threads):
     """`cuda.launch` of a source that was not compiled."""
     given = (*operands, *written)
