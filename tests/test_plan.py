@@ -7,7 +7,7 @@ import jax
 import pytest
 import synthetic
 
-from airjax import models
+from airjax import models, quants
 from airjax.gguf import open_gguf
 from airjax.plan import GIB, plan_layers
 
@@ -87,3 +87,26 @@ def test_layers_that_are_cut_for_devices_leave_the_allocator_more(plan):
     assert cut.workspace_bytes - alone.workspace_bytes == 256 << 20
     batch = [plan(18.62, mesh=mesh, max_batch=8, **given) for mesh in (None, jax.make_mesh((1,), ("shard",)))]
     assert batch[0].workspace_bytes == batch[1].workspace_bytes
+
+
+@pytest.mark.parametrize("budget_gib", [8, 20], ids=["streamed", "resident"])
+def test_experts_that_the_kernels_take_need_less_beside_them(tmp_path, budget_gib):
+    path = tmp_path / "30b.gguf"
+    synthetic.write_sparse(str(path), synthetic.SHAPES["30b-a3b"], gguf.GGMLQuantizationType.Q4_K)
+
+    def make(known):
+        with open_gguf(path) as file, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quants, "mixture_usable", lambda types, device: "9.0")
+            patch.setattr(quants.mixture, "TYPES", known)
+            _, config = models.from_gguf(file, "bfloat16", context=1024)
+            config = models.with_kernels(config, file, jax.devices()[0])
+            given = {"vram_budget_bytes": budget_gib * GIB, "ram_budget_bytes": 128 * GIB}
+            batch = {"max_batch": 32, "kv_tokens": 6144}
+            return plan_layers(file, 1, config, backend="cuda", context=1024, **given | batch)[1]
+
+    known = quants.mixture.TYPES
+    covered, others = make(known), make(known - {gguf.GGMLQuantizationType.Q4_K})
+    assert covered.prefill_chunk == others.prefill_chunk == 2048
+    assert covered.workspace_bytes < others.workspace_bytes
+    assert covered.peak_bytes <= covered.vram_budget_bytes
+    assert sum(covered.expert_slots) > sum(others.expert_slots) or not others.expert_slots

@@ -65,6 +65,7 @@ def run(values: Flags) -> None:
     with open_gguf(values.model) as gguf:
         compute_dtype = values.compute_dtype or ("float32" if on_cpu else "bfloat16")
         _, config = models.from_gguf(gguf, compute_dtype, values.kv_dtype, values.context)
+        config = models.with_kernels(config, gguf, devices[0])
         plan, config, _ = engine.plan_form(
             gguf,
             config,

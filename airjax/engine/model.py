@@ -382,6 +382,7 @@ def open_model(
     lane = "host to device" if number is None else f"link {number}"
     try:
         architecture, config = models.from_gguf(gguf, compute_dtype, kv_dtype, context)
+        config = models.with_kernels(config, gguf, device)
         align = alignment(device)
         options: dict[str, Any] = {
             "backend": device.platform,
@@ -416,7 +417,6 @@ def open_model(
         kept = [manifest.layers[layer].layout for layer in plan.resident]
         kept.append(manifest.globals[output_name(manifest)].layout)
         capability = quants.usable(matrix_types(kept), device) if plan.relaid else ""
-        config = models.with_kernels(config, gguf, device)
         if cut:
             weights = open_sharded_weights(gguf, cut, config.mesh, plan, timeline, capability)
         else:

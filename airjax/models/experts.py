@@ -58,6 +58,7 @@ class Experts:
       every: of the others each so manyth layer is a mixture (Llama 4).
       on_input: a token's weight for an expert multiplies what the expert takes, not what it gives (Llama 4).
       capability: of the CUDA device whose kernels multiply the experts; "" for XLA alone.
+      covered: these kernels take all of the experts.
       fused_gate: gate and up of the experts are one stack.
       read_after: what follows the experts reads the layer's other tensors too (Gemma 4).
     """
@@ -74,6 +75,7 @@ class Experts:
     every: int = 1
     on_input: bool = False
     capability: str = ""
+    covered: bool = False
     fused_gate: bool = False
     read_after: bool = False
 
@@ -190,7 +192,9 @@ def with_kernels(config: Config, gguf: GGUF, device: jax.Device) -> Config:
         return config
     types = {info.type for name, info in gguf.tensors.items() if name.split(".")[-2] in EXPERT_STACKS}
     capability = quants.mixture_usable(types, device)
-    return dataclasses.replace(config, experts=dataclasses.replace(config.experts, capability=capability))
+    covered = bool(capability) and quants.covers(types, config.d_model, config.experts.d_ff)
+    experts = dataclasses.replace(config.experts, capability=capability, covered=covered)
+    return dataclasses.replace(config, experts=experts)
 
 
 def shared_width(gguf: GGUF, experts: Experts) -> int:

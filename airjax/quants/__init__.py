@@ -14,6 +14,7 @@ from airjax.quants.mixture import WIDE_COLUMNS as WIDE_COLUMNS
 from airjax.quants.mixture import Arriving as Arriving
 from airjax.quants.mixture import arrival_size as arrival_size
 from airjax.quants.mixture import arriving_products as arriving_products
+from airjax.quants.mixture import covers as covers
 from airjax.quants.mixture import mixture_products as mixture_products
 from airjax.quants.mixture import takes as takes
 from airjax.quants.packed import PackedTensor as PackedTensor

@@ -8,7 +8,7 @@ made of integers and scaled in float32 (experts.cu); where they have many, weigh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,6 +99,11 @@ class Tuning(NamedTuple):
 def arrival_size(experts: int) -> int:
     """Entries of an arrival of so many experts."""
     return 10 + 5 * experts
+
+
+def covers(types: Iterable[GGMLType], *widths: int) -> bool:
+    """Whether the kernels take experts of all these block types and widths."""
+    return TYPES.issuperset(types) and all(width % 32 == 0 for width in widths)
 
 
 def takes(*ws: Stacked) -> bool:
