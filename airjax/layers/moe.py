@@ -53,6 +53,10 @@ def choose(logits: Array, routing: Routing, bias: Array | None = None) -> tuple[
     Returns:
       ids int32 `[..., k]` and weights float32 `[..., k]`.
     """
+    of_chosen = routing.scoring == "softmax of chosen" or (routing.scoring == "softmax" and routing.normalized)
+    if of_chosen and bias is None and routing.groups == 1:
+        ids, weights = _chosen_softmax(logits, routing.used)
+        return ids, weights if routing.scale == 1 else weights * routing.scale
     if routing.scoring == "sigmoid":
         scores = jax.nn.sigmoid(logits)
     elif routing.scoring == "softmax":
@@ -73,6 +77,19 @@ def choose(logits: Array, routing: Routing, bias: Array | None = None) -> tuple[
     if routing.normalized:
         weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-20)
     return ids, weights if routing.scale == 1 else weights * routing.scale
+
+
+def _chosen_softmax(logits: Array, used: int) -> tuple[Array, Array]:
+    """The experts with the largest logits and the softmax over these, which is that over all, normalized.
+
+    Written out, so that a GPU takes two kernels less a layer than with reductions.
+    """
+    best, ids = jax.lax.top_k(logits, used)
+    weights = jnp.exp(best - best[..., :1])
+    total = weights[..., :1]
+    for rank in range(1, used):
+        total = total + weights[..., rank : rank + 1]
+    return ids, weights / total
 
 
 class Grouping(NamedTuple):

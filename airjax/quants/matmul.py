@@ -162,7 +162,9 @@ def _elsewhere(x: Array, w: QTensor, dtype: np.dtype) -> Array:
     """One row multiplies and sums in one fusion, in float32; for more, XLA would write the decoded matrix to memory."""
     if x.shape[0] > 1:
         return _decoded(x, w, dtype)
-    return jnp.sum(dequantize(w) * x[0], axis=-1)[None]
+    # Else what makes the row is fused with the products, and these are written to memory before they are summed.
+    row = jax.lax.optimization_barrier(x[0])
+    return jnp.sum(dequantize(w) * row, axis=-1)[None]
 
 
 def _by_integers(x: Array, w: QTensor) -> Array:

@@ -20,6 +20,16 @@ def test_weights_of_chosen_experts_are_their_share_of_the_softmax():
     np.testing.assert_allclose(weights, [[4 / 7, 3 / 7]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("spread", [1.0, 30.0, 1000.0])
+def test_the_softmax_over_the_chosen_is_the_normalized_one_over_all(spread):
+    logits = (spread * np.random.default_rng(0).normal(size=(40, 16))).astype(np.float32)
+    ids, weights = layers.choose(jnp.asarray(logits), layers.Routing(4, normalized=True))
+    np.testing.assert_array_equal(ids, np.argsort(-logits, axis=-1)[:, :4])
+    best = np.sort(logits.astype(np.float64), axis=-1)[:, ::-1][:, :4]
+    share = np.exp(best - best[:, :1])
+    np.testing.assert_allclose(weights, share / share.sum(axis=-1, keepdims=True), rtol=2e-6, atol=1e-30)
+
+
 def test_a_bias_moves_the_choice_but_not_the_weights():
     logits = jnp.array([[0.0, 1.0, 2.0, -1.0]])
     ids, weights = layers.choose(logits, layers.Routing(2, "sigmoid"), bias=jnp.array([1.0, 0.0, 0.0, 0.0]))
