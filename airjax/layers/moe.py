@@ -53,7 +53,9 @@ def choose(logits: Array, routing: Routing, bias: Array | None = None) -> tuple[
     Returns:
       ids int32 `[..., k]` and weights float32 `[..., k]`.
     """
-    of_chosen = routing.scoring == "softmax of chosen" or (routing.scoring == "softmax" and routing.normalized)
+    of_chosen = routing.scoring == "softmax of chosen" or (
+        routing.scoring == "softmax" and routing.normalized
+    )
     if of_chosen and bias is None and routing.groups == 1:
         ids, weights = _chosen_softmax(logits, routing.used)
         return ids, weights if routing.scale == 1 else weights * routing.scale
