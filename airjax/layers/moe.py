@@ -58,7 +58,12 @@ def choose(logits: Array, routing: Routing, bias: Array | None = None) -> tuple[
     )
     if of_chosen and bias is None and routing.groups == 1:
         ids, weights = _chosen_softmax(logits, routing.used)
-        return ids, weights if routing.scale == 1 else weights * routing.scale
+    else:
+        ids, weights = _chosen_scores(logits, routing, bias)
+    return ids, weights if routing.scale == 1 else weights * routing.scale
+
+
+def _chosen_scores(logits: Array, routing: Routing, bias: Array | None) -> tuple[Array, Array]:
     if routing.scoring == "sigmoid":
         scores = jax.nn.sigmoid(logits)
     elif routing.scoring == "softmax":
@@ -78,7 +83,7 @@ def choose(logits: Array, routing: Routing, bias: Array | None = None) -> tuple[
         weights = jax.nn.softmax(weights, axis=-1)
     if routing.normalized:
         weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-20)
-    return ids, weights if routing.scale == 1 else weights * routing.scale
+    return ids, weights
 
 
 def _chosen_softmax(logits: Array, used: int) -> tuple[Array, Array]:

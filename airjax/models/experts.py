@@ -364,7 +364,7 @@ def arriving_products(
     *lead, used = chosen.ids.shape
     rows, pairs = chosen.h.reshape(-1, chosen.h.shape[-1]), chosen.ids.reshape(-1)
     factors = chosen.gates.reshape(-1, 1) if config.experts.on_input else None
-    x, pairs, _, ws, biases = _kernel_inputs(rows, pairs, factors, slots, parts, own_biases)
+    x, ws, biases = _kernel_inputs(rows, pairs, factors, parts, own_biases)
     products, pool, fetched = quants.arriving_products(
         x, pairs, slots, ws, biases, arriving, **_kernel_options(config)
     )
@@ -417,9 +417,8 @@ def _by_kernels(
     config: Config,
 ) -> Array:
     """Each expert's blocks read once for the tokens that chose it, in three launches."""
-    products = quants.mixture_products(
-        *_kernel_inputs(rows, pairs, factors, slots, parts, own_biases), **_kernel_options(config)
-    )
+    x, ws, biases = _kernel_inputs(rows, pairs, factors, parts, own_biases)
+    products = quants.mixture_products(x, pairs, slots, ws, biases, **_kernel_options(config))
     return products if slots is None else jnp.where(slots[pairs][:, None] >= 0, products, out)
 
 
@@ -427,21 +426,15 @@ def _kernel_inputs(
     rows: Array,
     pairs: Array,
     factors: Array | None,
-    slots: Array | None,
     parts: Mapping[str, quants.Stacked],
     own_biases: Mapping[str, Array],
-) -> tuple[
-    Array,
-    Array,
-    Array | None,
-    tuple[quants.Stacked, quants.Stacked, quants.Stacked],
-    tuple[Array, ...] | None,
-]:
+) -> tuple[Array, tuple[quants.Stacked, quants.Stacked, quants.Stacked], tuple[Array, ...] | None]:
+    """Activations, matrices and biases as the kernels take them."""
     if factors is not None:
         rows = jnp.repeat(rows, len(pairs) // len(rows), axis=0) * factors
     gate, up, down = (parts[name] for name in EXPERT_MATRICES)
     biases = tuple(own_biases[name] for name in EXPERT_MATRICES) if own_biases else None
-    return rows.astype(jnp.float32), pairs, slots, (gate, up, down), biases
+    return rows.astype(jnp.float32), (gate, up, down), biases
 
 
 def _kernel_options(config: Config) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,31 +47,18 @@ def decoded_rows(w: QTensor | PackedTensor, first: Array | int, count: int) -> A
         data, offset = (w.data, 0) if w.buffer is None else (w.buffer, w.offset)
         name, call = "airjax_decode", f"decode<{w.type.name}>(w + {offset}ll, first, y)"
         blocks = -(-count * width // (8 * _THREADS))
-    operands = {"const char* w": data, "const int* first": jnp.asarray(first, jnp.int32).reshape(1)}
-    return _launch(name, call, operands, defines, (count, width), blocks, w.capability)
-
-
-def _launch(
-    name: str,
-    call: str,
-    operands: dict[str, Array],
-    defines: dict[str, Any],
-    shape: tuple[int, ...],
-    blocks: int,
-    capability: str,
-) -> Array:
-    """A kernel that makes `call` of its operands, by their declarations, and of `y`: bfloat16 of a shape."""
     lines = [f"#define {define} {value}" for define, value in defines.items()]
     entry = f"""extern "C" __global__ void __launch_bounds__({_THREADS}) {name}(
-    {", ".join(operands)}, uint4* y) {{
+    const char* w, const int* first, uint4* y) {{
   {call};
 }}"""
     source = "\n".join([*lines, cuda.text("warps.cu"), cuda.text("decode.cu"), entry])
     (y,) = cuda.launch(
-        cuda.compile_ptx(source, capability),
+        cuda.compile_ptx(source, w.capability),
         name,
-        [jax.ShapeDtypeStruct(shape, jnp.bfloat16)],
-        *operands.values(),
+        [jax.ShapeDtypeStruct((count, width), jnp.bfloat16)],
+        data,
+        jnp.asarray(first, jnp.int32).reshape(1),
         blocks=blocks,
         threads=_THREADS,
     )

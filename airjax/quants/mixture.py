@@ -54,10 +54,12 @@ class Groups(NamedTuple):
     Attributes:
       x: bfloat16 `[terms, rows, n]` in the order of the lanes.
       table: int32 `[groups, 3 + columns]`: slot (-1: no group), expert, count, pairs.
+      hits: int32 `[1]`, how many groups need nothing that is fetched; None where nothing is.
     """
 
     x: Array
     table: Array
+    hits: Array | None = None
 
 
 class Arriving(NamedTuple):
@@ -182,11 +184,11 @@ def mixture_products(
     Raises:
       CudaError: a kernel can't be compiled.
     """
-    groups, _ = _prepared(x, pairs, slots, ws, None, experts, dtype, capability, columns)
+    groups = _prepared(x, pairs, slots, None, experts, dtype, capability, columns)
     own = (None, None) if biases is None else (biases[:2], biases[2:])
     gate, up, down = ws
     h = gate_up(groups, gate, up, own[0], len(pairs), activation=activation, capability=capability)
-    return down_product(Groups(h, groups.table), down, own[1], capability=capability)
+    return down_product(groups._replace(x=h), down, own[1], capability=capability)
 
 
 def arriving_products(
@@ -217,48 +219,27 @@ def arriving_products(
     Returns:
       The products, the pool, and `fetched`.
     """
-    groups, hits = _prepared(x, pairs, slots, ws, arriving.arrival, experts, dtype, capability, columns)
+    groups = _prepared(x, pairs, slots, arriving.arrival, experts, dtype, capability, columns)
     gate, up, down = ws
     own = (None, None) if biases is None else (biases[:2], biases[2:])
-    terms = groups.x.shape[0]
-    tuned = tuning((gate, up), groups.table.shape[1] - 3, terms)
-    body, shape = _gated(gate, own[0], len(pairs), terms, activation)
-    h, arrival, fetched, pool = _launch(
-        "airjax_experts_up",
-        groups,
-        (gate, up),
-        own[0],
-        _defines((gate, up), tuned, terms, groups.x.shape[1], len(pairs) // groups.x.shape[1]),
-        tuned,
-        body,
-        shape,
-        capability,
-        _Fetch(arriving, hits, 0, experts),
+    h, arrival, fetched, pool = _gate_up(
+        groups, gate, up, own[0], len(pairs), activation, capability, fetch=_Fetch(arriving, 0, experts)
     )
-    down = dataclasses.replace(down, buffer=pool)
-    groups = Groups(h, groups.table)
-    tuned = tuning((down,), groups.table.shape[1] - 3, terms)
-    body, shape = _plain(down, own[1], len(pairs))
-    y, _, fetched, pool = _launch(
-        "airjax_experts_down",
-        groups,
-        (down,),
+    arriving = arriving._replace(arrival=arrival, fetched=fetched)
+    y, _, fetched, pool = _down_product(
+        groups._replace(x=h),
+        dataclasses.replace(down, buffer=pool),
         own[1],
-        _defines((down,), tuned, terms, len(pairs), 1),
-        tuned,
-        body,
-        shape,
         capability,
-        _Fetch(arriving._replace(arrival=arrival, fetched=fetched), hits, 1, experts),
+        fetch=_Fetch(arriving, 1, experts),
     )
     return y, pool, fetched
 
 
 class _Fetch(NamedTuple):
-    """What a launch that fetches has beside the others: experts, blocks that need none of them, and its number."""
+    """What a launch that fetches has beside the others: experts of the layer, and its number."""
 
     arriving: Arriving
-    hits: Array
     number: int
     experts: int
 
@@ -267,16 +248,15 @@ def _prepared(
     x: Array,
     pairs: Array,
     slots: Array | None,
-    ws: Sequence[Stacked],
     arrival: Array | None,
     experts: int,
     dtype: np.dtype,
     capability: str,
     columns: int | None,
-) -> tuple[Groups, Array]:
+) -> Groups:
     terms = {"bfloat16": 1, "float16": 2}.get(np.dtype(dtype).name, 3)
     columns = columns_for(len(pairs), experts, terms) if columns is None else columns
-    return _prepare(
+    return prepare(
         x, pairs, slots, arrival, experts=experts, columns=columns, terms=terms, capability=capability
     )
 
@@ -285,31 +265,21 @@ def prepare(
     x: Array,
     pairs: Array,
     slots: Array | None,
+    arrival: Array | None = None,
     *,
     experts: int,
     columns: int,
     terms: int,
     capability: str,
 ) -> Groups:
-    """Puts pairs together by expert and splits activations, in one launch; arguments as in `mixture_products`."""
-    groups, _ = _prepare(
-        x, pairs, slots, None, experts=experts, columns=columns, terms=terms, capability=capability
-    )
-    return groups
+    """Puts pairs together by expert and splits activations, in one launch.
 
-
-def _prepare(
-    x: Array,
-    pairs: Array,
-    slots: Array | None,
-    arrival: Array | None,
-    *,
-    experts: int,
-    columns: int,
-    terms: int,
-    capability: str,
-) -> tuple[Groups, Array]:
-    """As `prepare`; with an arrival also int32 `[1]`, how many groups need nothing that is fetched."""
+    Args:
+      x, pairs, slots, experts, capability: as in `mixture_products`.
+      arrival: of `Arriving`; None where nothing is fetched.
+      columns: pairs of a group.
+      terms: of each activation.
+    """
     rows, width = x.shape
     (count,) = pairs.shape
     hit = min(count, experts)
@@ -341,7 +311,7 @@ def _prepare(
         jax.ShapeDtypeStruct((groups, 3 + columns), np.dtype(np.int32)),
     ]
     results += [] if arrival is None else [jax.ShapeDtypeStruct((1,), np.dtype(np.int32))]
-    split, table, *hits = cuda.launch(
+    made = cuda.launch(
         cuda.compile_ptx(
             _source(["grouping.cu"], defines, entry, [] if arrival is None else [cuda.text("chunks.cu")]),
             capability,
@@ -353,7 +323,7 @@ def _prepare(
         blocks=1 + -(-rows * width // (8 * _PREPARE_THREADS)),
         threads=_PREPARE_THREADS,
     )
-    return Groups(split, table), hits[0] if hits else table
+    return Groups(*made)
 
 
 def gate_up(
@@ -368,23 +338,31 @@ def gate_up(
     tuned: Tuning | None = None,
 ) -> Array:
     """Both products of each pair and their activation, as bfloat16 `[terms, P, F]` in the order of the lanes."""
+    return _gate_up(groups, gate, up, biases, pairs, activation, capability, tuned)[0]
+
+
+def _gate_up(
+    groups: Groups,
+    gate: Stacked,
+    up: Stacked,
+    biases: Sequence[Array] | None,
+    pairs: int,
+    activation: str,
+    capability: str,
+    tuned: Tuning | None = None,
+    fetch: _Fetch | None = None,
+) -> list[Array]:
+    """What `_launch` gives for `gate_up`."""
     terms, rows, _ = groups.x.shape
     tuned = tuned or tuning((gate, up), groups.table.shape[1] - 3, terms)
     defines = _defines((gate, up), tuned, terms, rows, pairs // rows)
-    body, shape = _gated(gate, biases, pairs, terms, activation)
-    return _launch("airjax_experts_up", groups, (gate, up), biases, defines, tuned, body, shape, capability)[
-        0
-    ]
-
-
-def _gated(
-    gate: Stacked, biases: Sequence[Array] | None, pairs: int, terms: int, activation: str
-) -> tuple[str, jax.ShapeDtypeStruct]:
-    """What is written of two sums, and all of it."""
     added = ["", ""] if biases is None else [f" + b{i}[expert * OUT + row]" for i in range(2)]
     body = f"""split<SPLITS>(gated<{activation.replace(" ", "_")}>(first{added[0]}, second{added[1]}),
         y + (long long)pair * OUT + (row & ~31) + place(row & 31), {pairs}ll * OUT);"""
-    return body, jax.ShapeDtypeStruct((terms, pairs, gate.shape[0]), jnp.bfloat16)
+    shape = jax.ShapeDtypeStruct((terms, pairs, gate.shape[0]), jnp.bfloat16)
+    return _launch(
+        "airjax_experts_up", groups, (gate, up), biases, defines, tuned, body, shape, capability, fetch
+    )
 
 
 def down_product(
@@ -396,18 +374,26 @@ def down_product(
     tuned: Tuning | None = None,
 ) -> Array:
     """The product of each pair's own row, float32 `[P, n_out]`."""
+    return _down_product(groups, down, biases, capability, tuned)[0]
+
+
+def _down_product(
+    groups: Groups,
+    down: Stacked,
+    biases: Sequence[Array] | None,
+    capability: str,
+    tuned: Tuning | None = None,
+    fetch: _Fetch | None = None,
+) -> list[Array]:
+    """What `_launch` gives for `down_product`."""
     terms, rows, _ = groups.x.shape
     tuned = tuned or tuning((down,), groups.table.shape[1] - 3, terms)
     defines = _defines((down,), tuned, terms, rows, 1)
-    body, shape = _plain(down, biases, rows)
-    return _launch("airjax_experts_down", groups, (down,), biases, defines, tuned, body, shape, capability)[0]
-
-
-def _plain(down: Stacked, biases: Sequence[Array] | None, pairs: int) -> tuple[str, jax.ShapeDtypeStruct]:
-    """What is written of one sum, and all of it."""
     added = "" if biases is None else " + b0[expert * OUT + row]"
-    return f"y[(long long)pair * OUT + row] = first{added};", jax.ShapeDtypeStruct(
-        (pairs, down.shape[0]), np.dtype(np.float32)
+    body = f"y[(long long)pair * OUT + row] = first{added};"
+    shape = jax.ShapeDtypeStruct((rows, down.shape[0]), np.dtype(np.float32))
+    return _launch(
+        "airjax_experts_down", groups, (down,), biases, defines, tuned, body, shape, capability, fetch
     )
 
 
@@ -452,7 +438,8 @@ def _launch(
     else:
         (pool,) = buffers
         pointers += ["const int* info", "const int* hits"]
-        operands += [fetch.arriving.info, fetch.hits]
+        assert groups.hits is not None
+        operands += [fetch.arriving.info, groups.hits]
         written = [fetch.arriving.arrival, fetch.arriving.fetched, pool]
         defines = {**defines, "FETCHERS": fetchers, **_fetch_defines(ws, fetch)}
         blocks += fetchers
