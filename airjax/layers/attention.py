@@ -163,7 +163,18 @@ def attention(
         return _attend(queries, keys, values, seen, scale, softcap, slopes, sinks)
 
     if new == 1:
-        one = _attend_one(grouped[:, 0], keys, values, visible[:, 0], scale, softcap, slopes, sinks)
+
+        def alone(whole: bool, queries: Array, keys: Array, values: Array, seen: Array) -> Array:
+            return _attend_one(queries, keys, values, seen, scale, softcap, slopes, sinks, whole)
+
+        one = jax.lax.platform_dependent(
+            grouped[:, 0],
+            keys,
+            values,
+            visible[:, 0],
+            cpu=functools.partial(alone, False),
+            default=functools.partial(alone, True),
+        )
         return one.reshape(q.shape)
     tile = tile_rows(batch * heads * keys.shape[2] * 4, new)
     if tile == new:
@@ -274,8 +285,11 @@ def _attend_one(
     softcap: float,
     slopes: np.ndarray | None,
     sinks: Array | None,
+    whole: bool,
 ) -> Array:
     """`_attend` of one new token, `[B, K, G, H]`, in products that take the cache as it lies in memory.
+
+    Without sinks a `whole` softmax is one kernel of a GPU, where its parts are three.
 
     In the general form XLA's CPU backend transposes all values first, which takes longer than the products.
     Nothing here is computed in a way that XLA is known to choose by the batch; so the bits of a sequence don't depend
@@ -294,6 +308,10 @@ def _attend_one(
     scores = dot(merged(q), merged(keys), (((2,), (2,)), ((0,), (0,))))  # [B * K, G, S]
     slopes = None if slopes is None else np.tile(slopes.reshape(kv_heads, group, 1), (batch, 1, 1))
     scores = masked_scores(scores, jnp.repeat(visible, kv_heads, axis=0)[:, None], scale, softcap, slopes)
+    if whole and sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+        out = dot(weights, merged(values), (((2,), (1,)), ((0,), (0,))))
+        return out.reshape(batch, kv_heads, group, width)
     largest = _largest(scores)
     if sinks is not None:
         sink = jnp.tile(sinks.reshape(kv_heads, group, 1), (batch, 1, 1))  # [B * K, G, 1]
