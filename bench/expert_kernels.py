@@ -336,12 +336,13 @@ def base_cases() -> list[Case]:
 def wide_cases() -> list[Case]:
     """Groups of both widths, where experts have many rows."""
     cases = []
-    for rows in (256, 512, 2048):
+    for rows in (32, 64, 128, 256, 512, 2048):
         for shape, kind, down_kind in (
             ("30b-a3b", Type.Q4_K, Type.Q6_K),
             ("gpt-oss", Type.MXFP4, Type.MXFP4),
         ):
-            cases += [Case(shape, kind, down_kind, rows, columns) for columns in (32, mixture.WIDE_COLUMNS)]
+            narrow = next(n for n in (8, 16, 32) if n == 32 or 2 * rows * SHAPES[shape].used <= n * SHAPES[shape].experts)
+            cases += [Case(shape, kind, down_kind, rows, columns) for columns in (narrow, mixture.WIDE_COLUMNS)]
     return cases
 
 

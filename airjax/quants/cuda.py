@@ -99,6 +99,7 @@ def launch(
     written: Sequence[Array] = (),
     blocks: int,
     threads: int,
+    shared_bytes: int = 0,
 ) -> list[Array]:
     """Launches a kernel, inside jit.
 
@@ -110,6 +111,7 @@ def launch(
       written: arrays that it changes in place; no copy is made if nothing else needs them as they were.
       blocks: size of the grid.
       threads: of a block.
+      shared_bytes: of a block's memory that the kernel takes as `extern __shared__`, the one way to more than 48 KiB.
 
     Returns:
       The results, then the arrays that were written in place.
@@ -125,7 +127,7 @@ def launch(
             name=name,
             kernel_type="ptx",
             kernel_data=ptx,
-            shared_mem_bytes=np.int32(0),
+            shared_mem_bytes=np.int32(shared_bytes),
             **{key: np.int32(value) for key, value in sizes.items()},
         )
     )

@@ -92,8 +92,7 @@ template <Format F> struct Scales {
   u32 scale[2][4];    // a byte each: 8 of 6 bits (Q4_K, Q5_K), 16 signed ones (Q6_K)
   u32 minimum[2][2];
 
-  template <typename From>
-  DEVICE void load(const From& rows) {
+  DEVICE void load(const Rows<F>& rows) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (F == Q4_K || F == Q5_K) {
@@ -119,55 +118,58 @@ DEVICE u32 floats(u32 magnitude, u32 sign) {
   return fma_pair(masked_or(magnitude, 0x01C001C0u, sign & 0x80008000u), 0x7F007F00u, 0x80008000u);
 }
 
-// The weights of one group of 32 as A fragments, by the half of the group: pairs of row g, of row g + 8, twice.
-template <Format F, typename From> DEVICE void decode(const From& rows, int group, int t, u32 (&a)[2][4]) {
+// The weights of row g + 8 h in one group of 32, as A fragments have them, by the half of the group: pairs of row g, of
+// row g + 8, twice.
+template <Format F> DEVICE void decode_row(const Rows<F>& rows, int group, int h, int t, u32 (&a)[2][4]) {
+  if (F == Q4_0 || F == MXFP4) {
+    const u32 w = rows.word(h, group * Unit<F>::block + (F == Q4_0 ? 2 : 1) + 4 * t);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    if (F == Q4_0 || F == MXFP4) {
-      const u32 w = rows.word(h, group * Unit<F>::block + (F == Q4_0 ? 2 : 1) + 4 * t);
+    for (int side = 0; side < 2; ++side)
 #pragma unroll
-      for (int side = 0; side < 2; ++side)
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-          const int low = side * 4 + pair * 8;  // the lowest bit
-          if (F == Q4_0) a[side][pair * 2 + h] = nibbles(w >> low);
-          if (F == MXFP4)
-            a[side][pair * 2 + h] = floats(low > 6 ? w >> (low - 6) : w << (6 - low), w << (12 - low));
-        }
-    }
-    if (F == Q8_0)
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        const u32 w = rows.word(h, group * 34 + 2 + side * 16 + 4 * t);
-        a[side][h] = signed_bytes(w);
-        a[side][2 + h] = signed_bytes(w >> 8);
-      }
-    if (F == Q4_K || F == Q5_K)
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        const u32 w = rows.word(h, (F == Q5_K ? 48 : 16) + group / 2 * 32 + side * 16 + 4 * t) >> (group & 1) * 4;
-        a[side][h] = nibbles(w);
-        a[side][2 + h] = nibbles(w >> 8);
-        if (F == Q5_K) {
-          const u32 bits = rows.word(h, 16 + side * 16 + 4 * t);
-          a[side][h] = masked_or(group >= 4 ? bits >> (group - 4) : bits << (4 - group), 0x00100010u, a[side][h]);
-          a[side][2 + h] = masked_or(bits >> (group + 4), 0x00100010u, a[side][2 + h]);
-        }
-      }
-    if (F == Q6_K)
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        const int part = group / 4, quarter = group & 3;
-        const u32 w = rows.word(h, part * 64 + (quarter & 1) * 32 + side * 16 + 4 * t) >> quarter / 2 * 4;
-        const u32 bits = rows.word(h, 128 + part * 32 + side * 16 + 4 * t);
-        a[side][h] = masked_or((quarter >= 2 ? bits >> (quarter * 2 - 4) : bits << (4 - quarter * 2)), 0x00300030u, nibbles(w));
-        a[side][2 + h] = masked_or(bits >> (quarter * 2 + 4), 0x00300030u, nibbles(w >> 8));
+      for (int pair = 0; pair < 2; ++pair) {
+        const int low = side * 4 + pair * 8;  // the lowest bit
+        if (F == Q4_0) a[side][pair * 2 + h] = nibbles(w >> low);
+        if (F == MXFP4)
+          a[side][pair * 2 + h] = floats(low > 6 ? w >> (low - 6) : w << (6 - low), w << (12 - low));
       }
   }
+  if (F == Q8_0)
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const u32 w = rows.word(h, group * 34 + 2 + side * 16 + 4 * t);
+      a[side][h] = signed_bytes(w);
+      a[side][2 + h] = signed_bytes(w >> 8);
+    }
+  if (F == Q4_K || F == Q5_K)
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const u32 w = rows.word(h, (F == Q5_K ? 48 : 16) + group / 2 * 32 + side * 16 + 4 * t) >> (group & 1) * 4;
+      a[side][h] = nibbles(w);
+      a[side][2 + h] = nibbles(w >> 8);
+      if (F == Q5_K) {
+        const u32 bits = rows.word(h, 16 + side * 16 + 4 * t);
+        a[side][h] = masked_or(group >= 4 ? bits >> (group - 4) : bits << (4 - group), 0x00100010u, a[side][h]);
+        a[side][2 + h] = masked_or(bits >> (group + 4), 0x00100010u, a[side][2 + h]);
+      }
+    }
+  if (F == Q6_K)
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const int part = group / 4, quarter = group & 3;
+      const u32 w = rows.word(h, part * 64 + (quarter & 1) * 32 + side * 16 + 4 * t) >> quarter / 2 * 4;
+      const u32 bits = rows.word(h, 128 + part * 32 + side * 16 + 4 * t);
+      a[side][h] = masked_or((quarter >= 2 ? bits >> (quarter * 2 - 4) : bits << (4 - quarter * 2)), 0x00300030u, nibbles(w));
+      a[side][2 + h] = masked_or(bits >> (quarter * 2 + 4), 0x00300030u, nibbles(w >> 8));
+    }
+}
+
+template <Format F> DEVICE void decode(const Rows<F>& rows, int group, int t, u32 (&a)[2][4]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) decode_row<F>(rows, group, h, t, a);
 }
 
 // A group's factor: its scale, or for formats with super-blocks the small integer that d multiplies.
-template <Format F, typename From> DEVICE float factor(const From& rows, const Scales<F>& s, int group, int h, int side) {
+template <Format F> DEVICE float factor(const Rows<F>& rows, const Scales<F>& s, int group, int h, int side) {
   if (F == Q4_0 || F == Q8_0) return half_low(rows.half(h, group * Unit<F>::block));
   if (F == MXFP4) {
     const u32 e = rows.byte(h, group * 17);

@@ -46,6 +46,8 @@ _WIDE_FETCHERS = 32
 WIDE_FROM = 24
 WIDE_COLUMNS = 128
 _WIDE_WARPS = 8
+# Stages of 32 weights of all columns (wide.cu).
+_COLUMN_STAGES = 5
 
 
 class Groups(NamedTuple):
@@ -465,7 +467,8 @@ def _launch(
   }});
 }}"""
     defines = {"ARRIVING": int(fetch is not None), "WIDE": int(wide), "SPANS": spans, **defines}
-    defines |= {"WARPS": warps} if wide else {}
+    shared = _wide_shared_bytes(ws) if wide else 0
+    defines |= {"WARPS": warps, "SHARED_BYTES": shared} if wide else {}
     files = ["experts.cu", "wide.cu"] if wide else ["experts.cu"]
     return cuda.launch(
         cuda.compile_ptx(_source(files, defines, entry, text), capability),
@@ -476,7 +479,14 @@ def _launch(
         written=written,
         blocks=blocks,
         threads=32 * warps,
+        shared_bytes=shared,
     )
+
+
+def _wide_shared_bytes(ws: Sequence[Stacked]) -> int:
+    """What a block of wide.cu holds: columns, and two stages of a unit of each warp's two tiles of 16 rows."""
+    tiles = sum(2 // len(ws) * _TILE_ROWS * _pitch(w.type) for w in ws)
+    return _COLUMN_STAGES * WIDE_COLUMNS * 64 + _WIDE_WARPS * 2 * tiles + 16
 
 
 def _fetch_defines(ws: Sequence[Stacked], fetch: _Fetch) -> dict[str, Any]:

@@ -44,11 +44,14 @@ def record(monkeypatch):
     return names
 
 
-def launch(source, name, results, *operands, written=(), blocks, threads):
+def launch(source, name, results, *operands, written=(), blocks, threads, shared_bytes=0):
     """`cuda.launch` of a source that was not compiled."""
     given = (*operands, *written)
     assert len({id(operand) for operand in given}) == len(given), "XLA passes equal operands once"
     changed = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in written)
+    source = re.sub(
+        r"extern __shared__ (\w+) (\w+)\[\]", rf"static \1 \2[{shared_bytes} / sizeof(\1)]", source
+    )
     run = functools.partial(_run, source, name, tuple(results), changed, blocks, threads)
     return list(jax.pure_callback(run, (*results, *changed), *given))
 
