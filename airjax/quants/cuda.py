@@ -60,7 +60,9 @@ def compile_ptx(source: str, capability: str) -> str:
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, b"airjax.cu", 0, None, None):
         raise CudaError("NVRTC could not take the source of the kernel")
     try:
-        options = [b"--std=c++17", f"--gpu-architecture=compute_{capability.replace('.', '')}".encode()]
+        # Of 9.0 alone some instructions are to be had (warps.cu).
+        number = "90a" if capability == "9.0" else capability.replace(".", "")
+        options = [b"--std=c++17", f"--gpu-architecture=compute_{number}".encode()]
         failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         if failed:
             log = _output(nvrtc, "ProgramLog", program).strip().splitlines()

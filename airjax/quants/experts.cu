@@ -52,23 +52,24 @@ template <Format F> struct Unit {
   static constexpr int period = F == MXFP4 ? 4 : 2;
 };
 
-// Sixteen rows of a unit, on their way to shared memory: four lanes a row, so that addresses differ by constants.
-template <Format F> DEVICE void fetch(char* stage, const char* rows, int unit, int lane) {
+// Eight rows of a unit, on their way to shared memory: four lanes a row, so that addresses differ by constants.
+template <Format F> DEVICE void fetch_eight(char* stage, const char* rows, int unit, int lane) {
   typedef Unit<F> U;
   constexpr bool whole = WIDTH / 32 % U::groups == 0;
   const int bytes = whole ? U::bytes : min(U::bytes, U::row_bytes - unit * U::bytes);
   const int row = lane >> 2, part = (lane & 3) * 16;
-  rows += (long long)row * U::row_bytes + unit * U::bytes;
+  const char* from = rows + (long long)row * U::row_bytes + unit * U::bytes;
+  const int shift = U::align == 16 ? 0 : (int)((size_t)from & 15);
+  const char* aligned = from - shift + part;
+  char* to = stage + row * U::pitch + part;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const char* from = rows + 8 * h * U::row_bytes;
-    const int shift = U::align == 16 ? 0 : (int)((size_t)from & 15);
-    const char* aligned = from - shift + part;
-    char* to = stage + (row + 8 * h) * U::pitch + part;
+  for (int at = 0; at < U::chunks * 16; at += 64)
+    if ((whole && at + 64 <= U::bytes) || at + part < shift + bytes) copy16(to + at, aligned + at);
+}
+
+template <Format F> DEVICE void fetch(char* stage, const char* rows, int unit, int lane) {
 #pragma unroll
-    for (int at = 0; at < U::chunks * 16; at += 64)
-      if ((whole && at + 64 <= U::bytes) || at + part < shift + bytes) copy16(to + at, aligned + at);
-  }
+  for (int h = 0; h < 2; ++h) fetch_eight<F>(stage + 8 * h * Unit<F>::pitch, rows + 8 * h * Unit<F>::row_bytes, unit, lane);
 }
 
 // What a lane looks at in a stage: bytes of its rows g and g + 8.
@@ -92,22 +93,19 @@ template <Format F> struct Scales {
   u32 scale[2][4];    // a byte each: 8 of 6 bits (Q4_K, Q5_K), 16 signed ones (Q6_K)
   u32 minimum[2][2];
 
-  DEVICE void load(const Rows<F>& rows) {
+  DEVICE void load(const Rows<F>& rows, int h) {
+    if (F == Q4_K || F == Q5_K) {
+      const uint4 v = *(const uint4*)(rows.stage + (rows.at[h] >> 2));
+      d[h] = v.x;
+      scale[h][0] = v.y & 0x3F3F3F3Fu;
+      scale[h][1] = (v.w & 0x0F0F0F0Fu) | ((v.y >> 2) & 0x30303030u);
+      minimum[h][0] = v.z & 0x3F3F3F3Fu;
+      minimum[h][1] = ((v.w >> 4) & 0x0F0F0F0Fu) | ((v.z >> 2) & 0x30303030u);
+    }
+    if (F == Q6_K) {
+      d[h] = rows.half(h, 208);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (F == Q4_K || F == Q5_K) {
-        const uint4 v = *(const uint4*)(rows.stage + (rows.at[h] >> 2));
-        d[h] = v.x;
-        scale[h][0] = v.y & 0x3F3F3F3Fu;
-        scale[h][1] = (v.w & 0x0F0F0F0Fu) | ((v.y >> 2) & 0x30303030u);
-        minimum[h][0] = v.z & 0x3F3F3F3Fu;
-        minimum[h][1] = ((v.w >> 4) & 0x0F0F0F0Fu) | ((v.z >> 2) & 0x30303030u);
-      }
-      if (F == Q6_K) {
-        d[h] = rows.half(h, 208);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scale[h][i] = rows.word(h, 192 + 4 * i);
-      }
+      for (int i = 0; i < 4; ++i) scale[h][i] = rows.word(h, 192 + 4 * i);
     }
   }
 };
@@ -186,7 +184,7 @@ DEVICE void multiply(const Rows<F>& rows, int unit, int t, const uint4* const (&
   constexpr bool halves = F == Q6_K, minima = F == Q4_K || F == Q5_K, biased = F != Q8_0 && F != MXFP4;
   constexpr u32 bias = F == Q4_0 ? 0xC308C308u : F == Q6_K ? 0xC320C320u : 0xC300C300u;
   Scales<F> s;
-  if (U::super) s.load(rows);
+  if (U::super) s.load(rows, 0), s.load(rows, 1);
   float scaled[TILES][4] = {}, offset[TILES][4] = {};
 #pragma unroll
   for (int group = 0; group < U::groups; ++group) {

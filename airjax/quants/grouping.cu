@@ -9,6 +9,7 @@
 //   COLUMNS  pairs of a group at most
 //   GROUPS   how many groups there can be
 //   SLOTS    1: where an expert lies stands in `slots`, negative if it is not there; 0: each has its place
+//   WIDE     1: activations lie as wide.cu takes them
 //   ARRIVING 1: some experts are fetched meanwhile (chunks.cu, which is then in front too)
 //
 // A row of the table is a group: its slot (-1: no group), its expert, how many pairs it has, and these. In which order
@@ -89,9 +90,15 @@ DEVICE void split_rows(const float4* x, uint4* to, int at) {
       words[side * 2 + 1] = b | (u32)d << 16;
       v.x -= widened(a), v.y -= widened(b), v.z -= widened(c), v.w -= widened(d);
     }
+    uint4* own = to + p * (X_ROWS * (WIDTH / 8)) + at;
+#if WIDE
+#pragma unroll
+    for (int i = 0; i < 4; ++i) ((u32*)(own - lane))[i * 4 + lane] = words[i];
+#else
     uint4 all;
     all.x = words[0], all.y = words[1], all.z = words[2], all.w = words[3];
-    to[p * (X_ROWS * (WIDTH / 8)) + at] = all;
+    *own = all;
+#endif
   }
 }
 

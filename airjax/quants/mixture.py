@@ -45,7 +45,7 @@ _WIDE_FETCHERS = 32
 # 0.68 ms a layer in place of 0.88, with 16 of them 0.60 and 0.52); then pairs of a group, and warps of a block.
 WIDE_FROM = 24
 WIDE_COLUMNS = 128
-_WIDE_WARPS = 8
+_WIDE_WARPS = 16
 # Stages of 32 weights of all columns (wide.cu).
 _COLUMN_STAGES = 5
 
@@ -295,6 +295,7 @@ def prepare(
         "COLUMNS": columns,
         "GROUPS": groups,
         "SLOTS": int(slots is not None),
+        "WIDE": int(columns == WIDE_COLUMNS),
         "ARRIVING": int(arrival is not None),
     }
     name = "airjax_experts_prepare"
@@ -359,8 +360,9 @@ def _gate_up(
     tuned = tuned or tuning((gate, up), groups.table.shape[1] - 3, terms)
     defines = _defines((gate, up), tuned, terms, rows, pairs // rows)
     added = ["", ""] if biases is None else [f" + b{i}[expert * OUT + row]" for i in range(2)]
+    place = "wide_place" if tuned.columns == WIDE_COLUMNS else "place"
     body = f"""split<SPLITS>(gated<{activation.replace(" ", "_")}>(first{added[0]}, second{added[1]}),
-        y + (long long)pair * OUT + (row & ~31) + place(row & 31), {pairs}ll * OUT);"""
+        y + (long long)pair * OUT + (row & ~31) + {place}(row & 31), {pairs}ll * OUT);"""
     shape = jax.ShapeDtypeStruct((terms, pairs, gate.shape[0]), jnp.bfloat16)
     return _launch(
         "airjax_experts_up", groups, (gate, up), biases, defines, tuned, body, shape, capability, fetch
@@ -399,12 +401,13 @@ def _down_product(
     )
 
 
-def in_order(x: Array) -> Array:
-    """Activations in terms and in the order of the lanes as float32 `[rows, n]`."""
+def in_order(x: Array, columns: int) -> Array:
+    """Activations in terms, as groups of so many columns have them, as float32 `[rows, n]` in the order of weights."""
     whole = jnp.sum(x.astype(jnp.float32)[::-1], axis=0)
-    # [group, lane, half of the group, odd, second pair] to weights in their order
-    lanes = whole.reshape(whole.shape[0], -1, 4, 2, 2, 2)
-    return lanes.transpose(0, 1, 3, 2, 5, 4).reshape(whole.shape)
+    # [group, lane, half of the group, odd, second pair], or where groups are wide the lane before the last.
+    wide = columns == WIDE_COLUMNS
+    lanes = whole.reshape(whole.shape[0], -1, *((2, 2, 4, 2) if wide else (4, 2, 2, 2)))
+    return lanes.transpose(*((0, 1, 2, 4, 5, 3) if wide else (0, 1, 3, 2, 5, 4))).reshape(whole.shape)
 
 
 def _launch(
@@ -422,7 +425,7 @@ def _launch(
     """The result; where something is fetched also the arrival, `fetched` and the pool, which are changed in place."""
     wide = tuned.columns == WIDE_COLUMNS
     warps = _WIDE_WARPS if wide else len(ws) * tuned.row_tiles * tuned.slices
-    rows = _TILE_ROWS * (_WIDE_WARPS * 2 // len(ws) if wide else tuned.row_tiles * tuned.turns)
+    rows = _TILE_ROWS * _WIDE_WARPS // len(ws) if wide else _TILE_ROWS * tuned.row_tiles * tuned.turns
     spans = -(-ws[0].shape[0] // rows)
     blocks = groups.table.shape[0] * spans
     given = biases or ()
@@ -468,7 +471,8 @@ def _launch(
 }}"""
     defines = {"ARRIVING": int(fetch is not None), "WIDE": int(wide), "SPANS": spans, **defines}
     shared = _wide_shared_bytes(ws) if wide else 0
-    defines |= {"WARPS": warps, "SHARED_BYTES": shared} if wide else {}
+    if wide:
+        defines |= {"WARPS": warps, "SHARED_BYTES": shared, "WGMMA": int(capability == "9.0")}
     files = ["experts.cu", "wide.cu"] if wide else ["experts.cu"]
     return cuda.launch(
         cuda.compile_ptx(_source(files, defines, entry, text), capability),
@@ -484,9 +488,9 @@ def _launch(
 
 
 def _wide_shared_bytes(ws: Sequence[Stacked]) -> int:
-    """What a block of wide.cu holds: columns, and two stages of a unit of each warp's two tiles of 16 rows."""
-    tiles = sum(2 // len(ws) * _TILE_ROWS * _pitch(w.type) for w in ws)
-    return _COLUMN_STAGES * WIDE_COLUMNS * 64 + _WIDE_WARPS * 2 * tiles + 16
+    """What a block of wide.cu holds: columns, and two stages of a unit of each warp's sixteen rows."""
+    rows = sum(_TILE_ROWS // len(ws) * _pitch(w.type) for w in ws)
+    return _COLUMN_STAGES * WIDE_COLUMNS * 64 + _WIDE_WARPS * 2 * rows + 16
 
 
 def _fetch_defines(ws: Sequence[Stacked], fetch: _Fetch) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def mixture_error(
             made, stacks[0], stacks[1], biases[:2], len(pairs), activation="silu", capability=capability
         )
         y = mixture.down_product(mixture.Groups(h, made.table), stacks[2], biases[2:], capability=capability)
-        return mixture.in_order(h), y
+        return mixture.in_order(h, columns), y
 
     given = [jnp.asarray(a) for a in (x, pairs, slots, pool)]
     # Of experts that are not there, any bits.

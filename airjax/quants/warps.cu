@@ -76,11 +76,70 @@ DEVICE void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); 
 // Waits until at most N of its batches are on their way.
 template <int N> DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
+#if WGMMA
+// Where columns lie in shared memory, eight of them 128 bytes apart and eight activations of a column CHUNK bytes: the
+// matrix descriptor without swizzling of "Asynchronous Warpgroup Level Matrix Instructions" in NVIDIA's Parallel Thread
+// Execution ISA.
+template <int CHUNK> DEVICE unsigned long long columns_at(const void* b) {
+  const u32 at = (u32)__cvta_generic_to_shared(b);
+  return (at & 0x3FFFF) >> 4 | (unsigned long long)(CHUNK >> 4) << 16 | (unsigned long long)(128 >> 4) << 32;
+}
+
+#define FOUR(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define SIXTEEN(n) FOUR(n), FOUR(n + 1), FOUR(n + 2), FOUR(n + 3)
+
+// Four warps multiply their 16 rows each with so many tiles of eight columns, in the background.
+template <int CHUNK> DEVICE void wgmma(float (&d)[4][4], const u32 (&a)[4], const void* b) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+      "}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;}"
+      : SIXTEEN(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(columns_at<CHUNK>(b)));
+}
+
+template <int CHUNK> DEVICE void wgmma(float (&d)[8][4], const u32 (&a)[4], const void* b) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;}"
+      : SIXTEEN(0), SIXTEEN(4) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(columns_at<CHUNK>(b)));
+}
+
+template <int CHUNK> DEVICE void wgmma(float (&d)[16][4], const u32 (&a)[4], const void* b) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;}"
+      : SIXTEEN(0), SIXTEEN(4), SIXTEEN(8), SIXTEEN(12) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(columns_at<CHUNK>(b)));
+}
+
+// What was copied or stored to shared memory before is seen by the tensor cores.
+DEVICE void copies_show() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits for the products that go into these sums.
+template <int N> DEVICE void products_wait(float (&d)[N][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int n = 0; n < N; ++n) asm volatile("" : FOUR(n)::"memory");
+}
+#else
+DEVICE void copies_show() {}
+DEVICE void products_begin() {}
+DEVICE void products_end() {}
+template <int N> DEVICE void products_wait(float (&)[N][4]) {}
+#endif
+
 // A bfloat16 as float32.
 DEVICE float widened(unsigned short v) { return __uint_as_float((u32)v << 16); }
 
 // Where an activation lies in its group of 32: lanes of 4 + 4, each four as pairs (0, 2) and (1, 3).
 DEVICE int place(int k) { return (k & 12) * 2 + (k >> 4 & 1) * 4 + (k & 1) * 2 + (k >> 1 & 1); }
+
+// The same for wide.cu: the words of the lanes in turn, so that eight activations of a product lie side by side.
+DEVICE int wide_place(int k) { return (k >> 4 & 1) * 16 + (k & 1) * 8 + (k & 12) / 2 + (k >> 1 & 1); }
 
 // `value` as a sum of N bfloat16 terms, `stride` apart.
 template <int N> DEVICE void split(float value, unsigned short* to, long long stride) {

@@ -146,7 +146,7 @@ def test_activations_lie_in_the_order_of_the_lanes(kernels, terms, error):
     groups = mixture.prepare(
         jnp.asarray(x), jnp.zeros(3, jnp.int32), None, experts=4, columns=8, terms=terms, capability="9.0"
     )
-    assert np.max(np.abs(mixture.in_order(groups.x) - x) / np.abs(x)) <= error
+    assert np.max(np.abs(mixture.in_order(groups.x, 8) - x) / np.abs(x)) <= error
     table = np.asarray(groups.table)
     assert table[0, :3].tolist() == [0, 0, 3] and sorted(table[0, 3:6]) == [0, 1, 2]
     assert (table[1:, 0] == -1).all()
