@@ -119,9 +119,11 @@ DEVICE void copies_show() { asm volatile("fence.proxy.async.shared::cta;" ::: "m
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits for the products that go into these sums.
-template <int N> DEVICE void products_wait(float (&d)[N][4]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+// Waits until at most N batches of products are on their way.
+template <int N> DEVICE void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+
+// The sums that were waited for are read from here on.
+template <int N> DEVICE void products_done(float (&d)[N][4]) {
 #pragma unroll
   for (int n = 0; n < N; ++n) asm volatile("" : FOUR(n)::"memory");
 }
@@ -129,7 +131,8 @@ template <int N> DEVICE void products_wait(float (&d)[N][4]) {
 DEVICE void copies_show() {}
 DEVICE void products_begin() {}
 DEVICE void products_end() {}
-template <int N> DEVICE void products_wait(float (&)[N][4]) {}
+template <int N> DEVICE void products_wait() {}
+template <int N> DEVICE void products_done(float (&)[N][4]) {}
 #endif
 
 // A bfloat16 as float32.

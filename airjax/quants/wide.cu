@@ -10,8 +10,8 @@
 //   SHARED_BYTES  of a block
 
 #define EIGHTS (3 - MATRICES)  // of rows of one matrix in a warp
-#define COLUMN_STAGES 5
-#define STAGE (COLUMNS * 4)  // in 16 bytes: eight activations of each column, four times
+#define COLUMN_STAGES 4  // of two groups
+#define STAGE (COLUMNS * 8)  // in 16 bytes: eight activations of each column, eight times
 
 extern __shared__ uint4 stages[];
 
@@ -24,8 +24,8 @@ DEVICE u32 scaled_pair(u32 v, float scale, float offset) {
 template <Format F, int H> struct Half {
   typedef Unit<F> U;
   static constexpr int stage_bytes = 8 * U::pitch;
-  // What is asked for with a group's columns is waited for with them.
-  static_assert(COLUMN_STAGES - 1 <= U::groups, "a unit is needed before it is there");
+  // What is asked for is waited for four groups later.
+  static_assert(U::groups >= 4, "a unit is needed before it is there");
   Rows<F> rows;
   Scales<F> scales;
   const char* from;
@@ -99,20 +99,24 @@ DEVICE void share_columns(const uint4* x, const int* table, int row, Half<F, 0>&
 #pragma unroll
   for (int n = 0; n < copies; ++n)
     columns[n] = x + table[3 + min(own + n * WARPS * 8, count - 1)] / SHARE * (WIDTH / 8) + t;
-  auto copy_columns = [&](uint4* to, int group) {
+  auto copy_columns = [&](int step) {
+    uint4* to = stages + step % COLUMN_STAGES * STAGE + t * COLUMNS + own;
 #pragma unroll
-    for (int n = 0; n < copies; ++n)
-      if (copies * WARPS == NUMBER || own + n * WARPS * 8 < NUMBER * 8) copy16(&to[t * COLUMNS + own + n * WARPS * 8], columns[n] + group * 4);
+    for (int part = 0; part < 2; ++part)
+#pragma unroll
+      for (int n = 0; n < copies; ++n)
+        if (step * 2 + part < groups && (copies * WARPS == NUMBER || own + n * WARPS * 8 < NUMBER * 8))
+          copy16(&to[part * 4 * COLUMNS + n * WARPS * 8], columns[n] + (step * 2 + part) * 4);
   };
 #pragma unroll
-  for (int stage = 0; stage < COLUMN_STAGES - 1; ++stage) {
-    if (active && stage < 2) one.ask(stage, lane), other.ask(stage, lane);
-    if (stage < groups) copy_columns(stages + stage * STAGE, stage);
+  for (int k = 0; k < 4; ++k) {
+    if (k % 2 == 0) copy_columns(k / 2);
+    if (active && k < 2) one.ask(k, lane), other.ask(k, lane);
     copies_end();
   }
   float sums[NUMBER][4] = {};
   u32 a[2][2][4] = {};  // of the group that is multiplied and of the next, by turns
-  copies_wait<COLUMN_STAGES - 2>();
+  copies_wait<3>();
   __syncwarp();
   if (active) {
     one.enter(0, g);
@@ -120,25 +124,26 @@ DEVICE void share_columns(const uint4* x, const int* table, int row, Half<F, 0>&
     one.weights(0, t, a[0]);
     other.weights(0, t, a[0]);
   }
-  int stage = 0;
 #pragma unroll 1
   for (int base = 0; base < groups; base += 8) {
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
       if (groups % 8 && base + k >= groups) break;
-      copies_wait<COLUMN_STAGES - 2>();
-      products_wait(sums);
-      // Everybody's copies of this group are there, and nobody needs the one before any more.
-      copies_show();
-      __syncthreads();
-      const uint4* b = stages + stage * STAGE;
+      copies_wait<3>();
+      if (k % 2 == 0) {
+        // Everybody's copies of two groups are there, and nobody needs those of the step before the last any more.
+        copies_show();
+        __syncthreads();
+        copy_columns(base / 2 + k / 2 + 2);
+      } else {
+        __syncwarp();
+      }
+      const uint4* b = stages + (base / 2 + k / 2) % COLUMN_STAGES * STAGE + k % 2 * 4 * COLUMNS;
       products_begin();
 #pragma unroll
       for (int side = 0; side < 2; ++side) multiply_columns(sums, a[k & 1][side], b + side * 2 * COLUMNS, lane);
       products_end();
-      if (base + k + COLUMN_STAGES - 1 < groups)
-        copy_columns(stages + (stage == 0 ? COLUMN_STAGES - 1 : stage - 1) * STAGE, base + k + COLUMN_STAGES - 1);
-      stage = stage + 1 == COLUMN_STAGES ? 0 : stage + 1;
+      products_wait<1>();
       if (active) {
         const int next = base + k + 1;
         if ((k + 1) % Unit<F>::groups == 0) one.ask(next / Unit<F>::groups + 1, lane);
@@ -153,7 +158,8 @@ DEVICE void share_columns(const uint4* x, const int* table, int row, Half<F, 0>&
       copies_end();
     }
   }
-  products_wait(sums);
+  products_wait<0>();
+  products_done(sums);
   if (!active) return;
 #pragma unroll
   for (int n = 0; n < NUMBER; ++n)

@@ -160,29 +160,34 @@ static void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, c
 }
 
 // The products of four warps at once, each of its own 16 rows: B is read when they are waited for, as late as can be.
-struct Product { float* d; u32 a[4]; const uint4* b; int tiles, chunk; };
-static Product products[MOST_THREADS][4];
-static int products_held[MOST_THREADS];
+struct Product { float* d; u32 a[4]; const uint4* b; int tiles, chunk, batch; };
+struct Products { Product held[8]; int count, batch; };
+static Products products[MOST_THREADS];
 
 template <int CHUNK, int N> void wgmma(float (&d)[N][4], const u32 (&a)[4], const uint4* b) {
-  if (products_held[threadIdx.x] == 4) fail("too many products on their way");
-  const Product product = {d[0], {a[0], a[1], a[2], a[3]}, b, N, CHUNK / 16};
-  products[threadIdx.x][products_held[threadIdx.x]++] = product;
+  Products& own = products[threadIdx.x];
+  if (own.count == 8) fail("too many products on their way");
+  const Product product = {d[0], {a[0], a[1], a[2], a[3]}, b, N, CHUNK / 16, own.batch};
+  own.held[own.count++] = product;
 }
 static void copies_show() {}
 static void products_begin() {}
-static void products_end() {}
-template <int N> void products_wait(float (&)[N][4]) {
-  for (int i = 0; i < products_held[threadIdx.x]; ++i) {
-    const Product own = products[threadIdx.x][i];
+static void products_end() { ++products[threadIdx.x].batch; }
+template <int N> void products_wait() {
+  Products& all = products[threadIdx.x];
+  int done = 0;
+  for (; done < all.count && all.held[done].batch < all.batch - N; ++done) {
+    const Product own = all.held[done];
     for (int n = 0; n < own.tiles; ++n) {
       const u32* column = (const u32*)(own.b + n * 8 + threadIdx.x % 32 / 4) + threadIdx.x % 4;
       float(&sum)[4] = *(float(*)[4])(own.d + 4 * n);
       mma(sum, own.a[0], own.a[1], own.a[2], own.a[3], column[0], column[own.chunk * 4], sum);
     }
   }
-  products_held[threadIdx.x] = 0;
+  all.count -= done;
+  memmove(all.held, all.held + done, all.count * sizeof(Product));
 }
+template <int N> void products_done(float (&)[N][4]) {}
 
 static void copy16(void* to, const void* from) {
   Fiber& own = fibers[threadIdx.x];
