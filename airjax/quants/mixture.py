@@ -46,8 +46,6 @@ _WIDE_FETCHERS = 32
 WIDE_FROM = 24
 WIDE_COLUMNS = 128
 _WIDE_WARPS = 16
-# Stages of 64 activations of all columns (wide.cu).
-_COLUMN_STAGES = 4
 
 
 class Groups(NamedTuple):
@@ -490,7 +488,7 @@ def _launch(
 def _wide_shared_bytes(ws: Sequence[Stacked]) -> int:
     """What a block of wide.cu holds: columns, and two stages of a unit of each warp's sixteen rows."""
     rows = sum(_TILE_ROWS // len(ws) * _pitch(w.type) for w in ws)
-    return _COLUMN_STAGES * WIDE_COLUMNS * 128 + _WIDE_WARPS * 2 * rows + 16
+    return 4 * WIDE_COLUMNS * 128 + _WIDE_WARPS * 2 * rows + 16
 
 
 def _fetch_defines(ws: Sequence[Stacked], fetch: _Fetch) -> dict[str, Any]:

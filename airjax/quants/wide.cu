@@ -10,8 +10,7 @@
 //   SHARED_BYTES  of a block
 
 #define EIGHTS (3 - MATRICES)  // of rows of one matrix in a warp
-#define COLUMN_STAGES 4  // of two groups
-#define STAGE (COLUMNS * 8)  // in 16 bytes: eight activations of each column, eight times
+#define COLUMN_BYTES (4 * COLUMNS * 128)  // of four stages of two groups of all columns
 
 extern __shared__ uint4 stages[];
 
@@ -24,12 +23,11 @@ DEVICE u32 scaled_pair(u32 v, float scale, float offset) {
 template <Format F, int H> struct Half {
   typedef Unit<F> U;
   static constexpr int stage_bytes = 8 * U::pitch;
-  // What is asked for is waited for four groups later.
-  static_assert(U::groups >= 4, "a unit is needed before it is there");
   Rows<F> rows;
   Scales<F> scales;
   const char* from;
   int start;  // of the stages
+  float whole, least;  // what multiplies the scales and the minima of a super-block
 
   DEVICE void begin(const char* first, int at) {
     from = first;
@@ -47,6 +45,8 @@ template <Format F, int H> struct Half {
     const int shift = U::align == 16 ? 0 : ((int)(size_t)from + g * U::row_bytes + unit * U::bytes) & 15;
     rows.at[H] = start + (unit & 1) * stage_bytes + g * U::pitch + shift;
     if (U::super) scales.load(rows, H);
+    whole = half_low(scales.d[H]);
+    least = half_high(scales.d[H]);
   }
 
   // The lane's weights in a group: see `decode_row`.
@@ -64,9 +64,9 @@ template <Format F, int H> struct Half {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       float scale = factor<F>(rows, scales, group, H, side), offset = 0.0f;
-      if (U::super) scale *= half_low(scales.d[H]);
+      if (U::super) scale *= whole;
       if (F == Q4_K || F == Q5_K)
-        offset = -(half_high(scales.d[H]) * (float)(scales.minimum[H][group / 4] >> (group & 3) * 8 & 255));
+        offset = -(least * (float)(scales.minimum[H][group / 4] >> (group & 3) * 8 & 255));
       offset = fmaf(-bias, scale, offset);
       a[side][H] = scaled_pair(a[side][H], scale, offset);
       a[side][2 + H] = scaled_pair(a[side][2 + H], scale, offset);
@@ -77,12 +77,12 @@ template <Format F, int H> struct Half {
 // Adds the products of 16 activations of all columns to the sums; `b` is theirs in the first column.
 template <int NUMBER> DEVICE void multiply_columns(float (&sums)[NUMBER][4], const u32 (&a)[4], const uint4* b, int lane) {
 #if WGMMA
-  wgmma<COLUMNS * 16>(sums, a, b);
+  wgmma<NUMBER * 128>(sums, a, b);
 #else
 #pragma unroll
   for (int n = 0; n < NUMBER; ++n) {
     const u32* own = (const u32*)b + n * 32 + lane;
-    mma(sums[n], a[0], a[1], a[2], a[3], own[0], own[COLUMNS * 4], sums[n]);
+    mma(sums[n], a[0], a[1], a[2], a[3], own[0], own[NUMBER * 32], sums[n]);
   }
 #endif
 }
@@ -91,6 +91,11 @@ template <int NUMBER> DEVICE void multiply_columns(float (&sums)[NUMBER][4], con
 template <int NUMBER, Format F, Format UP, typename Write>
 DEVICE void share_columns(const uint4* x, const int* table, int row, Half<F, 0>& one, Half<UP, 1>& other, const Write& write) {
   constexpr int groups = WIDTH / 32, copies = (NUMBER * 32 + WARPS * 32 - 1) / (WARPS * 32);
+  // The columns of two groups, eight activations of each after another: in 16 bytes.
+  constexpr int chunk = NUMBER * 8, stage = chunk * 8, count_of_stages = COLUMN_BYTES / (stage * 16);
+  // Groups for which is asked in advance. A unit is asked for when the one before begins, and waited for so many later.
+  constexpr int unit = Unit<F>::groups < Unit<UP>::groups ? Unit<F>::groups : Unit<UP>::groups;
+  constexpr int ahead = 2 * (count_of_stages - 2) < unit ? 2 * (count_of_stages - 2) : unit;
   const int expert = table[1], count = table[2], lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const bool active = row < OUT;
   // Four lanes copy a column.
@@ -100,23 +105,23 @@ DEVICE void share_columns(const uint4* x, const int* table, int row, Half<F, 0>&
   for (int n = 0; n < copies; ++n)
     columns[n] = x + table[3 + min(own + n * WARPS * 8, count - 1)] / SHARE * (WIDTH / 8) + t;
   auto copy_columns = [&](int step) {
-    uint4* to = stages + step % COLUMN_STAGES * STAGE + t * COLUMNS + own;
+    uint4* to = stages + step % count_of_stages * stage + t * chunk + own;
 #pragma unroll
     for (int part = 0; part < 2; ++part)
 #pragma unroll
       for (int n = 0; n < copies; ++n)
-        if (step * 2 + part < groups && (copies * WARPS == NUMBER || own + n * WARPS * 8 < NUMBER * 8))
-          copy16(&to[part * 4 * COLUMNS + n * WARPS * 8], columns[n] + (step * 2 + part) * 4);
+        if (step * 2 + part < groups && (copies * WARPS == NUMBER || own + n * WARPS * 8 < chunk))
+          copy16(&to[part * 4 * chunk + n * WARPS * 8], columns[n] + (step * 2 + part) * 4);
   };
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
+  for (int k = 0; k < ahead; ++k) {
     if (k % 2 == 0) copy_columns(k / 2);
     if (active && k < 2) one.ask(k, lane), other.ask(k, lane);
     copies_end();
   }
   float sums[NUMBER][4] = {};
   u32 a[2][2][4] = {};  // of the group that is multiplied and of the next, by turns
-  copies_wait<3>();
+  copies_wait<ahead - 1>();
   __syncwarp();
   if (active) {
     one.enter(0, g);
@@ -129,19 +134,19 @@ DEVICE void share_columns(const uint4* x, const int* table, int row, Half<F, 0>&
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
       if (groups % 8 && base + k >= groups) break;
-      copies_wait<3>();
+      copies_wait<ahead - 1>();
       if (k % 2 == 0) {
-        // Everybody's copies of two groups are there, and nobody needs those of the step before the last any more.
+        // Everybody's copies of two groups are there, and nobody needs the two before the last two any more.
         copies_show();
         __syncthreads();
-        copy_columns(base / 2 + k / 2 + 2);
+        copy_columns((base + k + ahead) / 2);
       } else {
         __syncwarp();
       }
-      const uint4* b = stages + (base / 2 + k / 2) % COLUMN_STAGES * STAGE + k % 2 * 4 * COLUMNS;
+      const uint4* b = stages + (base + k) / 2 % count_of_stages * stage + k % 2 * 4 * chunk;
       products_begin();
 #pragma unroll
-      for (int side = 0; side < 2; ++side) multiply_columns(sums, a[k & 1][side], b + side * 2 * COLUMNS, lane);
+      for (int side = 0; side < 2; ++side) multiply_columns(sums, a[k & 1][side], b + side * 2 * chunk, lane);
       products_end();
       products_wait<1>();
       if (active) {
@@ -178,19 +183,19 @@ template <Format F, Format UP, typename Write>
 DEVICE void share_wide(int block, const uint4* x, const int* table, int* arrival, int hits, const Stack& first, const Stack& second, Write write) {
   constexpr int warp_bytes = 2 * (Half<F, 0>::stage_bytes + Half<UP, 1>::stage_bytes);
   // Reads of a word may go 4 bytes past the last unit.
-  static_assert(SHARED_BYTES == COLUMN_STAGES * STAGE * 16 + WARPS * warp_bytes + 16, "mixture.py counts in another way");
+  static_assert(SHARED_BYTES == COLUMN_BYTES + WARPS * warp_bytes + 16, "mixture.py counts in another way");
   table += block / SPANS * TABLE;
-  const int slot = table[0], expert = table[1], count = table[2], warp = threadIdx.x >> 5;
+  const int slot = table[0], count = table[2], warp = threadIdx.x >> 5;
   if (slot < 0) return;
 #if ARRIVING
-  const bool pending = arrival[PENDING + expert];
-  if (pending) await(arrival, expert);
+  const bool pending = arrival[PENDING + table[1]];
+  if (pending) await(arrival, table[1]);
 #endif
   const int row = (block % SPANS * WARPS + warp) * 8 * EIGHTS;
   const char* below = first.data + slot * first.stride + (long long)row * Unit<F>::row_bytes;
   Half<F, 0> one;
   Half<UP, 1> other;
-  one.begin(below, COLUMN_STAGES * STAGE * 16 + warp * warp_bytes);
+  one.begin(below, COLUMN_BYTES + warp * warp_bytes);
   other.begin(MATRICES == 2 ? second.data + slot * second.stride + (long long)row * Unit<UP>::row_bytes : below + 8 * Unit<F>::row_bytes,
       one.start + 2 * Half<F, 0>::stage_bytes);
   if (count <= 32)
