@@ -82,8 +82,12 @@ template <Format F> struct Rows {
   // Four bytes from any place.
   DEVICE u32 word(int h, int offset) const {
     const int from = at[h] + offset;
-    if (Unit<F>::align == 16) return stage[from >> 2];
     return __funnelshift_r(stage[from >> 2], stage[(from >> 2) + 1], (from & 3) * 8);
+  }
+  // The `index`-th four bytes of a super-block: addresses differ by constants.
+  DEVICE u32 quad(int h, int index) const {
+    const u32* own = stage + (at[h] >> 2) + index;
+    return Unit<F>::align == 16 ? own[0] : __funnelshift_r(own[0], own[1], (at[h] & 3) * 8);
   }
 };
 
@@ -105,7 +109,7 @@ template <Format F> struct Scales {
     if (F == Q6_K) {
       d[h] = rows.half(h, 208);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scale[h][i] = rows.word(h, 192 + 4 * i);
+      for (int i = 0; i < 4; ++i) scale[h][i] = rows.quad(h, 48 + i);
     }
   }
 };
@@ -141,11 +145,11 @@ template <Format F> DEVICE void decode_row(const Rows<F>& rows, int group, int h
   if (F == Q4_K || F == Q5_K)
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      const u32 w = rows.word(h, (F == Q5_K ? 48 : 16) + group / 2 * 32 + side * 16 + 4 * t) >> (group & 1) * 4;
+      const u32 w = rows.quad(h, (F == Q5_K ? 12 : 4) + group / 2 * 8 + side * 4 + t) >> (group & 1) * 4;
       a[side][h] = nibbles(w);
       a[side][2 + h] = nibbles(w >> 8);
       if (F == Q5_K) {
-        const u32 bits = rows.word(h, 16 + side * 16 + 4 * t);
+        const u32 bits = rows.quad(h, 4 + side * 4 + t);
         a[side][h] = masked_or(group >= 4 ? bits >> (group - 4) : bits << (4 - group), 0x00100010u, a[side][h]);
         a[side][2 + h] = masked_or(bits >> (group + 4), 0x00100010u, a[side][2 + h]);
       }
@@ -154,8 +158,8 @@ template <Format F> DEVICE void decode_row(const Rows<F>& rows, int group, int h
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const int part = group / 4, quarter = group & 3;
-      const u32 w = rows.word(h, part * 64 + (quarter & 1) * 32 + side * 16 + 4 * t) >> quarter / 2 * 4;
-      const u32 bits = rows.word(h, 128 + part * 32 + side * 16 + 4 * t);
+      const u32 w = rows.quad(h, part * 16 + (quarter & 1) * 8 + side * 4 + t) >> quarter / 2 * 4;
+      const u32 bits = rows.quad(h, 32 + part * 8 + side * 4 + t);
       a[side][h] = masked_or((quarter >= 2 ? bits >> (quarter * 2 - 4) : bits << (4 - quarter * 2)), 0x00300030u, nibbles(w));
       a[side][2 + h] = masked_or(bits >> (quarter * 2 + 4), 0x00300030u, nibbles(w >> 8));
     }
@@ -173,8 +177,8 @@ template <Format F> DEVICE float factor(const Rows<F>& rows, const Scales<F>& s,
     const u32 e = rows.byte(h, group * 17);
     return __uint_as_float(e < 2 ? 0 : (e - 1) << 23);
   }
-  if (F == Q6_K) return (float)(signed char)(s.scale[h][group / 2] >> ((group & 1) * 16 + side * 8));
-  return (float)(s.scale[h][group / 4] >> (group & 3) * 8 & 255);
+  if (F == Q6_K) return byte_float(s.scale[h][group / 2] ^ 0x80808080u, (group & 1) * 2 + side) - 128.0f;
+  return byte_float(s.scale[h][group / 4], group & 3);
 }
 
 // Adds a unit's products to the sums. `x` points to the lane's part of the first group of each column.
@@ -197,7 +201,7 @@ DEVICE void multiply(const Rows<F>& rows, int unit, int t, const uint4* const (&
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
       for (int side = 0; side <= halves; ++side) factors[side][h] = factor<F>(rows, s, group, h, side);
-      if (minima) least[h] = (float)(s.minimum[h][group / 4] >> (group & 3) * 8 & 255);
+      if (minima) least[h] = byte_float(s.minimum[h][group / 4], group & 3);
     }
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {

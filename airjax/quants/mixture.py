@@ -41,9 +41,11 @@ _SHARED_BYTES = 48 << 10
 # which have 16 KiB on their way each.
 _FETCHERS = 132
 _WIDE_FETCHERS = 32
-# Pairs of an expert on average above which weights are rounded to bfloat16 (H200: with 32 of Qwen3-30B-A3B's that takes
-# 0.68 ms a layer in place of 0.88, with 16 of them 0.60 and 0.52); then pairs of a group, and warps of a block.
-WIDE_FROM = 24
+# Blocks of a launch from which each takes two tiles of rows in turn: the second comes while the first is multiplied.
+_BLOCKS_FOR_TURNS = 1500
+# Pairs of an expert on average above which weights are rounded to bfloat16 (H200: with 16 of Qwen3-30B-A3B's that takes
+# 0.42 ms a layer in place of 0.52, with 8 of them 0.41 and 0.30); then pairs of a group, and warps of a block.
+WIDE_FROM = 12
 WIDE_COLUMNS = 128
 _WIDE_WARPS = 16
 
@@ -135,8 +137,14 @@ def columns_for(pairs: int, experts: int, terms: int = 1) -> int:
     return 8 if average <= 4 else 16 if average <= 8 else 32
 
 
-def tuning(ws: Sequence[Stacked], columns: int, terms: int) -> Tuning:
-    """The choices for one matrix, or for two of one input; wide.cu has its own, and takes `columns` alone."""
+def tuning(ws: Sequence[Stacked], columns: int, terms: int, groups: int) -> Tuning:
+    """The choices for one matrix, or for two of one input; wide.cu has its own, and takes `columns` alone.
+
+    Args:
+      ws: the matrices.
+      columns, terms: as in `prepare`.
+      groups: how many there can be.
+    """
     n_out, n_in = ws[0].shape
     units = max(-(-n_in // _UNIT_WEIGHTS[w.type]) for w in ws)
     slices = -(-units // -(-units // 4))
@@ -146,8 +154,12 @@ def tuning(ws: Sequence[Stacked], columns: int, terms: int) -> Tuning:
     warps = len(ws) * row_tiles * slices
     stage = warps * _TILE_ROWS * max(_pitch(w.type) for w in ws)
     stages = 2 if 2 * stage + 16 <= _SHARED_BYTES and units > slices else 1
-    threads = {8: 1024, 16: 768}.get(columns, 512) if terms == 1 else 512
-    turns = 2 if columns > 16 and n_out % (2 * row_tiles * _TILE_ROWS) == 0 else 1
+    # What two matrices of super-blocks need in registers is more than 1024 threads can have.
+    most = 768 if len(ws) == 2 and GGML_QUANT_SIZES[ws[0].type][0] == 256 else 1024
+    threads = {8: most, 16: 768}.get(columns, 512) if terms == 1 else 512
+    blocks = groups * n_out // (row_tiles * _TILE_ROWS)
+    several = columns > 16 or blocks >= _BLOCKS_FOR_TURNS
+    turns = 2 if several and n_out % (2 * row_tiles * _TILE_ROWS) == 0 else 1
     return Tuning(columns, slices, row_tiles, turns, stages, max(threads // (32 * warps), 1))
 
 
@@ -355,7 +367,7 @@ def _gate_up(
 ) -> list[Array]:
     """What `_launch` gives for `gate_up`."""
     terms, rows, _ = groups.x.shape
-    tuned = tuned or tuning((gate, up), groups.table.shape[1] - 3, terms)
+    tuned = tuned or tuning((gate, up), groups.table.shape[1] - 3, terms, len(groups.table))
     defines = _defines((gate, up), tuned, terms, rows, pairs // rows)
     added = ["", ""] if biases is None else [f" + b{i}[expert * OUT + row]" for i in range(2)]
     place = "wide_place" if tuned.columns == WIDE_COLUMNS else "place"
@@ -389,7 +401,7 @@ def _down_product(
 ) -> list[Array]:
     """What `_launch` gives for `down_product`."""
     terms, rows, _ = groups.x.shape
-    tuned = tuned or tuning((down,), groups.table.shape[1] - 3, terms)
+    tuned = tuned or tuning((down,), groups.table.shape[1] - 3, terms, len(groups.table))
     defines = _defines((down,), tuned, terms, rows, 1)
     added = "" if biases is None else " + b0[expert * OUT + row]"
     body = f"y[(long long)pair * OUT + row] = first{added};"

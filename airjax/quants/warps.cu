@@ -51,6 +51,9 @@ DEVICE u32 masked_or(u32 a, u32 mask, u32 c) {
 // Bits 0 to 3 of each half as 128 + q in bfloat16.
 DEVICE u32 nibbles(u32 w) { return masked_or(w, 0x000F000Fu, MAGIC); }
 
+// Byte i of four, without the slow conversion: 2^23 + byte, less 2^23.
+DEVICE float byte_float(u32 v, int i) { return __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7440 | i)) - 8388608.0f; }
+
 // The signed bytes 0 and 2 as two bfloat16: the low bits as 128 + low, less 128, or 256 if negative.
 DEVICE u32 signed_bytes(u32 w) {
   return fma_pair((w & 0x00800080u) ^ MAGIC, 0xBF80BF80u, masked_or(w, 0x007F007Fu, MAGIC));

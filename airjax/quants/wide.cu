@@ -10,7 +10,7 @@
 //   SHARED_BYTES  of a block
 
 #define EIGHTS (3 - MATRICES)  // of rows of one matrix in a warp
-#define COLUMN_BYTES (4 * COLUMNS * 128)  // of four stages of two groups of all columns
+#define COLUMN_BYTES (4 * COLUMNS * 128)  // of stages of several groups
 
 extern __shared__ uint4 stages[];
 
@@ -66,7 +66,7 @@ template <Format F, int H> struct Half {
       float scale = factor<F>(rows, scales, group, H, side), offset = 0.0f;
       if (U::super) scale *= whole;
       if (F == Q4_K || F == Q5_K)
-        offset = -(least * (float)(scales.minimum[H][group / 4] >> (group & 3) * 8 & 255));
+        offset = -(least * byte_float(scales.minimum[H][group / 4], group & 3));
       offset = fmaf(-bias, scale, offset);
       a[side][H] = scaled_pair(a[side][H], scale, offset);
       a[side][2 + H] = scaled_pair(a[side][2 + H], scale, offset);
@@ -90,32 +90,27 @@ template <int NUMBER> DEVICE void multiply_columns(float (&sums)[NUMBER][4], con
 // A block's share for at most NUMBER tiles of eight columns.
 template <int NUMBER, Format F, Format UP, typename Write>
 DEVICE void share_columns(const uint4* x, const int* table, int row, Half<F, 0>& one, Half<UP, 1>& other, const Write& write) {
-  constexpr int groups = WIDTH / 32, copies = (NUMBER * 32 + WARPS * 32 - 1) / (WARPS * 32);
-  // The columns of two groups, eight activations of each after another: in 16 bytes.
-  constexpr int chunk = NUMBER * 8, stage = chunk * 8, count_of_stages = COLUMN_BYTES / (stage * 16);
+  constexpr int groups = WIDTH / 32;
+  // The columns of so many groups, eight activations of each after another: in 16 bytes.
+  constexpr int step = NUMBER <= 8 ? 4 : 2, chunk = NUMBER * 8, stage = chunk * 4 * step, count_of_stages = COLUMN_BYTES / (stage * 16);
   // Groups for which is asked in advance. A unit is asked for when the one before begins, and waited for so many later.
   constexpr int unit = Unit<F>::groups < Unit<UP>::groups ? Unit<F>::groups : Unit<UP>::groups;
-  constexpr int ahead = 2 * (count_of_stages - 2) < unit ? 2 * (count_of_stages - 2) : unit;
+  constexpr int most = (count_of_stages - 2) * step, ahead = most < unit ? most : unit;
+  static_assert(ahead % step == 0 && step * NUMBER % WARPS == 0, "threads share the copies of a stage");
   const int expert = table[1], count = table[2], lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const bool active = row < OUT;
   // Four lanes copy a column.
-  const uint4* columns[copies];
-  const int own = threadIdx.x / 4;
+  const int column = threadIdx.x / 4 % chunk, part = threadIdx.x / (NUMBER * 32);
+  const uint4* from = x + table[3 + min(column, count - 1)] / SHARE * (WIDTH / 8) + t;
+  auto copy_columns = [&](int first) {
+    uint4* to = stages + first / step % count_of_stages * stage + t * chunk + column;
 #pragma unroll
-  for (int n = 0; n < copies; ++n)
-    columns[n] = x + table[3 + min(own + n * WARPS * 8, count - 1)] / SHARE * (WIDTH / 8) + t;
-  auto copy_columns = [&](int step) {
-    uint4* to = stages + step % count_of_stages * stage + t * chunk + own;
-#pragma unroll
-    for (int part = 0; part < 2; ++part)
-#pragma unroll
-      for (int n = 0; n < copies; ++n)
-        if (step * 2 + part < groups && (copies * WARPS == NUMBER || own + n * WARPS * 8 < chunk))
-          copy16(&to[part * 4 * chunk + n * WARPS * 8], columns[n] + (step * 2 + part) * 4);
+    for (int own = 0; own < step; own += WARPS / NUMBER)
+      if (first + own + part < groups) copy16(&to[(own + part) * 4 * chunk], from + (first + own + part) * 4);
   };
 #pragma unroll
   for (int k = 0; k < ahead; ++k) {
-    if (k % 2 == 0) copy_columns(k / 2);
+    if (k % step == 0) copy_columns(k);
     if (active && k < 2) one.ask(k, lane), other.ask(k, lane);
     copies_end();
   }
@@ -135,15 +130,15 @@ DEVICE void share_columns(const uint4* x, const int* table, int row, Half<F, 0>&
     for (int k = 0; k < 8; ++k) {
       if (groups % 8 && base + k >= groups) break;
       copies_wait<ahead - 1>();
-      if (k % 2 == 0) {
-        // Everybody's copies of two groups are there, and nobody needs the two before the last two any more.
+      if (k % step == 0) {
+        // Everybody's copies of the next groups are there, and nobody needs those of the stage before the last any more.
         copies_show();
         __syncthreads();
-        copy_columns((base + k + ahead) / 2);
+        copy_columns(base + k + ahead);
       } else {
         __syncwarp();
       }
-      const uint4* b = stages + (base + k) / 2 % count_of_stages * stage + k % 2 * 4 * chunk;
+      const uint4* b = stages + (base + k) / step % count_of_stages * stage + k % step * 4 * chunk;
       products_begin();
 #pragma unroll
       for (int side = 0; side < 2; ++side) multiply_columns(sums, a[k & 1][side], b + side * 2 * chunk, lane);

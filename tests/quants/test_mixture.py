@@ -111,7 +111,10 @@ def test_the_order_of_the_sums_follows_from_the_matrix_alone_and_all_fits_in_sha
     for matrices in (1, 2):
         w = _stack(kind, 96, n_in, experts=1)
         chosen = [
-            mixture.tuning((w,) * matrices, columns, terms) for columns in (8, 16, 32) for terms in (1, 3)
+            mixture.tuning((w,) * matrices, columns, terms, groups)
+            for columns in (8, 16, 32)
+            for terms in (1, 3)
+            for groups in (1, 1000)
         ]
         assert len({tuned.slices for tuned in chosen}) == 1
         for tuned in chosen:

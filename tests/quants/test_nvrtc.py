@@ -26,7 +26,7 @@ def entries(monkeypatch):
     """The entry points that were compiled to PTX since."""
     names = []
 
-    def launch(ptx, name, results, *operands, written=(), blocks, threads):
+    def launch(ptx, name, results, *operands, written=(), blocks, threads, shared_bytes=0):
         assert f".entry {name}(" in ptx
         names.append(name)
         return [*(jnp.zeros(result.shape, result.dtype) for result in results), *written]

@@ -85,6 +85,13 @@ static uint4 load16(const char* at) {
 }
 static u32 __funnelshift_r(u32 low, u32 high, u32 by) { return (u32)(((unsigned long long)high << 32 | low) >> (by & 31)); }
 
+static u32 __byte_perm(u32 low, u32 high, u32 places) {
+  const u64 all = (u64)high << 32 | low;
+  u32 out = 0;
+  for (int i = 0; i < 4; ++i) out |= (u32)(all >> (places >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return out;
+}
+
 static float __uint_as_float(u32 bits) {
   float v;
   memcpy(&v, &bits, 4);
