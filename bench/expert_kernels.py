@@ -341,8 +341,14 @@ def wide_cases() -> list[Case]:
             ("30b-a3b", Type.Q4_K, Type.Q6_K),
             ("gpt-oss", Type.MXFP4, Type.MXFP4),
         ):
-            narrow = next(n for n in (8, 16, 32) if n == 32 or 2 * rows * SHAPES[shape].used <= n * SHAPES[shape].experts)
-            cases += [Case(shape, kind, down_kind, rows, columns) for columns in (narrow, mixture.WIDE_COLUMNS)]
+            narrow = next(
+                n
+                for n in (8, 16, 32)
+                if n == 32 or 2 * rows * SHAPES[shape].used <= n * SHAPES[shape].experts
+            )
+            cases += [
+                Case(shape, kind, down_kind, rows, columns) for columns in (narrow, mixture.WIDE_COLUMNS)
+            ]
     return cases
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from airjax.engine.passing import Passing
 from airjax.engine.pipeline import Passage, at_stages
 from airjax.engine.stages import chain
 from airjax.engine.step import paged_block_step, paged_run_step
-from airjax.engine.sweep import run_end, settles, watch_run
+from airjax.engine.sweep import hold_back, run_end, settles, watch_run
 from airjax.plan import KV_PAGE
 from airjax.types import Array, LayerKV, PagedKV
 
@@ -189,7 +190,7 @@ def _through(
     model: Model, groups: Sequence[Group], state: PagedState, xs: list[Array], passage: Passage
 ) -> list[Array]:
     config = model.config
-    layer = 0
+    layer, passed = 0, collections.deque[Array]()
     while layer < config.n_layers:
         xs, placed = passage.at(layer, xs)
         most = None if config.experts is None else _MIXTURE_RUN
@@ -224,6 +225,7 @@ def _through(
         model.weights.release(layer, weights, done=xs[-1])
         if wait[-1]:
             jax.block_until_ready(xs[-1])
+        hold_back(passed, xs[-1])
         layer += 1
     return xs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from airjax.engine.batch import PagedState
 
 _SMALLEST_LENGTH = 256
+# Layers of a prompt that are dispatched and not yet done.
+_MOST_AHEAD = 3
 
 
 @dataclass
@@ -148,7 +151,7 @@ def _pass(
     model.begin_sweep()
     if state.shuttle is not None:
         state.shuttle.begin_sweep(_uploads(state.shuttle, lengths, places))
-    layer = 0
+    layer, passed = 0, collections.deque[Array]()
     while layer < len(steps):
         (x,), device_positions = passage.at(layer, [x])
         end = run_end(model, state, layer, positions) if hook is None else layer
@@ -200,6 +203,7 @@ def _pass(
         model.weights.release(layer, weights, done=x)
         if wait:
             jax.block_until_ready(x)
+        hold_back(passed, x)
         layer += 1
     return x
 
@@ -228,6 +232,17 @@ def settles(model: Model, layer: int, positions: np.ndarray) -> bool:
     # XLA's CPU backend may run out of threads, where several programs wait in them for sums over the devices.
     alone = model.config.mesh is not None and model.device.platform == "cpu"
     return alone or (bool(model.plan.streamed) and positions.size > 1 and not kernels)
+
+
+def hold_back(passed: collections.deque[Array], x: Array) -> None:
+    """Waits for the layer of a prompt some before this one: what is dispatched keeps hidden states until it is done.
+
+    Where nothing is streamed a host could be ahead of the device by a whole model, with memory that no plan knows.
+    """
+    if x.shape[1] > 1:
+        passed.append(x)
+        if len(passed) > _MOST_AHEAD:
+            jax.block_until_ready(passed.popleft())
 
 
 def run_end(

@@ -44,7 +44,7 @@ _WIDE_FETCHERS = 32
 # Blocks of a launch from which each takes two tiles of rows in turn: the second comes while the first is multiplied.
 _BLOCKS_FOR_TURNS = 1500
 # Pairs of an expert on average above which weights are rounded to bfloat16 (H200: with 16 of Qwen3-30B-A3B's that takes
-# 0.42 ms a layer in place of 0.52, with 8 of them 0.41 and 0.30); then pairs of a group, and warps of a block.
+# 0.39 ms a layer in place of 0.52, with 8 of them 0.39 and 0.28); then pairs of a group, and warps of a block.
 WIDE_FROM = 12
 WIDE_COLUMNS = 128
 _WIDE_WARPS = 16
@@ -134,7 +134,7 @@ def columns_for(pairs: int, experts: int, terms: int = 1) -> int:
     average = pairs / min(pairs, experts)
     if average > WIDE_FROM and terms == 1:
         return WIDE_COLUMNS
-    return 8 if average <= 4 else 16 if average <= 8 else 32
+    return 8 if average <= 4 else 16 if average <= WIDE_FROM else 32
 
 
 def tuning(ws: Sequence[Stacked], columns: int, terms: int, groups: int) -> Tuning:

@@ -44,7 +44,8 @@ template <Format F, int H> struct Half {
   DEVICE void enter(int unit, int g) {
     const int shift = U::align == 16 ? 0 : ((int)(size_t)from + g * U::row_bytes + unit * U::bytes) & 15;
     rows.at[H] = start + (unit & 1) * stage_bytes + g * U::pitch + shift;
-    if (U::super) scales.load(rows, H);
+    if (!U::super) return;
+    scales.load(rows, H);
     whole = half_low(scales.d[H]);
     least = half_high(scales.d[H]);
   }
@@ -65,8 +66,7 @@ template <Format F, int H> struct Half {
     for (int side = 0; side < 2; ++side) {
       float scale = factor<F>(rows, scales, group, H, side), offset = 0.0f;
       if (U::super) scale *= whole;
-      if (F == Q4_K || F == Q5_K)
-        offset = -(least * byte_float(scales.minimum[H][group / 4], group & 3));
+      if (F == Q4_K || F == Q5_K) offset = -(least * byte_float(scales.minimum[H][group / 4], group & 3));
       offset = fmaf(-bias, scale, offset);
       a[side][H] = scaled_pair(a[side][H], scale, offset);
       a[side][2 + H] = scaled_pair(a[side][2 + H], scale, offset);

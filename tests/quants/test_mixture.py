@@ -35,7 +35,7 @@ def _stack(kind, n_out, n_in, seed=0, experts=4, offset=0):
     return quants.Stacked(jnp.asarray(slots), kind, (n_out, n_in), offset)
 
 
-def _products(x, pairs, ws, slots=None, dtype="bfloat16", columns=None, biases=None):
+def _products(x, pairs, ws, slots=None, dtype="bfloat16", columns=None, biases=None, capability="9.0"):
     return np.asarray(
         mixture.mixture_products(
             jnp.asarray(x),
@@ -46,7 +46,7 @@ def _products(x, pairs, ws, slots=None, dtype="bfloat16", columns=None, biases=N
             experts=4,
             activation="silu",
             dtype=np.dtype(dtype),
-            capability="9.0",
+            capability=capability,
             columns=columns,
         )
     )
@@ -79,6 +79,20 @@ def test_a_token_has_the_same_bits_alone_and_among_others_in_groups_of_any_size(
         for columns, several in ((None, among), (mixture.WIDE_COLUMNS, wide)):
             alone = _products(x[row : row + 1], ids[row], ws, columns=columns)
             np.testing.assert_array_equal(alone, several.reshape(10, 2, d)[row])
+
+
+@_runs_kernels
+@pytest.mark.parametrize("kind", [GGMLType.Q5_K, GGMLType.Q8_0], ids=lambda kind: kind.name)
+def test_wide_groups_are_the_same_where_no_four_warps_multiply_together(kernels, kind):
+    def made(capability):
+        d, f = 512, 256
+        ws = _stack(kind, f, d, 1), _stack(GGMLType.Q6_K, f, d, 2), _stack(kind, d, f, 3)
+        x = np.random.default_rng(0).normal(size=(150, d)).astype(np.float32)
+        # Groups of up to 32, up to 64 and more pairs.
+        pairs = np.minimum(np.arange(150) // 25, 2)
+        return _products(x, pairs, ws, columns=mixture.WIDE_COLUMNS, capability=capability)
+
+    np.testing.assert_array_equal(made("9.0"), made("8.0"))
 
 
 @_runs_kernels
