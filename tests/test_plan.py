@@ -89,6 +89,17 @@ def test_layers_that_are_cut_for_devices_leave_the_allocator_more(plan):
     assert batch[0].workspace_bytes == batch[1].workspace_bytes
 
 
+@pytest.mark.parametrize(("options", "mib"), [({}, 64), ({"max_batch": 8, "kv_tokens": 4096}, 320)])
+def test_what_stays_leaves_room_to_an_allocator_that_rounds(plan, options, mib):
+    exact, rounded = plan(60, **options), plan(60, compact=False, **options)
+    assert rounded.streamed == ()
+    assert rounded.peak_bytes - exact.peak_bytes == mib << 20
+    # Two bytes less, and something leaves the device.
+    least, given = rounded.peak_bytes / GIB, {"compact": False, "prefill_chunk": exact.prefill_chunk}
+    found = [plan(gib, **given | options) for gib in (least, least - 2**-29)]
+    assert [bool(own.streamed or own.host_tables) for own in found] == [False, True]
+
+
 @pytest.mark.parametrize("budget_gib", [8, 20], ids=["streamed", "resident"])
 def test_experts_that_the_kernels_take_need_less_beside_them(tmp_path, budget_gib):
     path = tmp_path / "30b.gguf"

@@ -274,20 +274,22 @@ def _open_pipeline(
     """A model whose stages are on the devices, as often as there are stages."""
     opened: list[tuple[range, LayerWeights]] = []
     registers = True
+    first, after = divided_globals(manifest, config)
     try:
+        # Before the layers of their device: while a matrix is re-laid it is there twice.
+        tables = put_globals(gguf, Manifest((), first), plan.parts[0], config, devices[0], "")
         for number, (part, device) in enumerate(zip(plan.parts, devices, strict=True)):
             owned = sorted([*part.resident, *part.streamed])
             kept = [manifest.layers[layer].layout for layer in part.resident]
             kept += [manifest.globals[output_name(manifest)].layout] if number == len(devices) - 1 else []
             capability = quants.usable(matrix_types(kept), device) if part.relaid else ""
+            if number == len(devices) - 1:
+                globals_ = put_globals(gguf, Manifest((), after), part, config, device, capability)
             weights = open_weights(
                 gguf, manifest, part, device, timeline, capability, register=registers, lane=f"link {number}"
             )
             registers = registers and not part.streamed
             opened.append((range(owned[0], owned[-1] + 1), weights))
-        first, after = divided_globals(manifest, config)
-        tables = put_globals(gguf, Manifest((), first), plan.parts[0], config, devices[0], "")
-        globals_ = put_globals(gguf, Manifest((), after), plan.parts[-1], config, device, capability)
     except BaseException:
         StagedWeights(opened).close()
         raise

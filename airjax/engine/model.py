@@ -417,6 +417,8 @@ def open_model(
         kept = [manifest.layers[layer].layout for layer in plan.resident]
         kept.append(manifest.globals[output_name(manifest)].layout)
         capability = quants.usable(matrix_types(kept), device) if plan.relaid else ""
+        # Before the layers: while a matrix is re-laid it is there twice.
+        globals_ = put_globals(gguf, manifest, plan, config, config.mesh if cut else device, capability)
         if cut:
             weights = open_sharded_weights(gguf, cut, config.mesh, plan, timeline, capability)
         else:
@@ -424,8 +426,6 @@ def open_model(
                 gguf, manifest, plan, device, timeline, capability, register=shared is None, lane=lane
             )
         try:
-            place = config.mesh if cut else device
-            globals_ = put_globals(gguf, manifest, plan, config, place, capability)
             pool = open_pool(gguf, experts, plan, device, timeline, shared is None) if experts else None
         except BaseException:
             weights.close()

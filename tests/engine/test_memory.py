@@ -5,7 +5,7 @@ import pytest
 from toy_models import toy_llama
 
 import airjax
-from airjax.engine import memory
+from airjax.engine import memory, model
 from airjax.plan import limits
 
 
@@ -27,3 +27,17 @@ def test_a_model_has_them_where_the_host_is_waited_for(tmp_path, monkeypatch, re
         spacers = list(loaded.model.spacers)
         assert bool(spacers) == kept
     assert all(array.is_deleted() for array in spacers)
+
+
+def test_what_is_outside_the_layers_is_loaded_before_them(tmp_path, monkeypatch):
+    """Its matrices are the largest, and there twice while they are re-laid: then no layer is there yet."""
+    order = []
+    for name in ("put_globals", "open_weights"):
+
+        def noted(*args, name=name, load=getattr(model, name), **options):
+            order.append(name)
+            return load(*args, **options)
+
+        monkeypatch.setattr(model, name, noted)
+    with airjax.load(toy_llama(tmp_path / "toy.gguf", layers=2), vram_budget_gib=1, context=128):
+        assert order == ["put_globals", "open_weights"]
