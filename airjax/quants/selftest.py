@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,10 +92,20 @@ def _decoding_passes(types: frozenset[GGMLType], device: jax.Device, capability:
 def _decoding_error(matrix: QTensor | packed.PackedTensor, w: QTensor) -> float:
     """0, or infinity where a decoded weight has other bits than XLA's form gives."""
     first, count = 2 * packed.TILE_ROWS, _ROWS - 3 * packed.TILE_ROWS
-    expected = np.asarray(dequantize(w).astype(jnp.bfloat16)).view(np.uint16)[first : first + count]
+    with _on_host():
+        on_host = QTensor(jnp.asarray(np.asarray(w.data)), w.type, w.shape)
+        expected = np.asarray(dequantize(on_host).astype(jnp.bfloat16)).view(np.uint16)[first : first + count]
     run = jax.jit(decoding.decoded_rows, static_argnums=2)
     got = np.asarray(run(matrix, np.int32(first), count)).view(np.uint16)
     return 0.0 if (got == expected).all() else float("inf")
+
+
+def _on_host() -> contextlib.AbstractContextManager[Any]:
+    """Operations one by one, which a GPU's compiler takes a tenth of a second for each."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # there is no such backend here
+        return contextlib.nullcontext()
 
 
 @functools.cache
@@ -130,9 +142,9 @@ def _judged(
 def _error(type: GGMLType, capability: str) -> float:
     """The largest error of the kernel's sums, relative to the magnitudes that are added up; float64 is the judge."""
     w = _random_matrix(type, _ROWS, _WIDTH, int(type))
-    weights, magnitude = np.asarray(dequantize(w), np.float64), _magnitude(w)
+    weights, magnitude = _weights(w)
     x = np.random.default_rng(1).normal(size=(max(_ACTIVATION_ROWS), _WIDTH)).astype(np.float32)
-    x = np.asarray(jnp.asarray(x).astype(jnp.bfloat16), np.float32)
+    x = x.astype(jnp.bfloat16).astype(np.float32)
     matrix = packed.pack(w, capability)
 
     @jax.jit
@@ -217,11 +229,15 @@ def mixture_error(
     # Of experts that are not there, any bits.
     with np.errstate(invalid="ignore"):
         h, y = (np.asarray(a, np.float64) for a in run(*given, [jnp.asarray(b) for b in biases]))
-    wide = np.repeat(np.asarray(jnp.asarray(x).astype(dtype), np.float64), used, axis=0)
+    wide = np.repeat(x.astype(jnp.dtype(dtype)).astype(np.float64), used, axis=0)
+    matrices = [
+        [part.reshape(experts, n_out, n_in) for part in _weights(w)]
+        for w, (n_out, n_in) in zip(ws, shapes, strict=True)
+    ]
     worst, there = 0.0, slots[pairs] >= 0
     for expert in np.unique(pairs[there]):
         own = pairs == expert
-        weights, magnitudes = zip(*(_of_expert(w, place[expert], experts) for w in ws), strict=True)
+        weights, magnitudes = zip(*((w[place[expert]], m[place[expert]]) for w, m in matrices), strict=True)
         inputs = (wide[own], wide[own], h[own])
         sums = [a @ w.T + bias[expert] for a, w, bias in zip(inputs, weights, biases, strict=True)]
         sizes = [
@@ -255,22 +271,20 @@ def _finite(error: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(error), error, np.inf)
 
 
-def _of_expert(w: QTensor, at: int, experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and magnitudes of one of the matrices that lie one below the other."""
-    rows = w.shape[0] // experts
-    part = QTensor(w.data[at * rows : (at + 1) * rows], w.type, (rows, w.shape[1]))
-    return np.asarray(dequantize(part), np.float64), _magnitude(part)
+def _weights(w: QTensor) -> tuple[np.ndarray, np.ndarray]:
+    """Weights, and how large the numbers are that the kernels add up for each: (q + 128) x, and then -128 x."""
+    weights, scale, offset = _decoded(w)
+    magnitude = np.repeat(256 * np.abs(np.asarray(scale, np.float64)), w.shape[1] // scale.shape[-1], axis=1)
+    if offset is not None:
+        magnitude += np.repeat(np.abs(np.asarray(offset, np.float64)), w.shape[1] // offset.shape[-1], axis=1)
+    return np.asarray(weights, np.float64), magnitude
 
 
-def _magnitude(w: QTensor) -> np.ndarray:
-    """How large the numbers are that the kernels add up for each weight: they add (q + 128) x and take 128 x away."""
+@jax.jit
+def _decoded(w: QTensor) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     decoded = groups(w)
     assert decoded is not None
-    width = w.shape[1] // decoded.scale.shape[-1]
-    magnitude = np.repeat(256 * np.abs(np.asarray(decoded.scale, np.float64)), width, axis=1)
-    if decoded.offset is not None:
-        magnitude += np.repeat(np.abs(np.asarray(decoded.offset, np.float64)), width, axis=1)
-    return magnitude
+    return dequantize(w), decoded.scale, decoded.offset
 
 
 def _random_matrix(type: GGMLType, rows: int, width: int, seed: int) -> QTensor:

@@ -32,12 +32,17 @@ def test_a_model_has_them_where_the_host_is_waited_for(tmp_path, monkeypatch, re
 def test_what_is_outside_the_layers_is_loaded_before_them(tmp_path, monkeypatch):
     """Its matrices are the largest, and there twice while they are re-laid: then no layer is there yet."""
     order = []
-    for name in ("put_globals", "open_weights"):
 
-        def noted(*args, name=name, load=getattr(model, name), **options):
+    def noting(name):
+        load = getattr(model, name)
+
+        def noted(*args, **options):
             order.append(name)
             return load(*args, **options)
 
         monkeypatch.setattr(model, name, noted)
+
+    noting("put_globals")
+    noting("open_weights")
     with airjax.load(toy_llama(tmp_path / "toy.gguf", layers=2), vram_budget_gib=1, context=128):
         assert order == ["put_globals", "open_weights"]
