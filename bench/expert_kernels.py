@@ -95,7 +95,7 @@ def products(case: Case, capability: str) -> Callable[[jax.Array, jax.Array, Lay
     shape = SHAPES[case.shape]
 
     def run(x: jax.Array, pairs: jax.Array, of: Layer) -> jax.Array:
-        columns = case.columns or mixture.columns_for(len(pairs), shape.experts)
+        columns = case.columns or mixture.columns_for(len(pairs), shape.experts, capability)
         terms = 1 if case.dtype == "bfloat16" else 3
         made = mixture.prepare(
             x, pairs, None, experts=shape.experts, columns=columns, terms=terms, capability=capability

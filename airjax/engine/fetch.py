@@ -273,7 +273,8 @@ def _test_arrivals(device: jax.Device, capability: str) -> str:
             return dataclasses.replace(state, buffers=(pool,), fetched=fetched), where, made
 
         states = [streaming.empty([(form.slots, form.slot_bytes)], experts, layers) for _ in range(2)]
-        for columns in (None, None, None, quants.WIDE_COLUMNS, quants.WIDE_COLUMNS):
+        wide = (quants.WIDE_COLUMNS,) * 2 if quants.takes_wide(capability) else ()
+        for columns in (None, None, None, *wide):
             states = [
                 streaming.begin_step(state, streaming.Policy(4.0), (form,) * layers) for state in states
             ]

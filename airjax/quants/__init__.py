@@ -17,6 +17,7 @@ from airjax.quants.mixture import arriving_products as arriving_products
 from airjax.quants.mixture import covers as covers
 from airjax.quants.mixture import mixture_products as mixture_products
 from airjax.quants.mixture import takes as takes
+from airjax.quants.mixture import takes_wide as takes_wide
 from airjax.quants.packed import PackedTensor as PackedTensor
 from airjax.quants.packed import TakenRows as TakenRows
 from airjax.quants.packed import pack as pack

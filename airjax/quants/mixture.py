@@ -47,6 +47,8 @@ _BLOCKS_FOR_TURNS = 1500
 # 0.39 ms a layer in place of 0.52, with 8 of them 0.39 and 0.28); then pairs of a group, and warps of a block.
 WIDE_FROM = 12
 WIDE_COLUMNS = 128
+# Whose blocks can have the 227 KiB of shared memory that such groups take part of.
+_WIDE_CAPABILITIES = ("9.0", "10.0", "10.3")
 _WIDE_WARPS = 16
 
 
@@ -123,16 +125,22 @@ def takes(*ws: Stacked) -> bool:
     )
 
 
-def columns_for(pairs: int, experts: int, terms: int = 1) -> int:
+def takes_wide(capability: str) -> bool:
+    """Whether devices of a capability have room for wide groups."""
+    return capability in _WIDE_CAPABILITIES
+
+
+def columns_for(pairs: int, experts: int, capability: str, terms: int = 1) -> int:
     """Pairs of a group: as many as an expert has on average and some more, since each group decodes its expert.
 
     Args:
       pairs: P.
       experts: E.
+      capability: of the device.
       terms: of each activation; only one term goes with weights in bfloat16.
     """
     average = pairs / min(pairs, experts)
-    if average > WIDE_FROM and terms == 1:
+    if average > WIDE_FROM and terms == 1 and takes_wide(capability):
         return WIDE_COLUMNS
     return 8 if average <= 4 else 16 if average <= WIDE_FROM else 32
 
@@ -267,7 +275,7 @@ def _prepared(
     columns: int | None,
 ) -> Groups:
     terms = {"bfloat16": 1, "float16": 2}.get(np.dtype(dtype).name, 3)
-    columns = columns_for(len(pairs), experts, terms) if columns is None else columns
+    columns = columns_for(len(pairs), experts, capability, terms) if columns is None else columns
     return prepare(
         x, pairs, slots, arrival, experts=experts, columns=columns, terms=terms, capability=capability
     )

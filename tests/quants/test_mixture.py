@@ -137,6 +137,14 @@ def test_the_order_of_the_sums_follows_from_the_matrix_alone_and_all_fits_in_sha
             assert warps * tuned.columns * 64 + 16 <= 48 << 10
             assert 96 % (16 * tuned.row_tiles * tuned.turns) == 0
             assert warps * 32 <= 1024
+        assert mixture._wide_shared_bytes((w,) * matrices) <= 227 << 10
+
+
+def test_groups_are_wide_where_experts_have_many_pairs_and_blocks_have_room_for_them():
+    found = {own: mixture.columns_for(128 * 20, 128, own) for own in ("8.0", "8.9", "9.0", "10.0", "12.0")}
+    assert found == {"8.0": 32, "8.9": 32, "9.0": 128, "10.0": 128, "12.0": 32}
+    assert [mixture.columns_for(128 * each, 128, "9.0") for each in (4, 12)] == [8, 16]
+    assert mixture.columns_for(128 * 20, 128, "9.0", terms=3) == 32
 
 
 @pytest.mark.parametrize(
