@@ -101,7 +101,7 @@ def products(case: Case, capability: str) -> Callable[[jax.Array, jax.Array, Lay
             x, pairs, None, experts=shape.experts, columns=columns, terms=terms, capability=capability
         )
         own = (None, None) if of.biases is None else (of.biases[:2], of.biases[2:])
-        h = mixture.gate_up(
+        (h,) = mixture.gate_up(
             made,
             of.ws[0],
             of.ws[1],
@@ -113,7 +113,7 @@ def products(case: Case, capability: str) -> Callable[[jax.Array, jax.Array, Lay
         )
         return mixture.down_product(
             mixture.Groups(h, made.table), of.ws[2], own[1], capability=capability, tuned=case.down
-        )
+        )[0]
 
     return run
 
@@ -341,11 +341,8 @@ def wide_cases() -> list[Case]:
             ("30b-a3b", Type.Q4_K, Type.Q6_K),
             ("gpt-oss", Type.MXFP4, Type.MXFP4),
         ):
-            narrow = next(
-                n
-                for n in (8, 16, 32)
-                if n == 32 or 2 * rows * SHAPES[shape].used <= n * SHAPES[shape].experts
-            )
+            # What a device takes that has no room for wide ones.
+            narrow = mixture.columns_for(rows * SHAPES[shape].used, SHAPES[shape].experts, "")
             cases += [
                 Case(shape, kind, down_kind, rows, columns) for columns in (narrow, mixture.WIDE_COLUMNS)
             ]

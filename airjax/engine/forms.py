@@ -281,9 +281,10 @@ def _open_pipeline(
         for number, (part, device) in enumerate(zip(plan.parts, devices, strict=True)):
             owned = sorted([*part.resident, *part.streamed])
             kept = [manifest.layers[layer].layout for layer in part.resident]
-            kept += [manifest.globals[output_name(manifest)].layout] if number == len(devices) - 1 else []
+            last = number == len(devices) - 1
+            kept += [manifest.globals[output_name(manifest)].layout] if last else []
             capability = quants.usable(matrix_types(kept), device) if part.relaid else ""
-            if number == len(devices) - 1:
+            if last:
                 globals_ = put_globals(gguf, Manifest((), after), part, config, device, capability)
             weights = open_weights(
                 gguf, manifest, part, device, timeline, capability, register=registers, lane=f"link {number}"

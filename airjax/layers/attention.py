@@ -163,17 +163,14 @@ def attention(
         return _attend(queries, keys, values, seen, scale, softcap, slopes, sinks)
 
     if new == 1:
-
-        def alone(whole: bool, queries: Array, keys: Array, values: Array, seen: Array) -> Array:
-            return _attend_one(queries, keys, values, seen, scale, softcap, slopes, sinks, whole)
-
+        alone = functools.partial(_attend_one, scale=scale, softcap=softcap, slopes=slopes, sinks=sinks)
         one = jax.lax.platform_dependent(
             grouped[:, 0],
             keys,
             values,
             visible[:, 0],
-            cpu=functools.partial(alone, False),
-            default=functools.partial(alone, True),
+            cpu=functools.partial(alone, whole=False),
+            default=functools.partial(alone, whole=True),
         )
         return one.reshape(q.shape)
     tile = tile_rows(batch * heads * keys.shape[2] * 4, new)
@@ -281,6 +278,7 @@ def _attend_one(
     keys: Array,
     values: Array,
     visible: Array,
+    *,
     scale: float,
     softcap: float,
     slopes: np.ndarray | None,

@@ -271,7 +271,7 @@ def _beside(
     held = cache.workspace_bytes + cache.nbytes
     shuttled = cache.shuttled_workspace_bytes + cache.passing_bytes
     least = held if asked.kv_shuttle == "off" else min(held, shuttled)
-    gaps = _gaps(asked, weights.passing if streams else [], config.mesh is not None)
+    gaps = _gaps(asked, weights.passing if streams else (), config.mesh is not None)
     # A table that serves for single rows leaves the device where it does not fit, or where a layer fits in its place.
     host_tables: tuple[str, ...] = ()
     for name in _row_tables(manifest, asked, streams):

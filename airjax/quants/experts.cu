@@ -170,13 +170,16 @@ template <Format F> DEVICE void decode(const Rows<F>& rows, int group, int t, u3
   for (int h = 0; h < 2; ++h) decode_row<F>(rows, group, h, t, a);
 }
 
+// That of a group of MXFP4 as a float has it, for half of its scale (see `floats`); 0 for a scale that is none.
+template <Format F> DEVICE u32 exponent(const Rows<F>& rows, int group, int h) {
+  const u32 e = rows.byte(h, group * 17);
+  return e < 2 ? 0 : e - 1;
+}
+
 // A group's factor: its scale, or for formats with super-blocks the small integer that d multiplies.
 template <Format F> DEVICE float factor(const Rows<F>& rows, const Scales<F>& s, int group, int h, int side) {
   if (F == Q4_0 || F == Q8_0) return half_low(rows.half(h, group * Unit<F>::block));
-  if (F == MXFP4) {
-    const u32 e = rows.byte(h, group * 17);
-    return __uint_as_float(e < 2 ? 0 : (e - 1) << 23);
-  }
+  if (F == MXFP4) return __uint_as_float(exponent(rows, group, h) << 23);
   if (F == Q6_K) return byte_float(s.scale[h][group / 2] ^ 0x80808080u, (group & 1) * 2 + side) - 128.0f;
   return byte_float(s.scale[h][group / 4], group & 3);
 }
@@ -339,6 +342,21 @@ DEVICE void await(const int* arrival, int expert) {
   }
   __syncthreads();
 }
+
+// Whether an expert was waited for.
+DEVICE bool awaited(const int* arrival, int expert) {
+  const bool pending = arrival[PENDING + expert];
+  if (pending) await(arrival, expert);
+  return pending;
+}
+
+// Counts a block that waited for nothing, and notes when the last of them was done.
+DEVICE void done(int* arrival, int hits) {
+  if (threadIdx.x == 0 && atomicAdd(&arrival[HITS + LAUNCH], 1) == hits - 1) atomicMax(&arrival[ENDS + LAUNCH], NOW(arrival));
+}
+#else
+DEVICE bool awaited(const int*, int) { return false; }
+DEVICE void done(int*, int) {}
 #endif
 
 // A block's share: ROW_TILES * TURNS tiles of 16 rows of a matrix, or of two of them, for the pairs of one group.
@@ -365,10 +383,7 @@ DEVICE void share(int block, const uint4* x, const int* table, int* arrival, int
   const int start = warp * (staged / WARPS);
   const Stack& own = MATRICES == 2 && matrix == 1 ? second : first;
   const char* rows = own.data + slot * own.stride;
-#if ARRIVING
-  const bool pending = arrival[PENDING + expert];
-  if (pending) await(arrival, expert);
-#endif
+  const bool pending = awaited(arrival, expert);
   if (F == UP || matrix == 0)
     slice<F>(shared, start, rows + (long long)line * Unit<F>::row_bytes, begin, columns, tiles, sums);
   else
@@ -395,10 +410,7 @@ DEVICE void share(int block, const uint4* x, const int* table, int* arrival, int
       write(table[3 + column], expert, row + (tile * TURNS + turn) * 16 + r, sum[0], sum[1]);
     }
   }
-#if ARRIVING
-  if (!pending && threadIdx.x == 0 && atomicAdd(&arrival[HITS + LAUNCH], 1) == hits - 1)
-    atomicMax(&arrival[ENDS + LAUNCH], NOW(arrival));
-#endif
+  if (!pending) done(arrival, hits);
 }
 
 enum Activation { silu, gelu, exact_gelu, relu, squared_relu, clamped };

@@ -207,8 +207,8 @@ def mixture_products(
     groups = _prepared(x, pairs, slots, None, experts, dtype, capability, columns)
     own = (None, None) if biases is None else (biases[:2], biases[2:])
     gate, up, down = ws
-    h = gate_up(groups, gate, up, own[0], len(pairs), activation=activation, capability=capability)
-    return down_product(groups._replace(x=h), down, own[1], capability=capability)
+    (h,) = gate_up(groups, gate, up, own[0], len(pairs), activation=activation, capability=capability)
+    return down_product(groups._replace(x=h), down, own[1], capability=capability)[0]
 
 
 def arriving_products(
@@ -242,21 +242,28 @@ def arriving_products(
     groups = _prepared(x, pairs, slots, arriving.arrival, experts, dtype, capability, columns)
     gate, up, down = ws
     own = (None, None) if biases is None else (biases[:2], biases[2:])
-    h, arrival, fetched, pool = _gate_up(
-        groups, gate, up, own[0], len(pairs), activation, capability, fetch=_Fetch(arriving, 0, experts)
+    h, arrival, fetched, pool = gate_up(
+        groups,
+        gate,
+        up,
+        own[0],
+        len(pairs),
+        activation=activation,
+        capability=capability,
+        fetch=Fetch(arriving, 0, experts),
     )
     arriving = arriving._replace(arrival=arrival, fetched=fetched)
-    y, _, fetched, pool = _down_product(
+    y, _, fetched, pool = down_product(
         groups._replace(x=h),
         dataclasses.replace(down, buffer=pool),
         own[1],
-        capability,
-        fetch=_Fetch(arriving, 1, experts),
+        capability=capability,
+        fetch=Fetch(arriving, 1, experts),
     )
     return y, pool, fetched
 
 
-class _Fetch(NamedTuple):
+class Fetch(NamedTuple):
     """What a launch that fetches has beside the others: experts of the layer, and its number."""
 
     arriving: Arriving
@@ -357,23 +364,12 @@ def gate_up(
     activation: str,
     capability: str,
     tuned: Tuning | None = None,
-) -> Array:
-    """Both products of each pair and their activation, as bfloat16 `[terms, P, F]` in the order of the lanes."""
-    return _gate_up(groups, gate, up, biases, pairs, activation, capability, tuned)[0]
-
-
-def _gate_up(
-    groups: Groups,
-    gate: Stacked,
-    up: Stacked,
-    biases: Sequence[Array] | None,
-    pairs: int,
-    activation: str,
-    capability: str,
-    tuned: Tuning | None = None,
-    fetch: _Fetch | None = None,
+    fetch: Fetch | None = None,
 ) -> list[Array]:
-    """What `_launch` gives for `gate_up`."""
+    """Both products of each pair and their activation, as bfloat16 `[terms, P, F]` in the order of the lanes.
+
+    With `fetch` also its arrival, `fetched` and the pool, which are changed in place.
+    """
     terms, rows, _ = groups.x.shape
     tuned = tuned or tuning((gate, up), groups.table.shape[1] - 3, terms, len(groups.table))
     defines = _defines((gate, up), tuned, terms, rows, pairs // rows)
@@ -394,20 +390,9 @@ def down_product(
     *,
     capability: str,
     tuned: Tuning | None = None,
-) -> Array:
-    """The product of each pair's own row, float32 `[P, n_out]`."""
-    return _down_product(groups, down, biases, capability, tuned)[0]
-
-
-def _down_product(
-    groups: Groups,
-    down: Stacked,
-    biases: Sequence[Array] | None,
-    capability: str,
-    tuned: Tuning | None = None,
-    fetch: _Fetch | None = None,
+    fetch: Fetch | None = None,
 ) -> list[Array]:
-    """What `_launch` gives for `down_product`."""
+    """The product of each pair's own row, float32 `[P, n_out]`; with `fetch` the same beside it as of `gate_up`."""
     terms, rows, _ = groups.x.shape
     tuned = tuned or tuning((down,), groups.table.shape[1] - 3, terms, len(groups.table))
     defines = _defines((down,), tuned, terms, rows, 1)
@@ -438,7 +423,7 @@ def _launch(
     body: str,
     result: jax.ShapeDtypeStruct,
     capability: str,
-    fetch: _Fetch | None = None,
+    fetch: Fetch | None = None,
 ) -> list[Array]:
     """The result; where something is fetched also the arrival, `fetched` and the pool, which are changed in place."""
     wide = tuned.columns == WIDE_COLUMNS
@@ -511,7 +496,7 @@ def _wide_shared_bytes(ws: Sequence[Stacked]) -> int:
     return 4 * WIDE_COLUMNS * 128 + _WIDE_WARPS * 2 * rows + 16
 
 
-def _fetch_defines(ws: Sequence[Stacked], fetch: _Fetch) -> dict[str, Any]:
+def _fetch_defines(ws: Sequence[Stacked], fetch: Fetch) -> dict[str, Any]:
     """Of a launch that fetches: the tensors of an expert that it reads."""
     own = [
         (number, nbytes, offset)

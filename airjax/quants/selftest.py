@@ -93,7 +93,7 @@ def _decoding_error(matrix: QTensor | packed.PackedTensor, w: QTensor) -> float:
     """0, or infinity where a decoded weight has other bits than XLA's form gives."""
     first, count = 2 * packed.TILE_ROWS, _ROWS - 3 * packed.TILE_ROWS
     with _on_host():
-        on_host = QTensor(jnp.asarray(np.asarray(w.data)), w.type, w.shape)
+        on_host = dataclasses.replace(w, data=jnp.asarray(np.asarray(w.data)))
         expected = np.asarray(dequantize(on_host).astype(jnp.bfloat16)).view(np.uint16)[first : first + count]
     run = jax.jit(decoding.decoded_rows, static_argnums=2)
     got = np.asarray(run(matrix, np.int32(first), count)).view(np.uint16)
@@ -101,7 +101,7 @@ def _decoding_error(matrix: QTensor | packed.PackedTensor, w: QTensor) -> float:
 
 
 def _on_host() -> contextlib.AbstractContextManager[Any]:
-    """Operations one by one, which a GPU's compiler takes a tenth of a second for each."""
+    """For operations that are to be rounded one by one: a GPU's compiler takes a tenth of a second for each."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # there is no such backend here
@@ -221,10 +221,12 @@ def mixture_error(
         made = mixture.prepare(
             x, pairs, slots, experts=experts, columns=columns, terms=terms, capability=capability
         )
-        h = mixture.gate_up(
+        (h,) = mixture.gate_up(
             made, stacks[0], stacks[1], biases[:2], len(pairs), activation="silu", capability=capability
         )
-        y = mixture.down_product(mixture.Groups(h, made.table), stacks[2], biases[2:], capability=capability)
+        (y,) = mixture.down_product(
+            mixture.Groups(h, made.table), stacks[2], biases[2:], capability=capability
+        )
         return mixture.in_order(h, columns), y
 
     given = [jnp.asarray(a) for a in (x, pairs, slots, pool)]
@@ -276,9 +278,11 @@ def _finite(error: np.ndarray) -> np.ndarray:
 def _weights(w: QTensor) -> tuple[np.ndarray, np.ndarray]:
     """Weights, and how large the numbers are that the kernels add up for each: (q + 128) x, and then -128 x."""
     weights, scale, offset = _decoded(w)
-    magnitude = np.repeat(256 * np.abs(np.asarray(scale, np.float64)), w.shape[1] // scale.shape[-1], axis=1)
-    if offset is not None:
-        magnitude += np.repeat(np.abs(np.asarray(offset, np.float64)), w.shape[1] // offset.shape[-1], axis=1)
+
+    def of_each(groups: jax.Array) -> np.ndarray:
+        return np.repeat(np.abs(np.asarray(groups, np.float64)), w.shape[1] // groups.shape[-1], axis=1)
+
+    magnitude = 256 * of_each(scale) + (0.0 if offset is None else of_each(offset))
     return np.asarray(weights, np.float64), magnitude
 
 

@@ -9,7 +9,7 @@
 //   WGMMA         1: four warps multiply together, and go on meanwhile (compute capability 9.0)
 //   SHARED_BYTES  of a block
 
-#define EIGHTS (3 - MATRICES)  // of rows of one matrix in a warp
+#define ROWS_OF_WARP (16 / MATRICES)  // of one matrix
 #define COLUMN_BYTES (4 * COLUMNS * 128)  // of stages of several groups
 
 extern __shared__ uint4 stages[];
@@ -57,7 +57,7 @@ template <Format F, int H> struct Half {
     decode_row<F>(rows, group, H, t, a);
     if (F == MXFP4) {
       // A power of two: the product is exact in bfloat16.
-      const u32 e = rows.byte(H, group * 17), scale = (e < 2 ? 0 : e - 1) * 0x00800080u;
+      const u32 scale = exponent(rows, group, H) * 0x00800080u;
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i / 2][i % 2 * 2 + H] = fma_pair(a[i / 2][i % 2 * 2 + H], scale, 0x80008000u);
       return;
@@ -173,7 +173,7 @@ DEVICE void share_columns(const uint4* x, const int* table, int row, Half<F, 0>&
     }
 }
 
-// A block's share: WARPS * 8 * EIGHTS rows of a matrix, or of two, for the pairs of one group.
+// A block's share: WARPS * ROWS_OF_WARP rows of a matrix, or of two, for the pairs of one group.
 template <Format F, Format UP, typename Write>
 DEVICE void share_wide(int block, const uint4* x, const int* table, int* arrival, int hits, const Stack& first, const Stack& second, Write write) {
   constexpr int warp_bytes = 2 * (Half<F, 0>::stage_bytes + Half<UP, 1>::stage_bytes);
@@ -182,11 +182,8 @@ DEVICE void share_wide(int block, const uint4* x, const int* table, int* arrival
   table += block / SPANS * TABLE;
   const int slot = table[0], count = table[2], warp = threadIdx.x >> 5;
   if (slot < 0) return;
-#if ARRIVING
-  const bool pending = arrival[PENDING + table[1]];
-  if (pending) await(arrival, table[1]);
-#endif
-  const int row = (block % SPANS * WARPS + warp) * 8 * EIGHTS;
+  const bool pending = awaited(arrival, table[1]);
+  const int row = (block % SPANS * WARPS + warp) * ROWS_OF_WARP;
   const char* below = first.data + slot * first.stride + (long long)row * Unit<F>::row_bytes;
   Half<F, 0> one;
   Half<UP, 1> other;
@@ -199,8 +196,5 @@ DEVICE void share_wide(int block, const uint4* x, const int* table, int* arrival
     share_columns<8>(x, table, row, one, other, write);
   else
     share_columns<TILES>(x, table, row, one, other, write);
-#if ARRIVING
-  if (!pending && threadIdx.x == 0 && atomicAdd(&arrival[HITS + LAUNCH], 1) == hits - 1)
-    atomicMax(&arrival[ENDS + LAUNCH], NOW(arrival));
-#endif
+  if (!pending) done(arrival, hits);
 }

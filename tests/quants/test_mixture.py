@@ -223,8 +223,8 @@ def test_the_self_test_finds_a_wrong_product(kernels, monkeypatch, name, columns
     right = getattr(mixture, name)
 
     def wrong(*arguments, **options):
-        made = right(*arguments, **options)
-        return made.at[..., 3].multiply(1.5)
+        (made,) = right(*arguments, **options)
+        return [made.at[..., 3].multiply(1.5)]
 
     monkeypatch.setattr(mixture, name, wrong)
     error = selftest.mixture_error(GGMLType.Q8_0, 6, columns, capability="9.0", experts=2)
