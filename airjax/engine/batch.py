@@ -21,7 +21,7 @@ from airjax.engine.pages import Pages
 from airjax.engine.passing import Passing
 from airjax.engine.pipeline import Passage, at_stages
 from airjax.engine.stages import chain
-from airjax.engine.step import paged_block_step, paged_run_step
+from airjax.engine.step import graph_of, paged_block_step, paged_run_step
 from airjax.engine.sweep import hold_back, run_end, settles, watch_run
 from airjax.plan import KV_PAGE
 from airjax.types import Array, LayerKV, PagedKV
@@ -241,7 +241,7 @@ def _run(model: Model, x: Array, state: PagedState, run: range, positions: Array
             for layer in run
         )
         buffers = [model.weights.take(layer) for layer in run]
-        x, pages = paged_run_step(blocks, model.config)(buffers, x, pages, table, positions)
+        x, pages = paged_run_step(blocks, model.config, graph_of(run))(buffers, x, pages, table, positions)
     for cache, own in zip(caches, pages, strict=True):
         state.layers[cache] = own
     model.pending = x

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from airjax import models
 from airjax.engine.experts import attend, pool_parts, pool_products
 from airjax.engine.fetch import assign, fetch, replaced
-from airjax.engine.step import jit
+from airjax.engine.step import graph_of, jit
 from airjax.gguf import ExpertSlot, Layout
 from airjax.models import Config, Weights
 from airjax.streaming import DevicePool, Form, Held, Sources
@@ -74,16 +74,18 @@ def run_fetched(
     )
     sources = [pool.sources(layer) for layer in run]
     buffers = [model.weights.take(layer) for layer in run]
-    pool.state, x, kvs = run_step(blocks, model.config)(
+    pool.state, x, kvs = run_step(blocks, model.config, graph_of(run))(
         pool.state, sources, buffers, x, kvs, table, positions
     )
     return x, kvs
 
 
 @functools.cache
-def run_step(blocks: tuple[Block, ...], config: Config) -> Callable[..., tuple[Held, Array, list[LayerKV]]]:
+def run_step(
+    blocks: tuple[Block, ...], config: Config, graph: int = 0
+) -> Callable[..., tuple[Held, Array, list[LayerKV]]]:
     """jitted `(pool, [sources], [buffers], x [B, T, D], [kv or pages], table or None, positions [B, T]) -> (pool, x,
-    [kv or pages])`; pool and caches are donated."""
+    [kv or pages])`; pool and caches are donated. `graph` is from `graph_of`."""
     architecture: Any = models.get(config.architecture)
 
     @functools.partial(jit, donate_argnames=("state", "kvs"))

@@ -107,11 +107,24 @@ def run_step(
     return run
 
 
+def graph_of(run: range) -> int:
+    """Which graph a run of layers replays, for steps that are made for each graph anew.
+
+    A program has one graph, and runs of the same form that share the program write it in turn for their own weights,
+    which takes the host longer than the device on slow cores. Each has one of its own where programs are kept on disk,
+    so that only the first is compiled.
+    """
+    return run.start if jax.config.jax_compilation_cache_dir else 0
+
+
 @functools.cache
 def paged_run_step(
-    blocks: tuple[tuple[Layout, str, int], ...], config: Config
+    blocks: tuple[tuple[Layout, str, int], ...], config: Config, graph: int = 0
 ) -> Callable[..., tuple[Array, list[LayerKV]]]:
-    """`run_step` for a batch: jitted `([buffers], x [B, T, D], [pages], table, positions) -> (x, [pages])`."""
+    """`run_step` for a batch: jitted `([buffers], x [B, T, D], [pages], table, positions) -> (x, [pages])`.
+
+    `graph` is from `graph_of`.
+    """
     architecture = models.get(config.architecture)
 
     def parts(buffers: list[Buffers], x: Array, pages: list[LayerKV], table: Array, positions: Array) -> Any:
