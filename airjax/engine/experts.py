@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from airjax import layers, models, quants
+from airjax import models, quants
 from airjax.engine.passing import Passing
 from airjax.engine.step import jit
 from airjax.gguf import ExpertSlot, Layout
@@ -145,11 +145,7 @@ def attend(
 ) -> tuple[models.Chosen, KVCache]:
     """A layer up to its experts, inside jit, and its cache."""
     architecture: Any = models.get(config.architecture)
-    q, k, v = architecture.attend_inputs(weights, x, positions, config, kind)
-    cache = layers.write_rows(cache, k, v, positions)
-    form = architecture.attention_form(config, kind)
-    sinks = architecture.attention_sinks(weights, config)
-    attended = layers.attention(q, cache, positions, **form._asdict(), length=length, sinks=sinks)
+    attended, cache = models.attend(architecture, weights, x, cache, positions, config, kind, length)
     x = architecture.begun(weights, x, positions, config, kind)
     return architecture.choose(weights, x, attended, config), cache
 

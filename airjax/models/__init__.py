@@ -95,6 +95,7 @@ from airjax.models.architecture import TensorSpec as TensorSpec
 from airjax.models.architecture import Weights as Weights
 from airjax.models.architecture import check_tensors as check_tensors
 from airjax.models.architecture import unpack as unpack
+from airjax.models.attending import attend as attend
 from airjax.models.decoder import ROPE_DIVISORS as ROPE_DIVISORS
 from airjax.models.decoder import DecoderConfig as DecoderConfig
 from airjax.models.decoder import for_context

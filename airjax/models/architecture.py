@@ -40,6 +40,7 @@ class Config:
     before the feed-forward part. The last `shared_kv` layers have no keys and values of their own: they read the cache
     of an earlier layer. `streams` says how many hidden states a token has between layers, side by side.
     `decodes` is the capability of the device whose kernels decode matrices for products of many rows, "" for XLA alone.
+    `attends` is that of the device whose kernel attends for one token, as `attending` has it.
     `whole_gates`: a gate depends on the others of its token, so that all of them are in memory at once.
     """
 
@@ -58,6 +59,7 @@ class Config:
     experts: Any = field(default=None, kw_only=True)
     mesh: Any = field(default=None, kw_only=True)
     decodes: str = field(default="", kw_only=True)
+    attends: str = field(default="", kw_only=True)
     kv_copies: int = field(default=1, kw_only=True)
     long_rope: bool = field(default=False, kw_only=True)
     feed_forward_name: str = field(default="ffn_norm", kw_only=True)

@@ -27,6 +27,7 @@ from airjax.models.architecture import (
     project_many,
     vector,
 )
+from airjax.models.attending import HeadForm, attend
 from airjax.models.experts import (
     ROUTER,
     Chosen,
@@ -244,6 +245,13 @@ class Decoder:
         self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str
     ) -> tuple[Array, Array, Array]:
         """The first part of `block`: queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, after rope."""
+        q, k, v = self.projected(weights, x, positions, config, kind)
+        return *self.turned(q, k, weights, positions, config, kind), v
+
+    def projected(
+        self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str
+    ) -> tuple[Array, Array, Array]:
+        """`attend_inputs` before what is done to each head of queries and keys."""
         batch, new, _ = x.shape
         h = self.attention_input(weights, self.begun(weights, x, positions, config, kind), config)
         if config.fused_qkv:
@@ -256,21 +264,41 @@ class Decoder:
         if config.qk_norm == "whole":
             q, k = normed(q, weights, "attn_q_norm", config), normed(k, weights, "attn_k_norm", config)
         q, k, v = (y.reshape(batch, new, -1, config.head_dim) for y in (q, k, v))
-        by_head, rotated = config.qk_norm in ("head", "each head"), not kind.endswith(_UNROTATED)
+        return q, k, v
+
+    def turned(
+        self, q: Array, k: Array, weights: Weights, positions: Array, config: DecoderConfig, kind: str
+    ) -> tuple[Array, Array]:
+        """Queries and keys that `projected` gave, normed by the head and turned by rope."""
+        by_head, rotated = config.qk_norm in ("head", "each head"), _rotated(kind)
         if by_head and not config.qk_norm_late:
             q, k = normed(q, weights, "attn_q_norm", config), normed(k, weights, "attn_k_norm", config)
         if rotated:
-            local = config.rope_frequencies_local if kind == "local" else ()
-            frequencies = np.asarray(local or config.rope_frequencies, np.float32)
-            scale = 1.0 if local else config.rope_scale
-            q, k = (layers.rope(y, positions, frequencies, config.rope_interleaved, scale) for y in (q, k))
+            frequencies, scale = _rope_of(config, kind)
+            q, k = (
+                layers.rope(y, positions, np.asarray(frequencies, np.float32), config.rope_interleaved, scale)
+                for y in (q, k)
+            )
         if by_head and config.qk_norm_late:
             q, k = normed(q, weights, "attn_q_norm", config), normed(k, weights, "attn_k_norm", config)
         if config.qk_norm == "plain" and rotated:
             q, k = (layers.rms_norm(y, jnp.ones(()), config.norm_eps) for y in (q, k))
         if config.attention_growth and not (rotated and config.attention_growth_unrotated):
             q = q * growth(positions, config)[..., None, None]
-        return q, k, v
+        return q, k
+
+    def head_form(self, config: DecoderConfig, kind: str) -> HeadForm | None:
+        """What `turned` does, if it is no more than a norm by the head and then a rope; else None."""
+        by_head = config.qk_norm == "head"
+        if (
+            type(self).attend_inputs is not Decoder.attend_inputs
+            or config.attention_growth
+            or config.qk_norm in ("each head", "plain")
+            or (by_head and (config.qk_norm_late or config.norm != "rms"))
+        ):
+            return None
+        frequencies, scale = _rope_of(config, kind) if _rotated(kind) else ((), 1.0)
+        return HeadForm(config.norm_eps if by_head else 0.0, frequencies, config.rope_interleaved, scale)
 
     def begun(self, weights: Weights, x: Array, positions: Array, config: DecoderConfig, kind: str) -> Array:
         """What is added to `x`: in the first layer the embedding as it is normed, and with that of its position."""
@@ -372,12 +400,7 @@ class Decoder:
         Returns:
           The new hidden states `[B, T, W]`, and the cache with the new rows.
         """
-        q, k, v = self.attend_inputs(weights, x, positions, config, kind)
-        if k.shape[2]:  # else another layer has written what this one reads
-            kv = layers.write_rows(kv, k, v, positions)
-        form = self.attention_form(config, kind)
-        sinks = self.attention_sinks(weights, config)
-        attended = layers.attention(q, kv, positions, **form._asdict(), length=length, sinks=sinks)
+        attended, kv = attend(self, weights, x, kv, positions, config, kind, length)
         x = self.begun(weights, x, positions, config, kind)
         return self.attend_output(weights, x, attended, config, kind), kv
 
@@ -537,6 +560,17 @@ def _rope_factors(gguf: GGUF, name: str, width: int) -> tuple[float, ...]:
             f"{gguf.path}: tensor {name} must be F32 of shape ({width // 2},), got {info.type.name} {info.shape}"
         )
     return tuple(gguf.raw(name).view(np.float32).tolist())
+
+
+def _rotated(kind: str) -> bool:
+    return not kind.endswith(_UNROTATED)
+
+
+def _rope_of(config: DecoderConfig, kind: str) -> tuple[tuple[float, ...], float]:
+    """Frequencies and scale of the rope in a kind of layer."""
+    if kind == "local" and config.rope_frequencies_local:
+        return config.rope_frequencies_local, 1.0
+    return config.rope_frequencies, config.rope_scale
 
 
 def _added(x: Array, update: Array, weights: Weights, norm: str, config: DecoderConfig) -> Array:

@@ -18,6 +18,7 @@ import numpy as np
 
 from airjax import layers, quants
 from airjax.gguf import GGUF, GGUFError
+from airjax.models import attention_check
 from airjax.models.architecture import Config, TensorSpec, Weights, project, project_many
 from airjax.types import Array
 
@@ -184,9 +185,11 @@ def read_experts(
 
 
 def with_kernels(config: Config, gguf: GGUF, device: jax.Device) -> Config:
-    """The configuration with which kernels decode matrices and multiply experts, if they are right on the device."""
+    """The configuration with which kernels attend, decode matrices and multiply experts, if they are right there."""
     config = dataclasses.replace(
-        config, decodes=quants.decoding_usable({info.type for info in gguf.tensors.values()}, device)
+        config,
+        attends=attention_check.usable(config, device),
+        decodes=quants.decoding_usable({info.type for info in gguf.tensors.values()}, device),
     )
     if getattr(config, "experts", None) is None:
         return config

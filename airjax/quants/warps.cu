@@ -21,6 +21,12 @@ DEVICE float half_high(u32 v) {
 }
 
 // Rounded to the nearest, ties to even.
+DEVICE unsigned short float16(float v) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+  return bits;
+}
+
 DEVICE unsigned short bfloat16(float v) {
   unsigned short bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));

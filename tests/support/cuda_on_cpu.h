@@ -98,6 +98,8 @@ static float __uint_as_float(u32 bits) {
   return v;
 }
 
+static float rsqrtf(float v) { return 1.0f / sqrtf(v); }
+
 static int exchanged(int value, int from) {
   lanes[threadIdx.x].value = value;
   __syncwarp();
@@ -114,6 +116,11 @@ static u32 __ballot_sync(u32, bool yes) {
   return votes;
 }
 static int __shfl_sync(u32, int value, int lane) { return exchanged(value, (threadIdx.x & ~31) + lane); }
+static float __shfl_xor_sync(u32, float value, int mask) {
+  int bits;
+  memcpy(&bits, &value, 4);
+  return __uint_as_float(exchanged(bits, threadIdx.x ^ mask));
+}
 static int __shfl_up_sync(u32, int value, int by) {
   return exchanged(value, (threadIdx.x & 31) < by ? threadIdx.x : threadIdx.x - by);
 }
@@ -125,6 +132,13 @@ static float half_low(u32 v) {
   return h;
 }
 static float half_high(u32 v) { return half_low(v >> 16); }
+
+static unsigned short float16(float v) {
+  const _Float16 h = (_Float16)v;
+  unsigned short bits;
+  memcpy(&bits, &h, 2);
+  return bits;
+}
 
 static unsigned short bfloat16(float v) {
   u32 bits;
