@@ -247,8 +247,10 @@ def _sources(defines: tuple[tuple[str, str], ...]) -> tuple[str, str]:
         "values",
     ]
     passed = ", ".join(name if name in names else "nullptr" for name in fields)
+    # Blocks of a multiprocessor: as many as have registers enough for what a thread sums.
+    blocks = 4 if int(of["WIDTH"]) <= 128 and int(of["GROUP"]) <= 8 else 2
     attend = [
-        f'extern "C" __global__ void __launch_bounds__({_THREADS}, 2) airjax_attend({", ".join(pointers)}) {{',
+        f'extern "C" __global__ void __launch_bounds__({_THREADS}, {blocks}) airjax_attend({", ".join(pointers)}) {{',
         f"  const Given given = {{{passed}}};",
         f"  attend(given, out, {'sums' if 'sums' in names else 'nullptr'});",
         "}",

@@ -65,10 +65,9 @@ DEVICE int held_in(int slot, int position) {
   return PAGED || position < SLOTS ? slot : position - (position % SLOTS - slot + SLOTS) % SLOTS;
 }
 
-// Where a head's rows of some slots begin, which lie side by side.
-DEVICE long long rows_at(const int* table, int sequence, int head, int slot) {
-  const long long row = PAGED ? table[sequence * COLUMNS + min(slot / SLOTS, COLUMNS - 1)] : sequence;
-  return ((row * HEADS + head) * SLOTS + (PAGED ? slot % SLOTS : slot)) * WIDTH;
+// Where a head's rows begin from a slot on, which lie side by side up to the end of the page.
+DEVICE long long rows_at(int page, int head, int slot) {
+  return (((long long)page * HEADS + head) * SLOTS + (PAGED ? slot % SLOTS : slot)) * WIDTH;
 }
 
 DEVICE float sum_of_warp(float v) {
@@ -83,23 +82,40 @@ DEVICE float largest_of_warp(float v) {
   return v;
 }
 
-// A warp norms and turns one head of the new token.
+// A warp norms and turns one head of the new token. What it reads is asked for before anything is computed.
 DEVICE void turned(const float* from, const float* weight, const float* frequencies, int position, float* to) {
+  constexpr int elements = (WIDTH + 31) / 32, pairs = (PAIRS + 31) / 32;
   const int lane = threadIdx.x & 31;
+  float x[elements], w[elements], c[pairs + 1], s[pairs + 1];
+#pragma unroll
+  for (int j = 0; j < elements; ++j) {
+    const int i = lane + 32 * j;
+    x[j] = i < WIDTH ? from[i] : 0.0f;
+    w[j] = NORM && i < WIDTH ? weight[i] : 1.0f;
+  }
+#pragma unroll
+  for (int j = 0; j < pairs; ++j) {
+    sincosf((float)position * frequencies[min(lane + 32 * j, PAIRS - 1)], &s[j], &c[j]);
+    s[j] *= ROPE_SCALE, c[j] *= ROPE_SCALE;
+  }
   float factor = 1.0f;
   if (NORM) {
     float squares = 0.0f;
-    for (int i = lane; i < WIDTH; i += 32) squares += from[i] * from[i];
+#pragma unroll
+    for (int j = 0; j < elements; ++j) squares += x[j] * x[j];
     factor = rsqrtf(sum_of_warp(squares) / WIDTH + EPS);
   }
-  for (int i = lane; i < WIDTH; i += 32) to[i] = NORM ? from[i] * factor * weight[i] : from[i];
+#pragma unroll
+  for (int j = 0; j < elements; ++j)
+    if (lane + 32 * j < WIDTH) to[lane + 32 * j] = x[j] * factor * w[j];
   __syncwarp();
-  for (int i = lane; i < PAIRS; i += 32) {
-    const int a = INTERLEAVED ? 2 * i : i, b = INTERLEAVED ? 2 * i + 1 : i + PAIRS;
-    const float angle = (float)position * frequencies[i], c = cosf(angle) * ROPE_SCALE, s = sinf(angle) * ROPE_SCALE;
+#pragma unroll
+  for (int j = 0; j < pairs; ++j) {
+    const int i = lane + 32 * j, a = INTERLEAVED ? 2 * i : i, b = INTERLEAVED ? 2 * i + 1 : i + PAIRS;
+    if (i >= PAIRS) break;
     const float first = to[a], second = to[b];
-    to[a] = first * c - second * s;
-    to[b] = first * s + second * c;
+    to[a] = first * c[j] - second * s[j];
+    to[b] = first * s[j] + second * c[j];
   }
   __syncwarp();
 }
@@ -118,6 +134,8 @@ DEVICE void attend(const Given& given, float* out, float* sums) {
   const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % HEADS, sequence = blockIdx.x / (SPLITS * HEADS);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int position = given.positions[sequence];
+  // Of the split's first page, asked for together with the position.
+  const int page = PAGED ? given.table[sequence * COLUMNS + min(split * CHUNKS * CHUNK / SLOTS, COLUMNS - 1)] : sequence;
   const long long heads = (long long)sequence * HEADS + head;
   if (position < 0) {
     for (int at = threadIdx.x; SPLITS == 1 && at < GROUP * WIDTH; at += THREADS) out[heads * GROUP * WIDTH + at] = 0.0f;
@@ -131,7 +149,8 @@ DEVICE void attend(const Given& given, float* out, float* sums) {
   float made[GROUP][2] = {};
 #pragma unroll 1
   for (int chunk = begin; chunk < end; chunk += CHUNK) {
-    const long long base = rows_at(given.table, sequence, head, chunk);
+    const bool first_page = !PAGED || chunk / SLOTS == split * CHUNKS * CHUNK / SLOTS;
+    const long long base = rows_at(first_page ? page : given.table[sequence * COLUMNS + chunk / SLOTS], head, chunk);
     // Keys come while the query is turned, values while scores are made.
     for (int at = threadIdx.x; at < CHUNK * (WIDTH / PIECE); at += THREADS) {
       const int row = at / (WIDTH / PIECE), piece = at % (WIDTH / PIECE), slot = chunk + row;
@@ -147,7 +166,10 @@ DEVICE void attend(const Given& given, float* out, float* sums) {
         held[i] = *(const Pair*)(given.values + base + row * WIDTH + 2 * pair);
     }
     if (chunk == begin) {
-      for (int row = warp; row <= GROUP; row += THREADS / 32)
+      // Whose split holds the new token's slot needs its key.
+      const int heads_here = GROUP + (own >= begin && own < end);
+#pragma unroll 1
+      for (int row = warp; row < heads_here; row += THREADS / 32)
         turned(row < GROUP ? given.q + (heads * GROUP + row) * WIDTH : given.k + heads * WIDTH,
             row < GROUP ? given.q_norm : given.k_norm, given.frequencies, position, queries + row * WIDTH);
       if (threadIdx.x < PADDED) largest[threadIdx.x] = NOTHING, total[threadIdx.x] = 0.0f;
