@@ -114,7 +114,7 @@ def graph_of(run: range) -> int:
     which takes the host longer than the device on slow cores. Each has one of its own where programs are kept on disk,
     so that only the first is compiled.
     """
-    return run.start if jax.config.jax_compilation_cache_dir else 0
+    return run.start if jax.config.values["jax_compilation_cache_dir"] else 0
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -82,30 +82,36 @@ def attend(
     return layers.attention(q, kv, positions, **form._asdict(), length=length, sinks=sinks), kv
 
 
-def _one_token(kv: KVCache, positions: Array, form: layers.AttentionForm, config: Config) -> bool:
+def _one_token(
+    kv: KVCache, positions: Array, form: layers.AttentionForm, config: Config
+) -> TypeGuard[LayerKV | PagedKV]:
     return bool(config.attends) and positions.shape[1] == 1 and not form.alibi and not isinstance(kv, TreeKV)
 
 
-def covers(q: Array, k: Array, v: Array, kv: KVCache) -> bool:
+def covers(q: Array, k: Array, v: Array, kv: LayerKV | PagedKV) -> bool:
     """Whether the kernel takes heads of these shapes, and such a cache."""
-    assert not isinstance(kv, TreeKV)
-    cache = kv.pages if isinstance(kv, PagedKV) else kv
-    if isinstance(cache.k, QuantizedRows) or isinstance(cache.v, QuantizedRows):
+    keys, values = _cache_of(kv)
+    if isinstance(keys, QuantizedRows) or isinstance(values, QuantizedRows):
         return False
     heads, width = k.shape[2:]
-    if not heads or v.shape != k.shape or cache.k.shape != cache.v.shape:
+    if not heads or v.shape != k.shape or keys.shape != values.shape:
         return False
     group = q.shape[2] // heads
     return (
-        cache.k.dtype.name in _STORED
-        and cache.k.shape[1] == heads
-        and cache.k.shape[3] == width == q.shape[3]
+        keys.dtype.name in _STORED
+        and keys.shape[1] == heads
+        and keys.shape[3] == width == q.shape[3]
         and width % 16 == 0
         and width <= _MOST_WIDTH
         and group <= _MOST_GROUP
         and group * width <= _MOST_ELEMENTS
-        and (isinstance(kv, LayerKV) or cache.k.shape[2] % _chunk(cache.k) == 0)
+        and (isinstance(kv, LayerKV) or keys.shape[2] % _chunk(keys) == 0)
     )
+
+
+def _cache_of(kv: LayerKV | PagedKV) -> tuple[Any, Any]:
+    cache = kv.pages if isinstance(kv, PagedKV) else kv
+    return cache.k, cache.v
 
 
 def _chunk(keys: Array) -> int:
@@ -151,8 +157,9 @@ def attend_one(
     """
     batch, _, kv_heads, width = k.shape
     group = q.shape[2] // kv_heads
-    cache, table = (kv.pages, kv.table) if isinstance(kv, PagedKV) else (kv, None)
-    slots, chunk = cache.k.shape[2], _chunk(cache.k)
+    keys, values = _cache_of(kv)
+    table = kv.table if isinstance(kv, PagedKV) else None
+    slots, chunk = keys.shape[2], _chunk(keys)
     looked_at = min(length or slots, slots) if table is None else table.shape[1] * slots
     splits = -(-looked_at // chunk)
     chunks = -(-splits // _MOST_SPLITS)
@@ -162,7 +169,7 @@ def attend_one(
             ("HEADS", str(kv_heads)),
             ("GROUP", str(group)),
             ("WIDTH", str(width)),
-            ("STORED", str(_STORED[cache.k.dtype.name])),
+            ("STORED", str(_STORED[keys.dtype.name])),
             ("PAGED", str(int(table is not None))),
             ("COLUMNS", str(1 if table is None else table.shape[1])),
             ("SLOTS", str(slots)),
@@ -195,7 +202,7 @@ def attend_one(
         "airjax_attend",
         outs,
         *given,
-        written=(cache.k, cache.v),
+        written=(keys, values),
         blocks=batch * kv_heads * splits,
         threads=_THREADS,
     )

@@ -162,11 +162,14 @@ def tuning(ws: Sequence[Stacked], columns: int, terms: int, groups: int) -> Tuni
     warps = len(ws) * row_tiles * slices
     stage = warps * _TILE_ROWS * max(_pitch(w.type) for w in ws)
     stages = 2 if 2 * stage + 16 <= _SHARED_BYTES and units > slices else 1
-    # What two matrices of super-blocks need in registers is more than 768 threads can have.
-    most = 512 if len(ws) == 2 and GGML_QUANT_SIZES[ws[0].type][0] == 256 else 1024
-    threads = {8: most, 16: 768}.get(columns, 512) if terms == 1 else 512
     blocks = groups * n_out // (row_tiles * _TILE_ROWS)
     several = columns > 16 or blocks >= _BLOCKS_FOR_TURNS
+    # What two matrices of super-blocks need in registers is more than 768 threads can have; few blocks are better there
+    # all at once.
+    most = 1024
+    if len(ws) == 2 and GGML_QUANT_SIZES[ws[0].type][0] == 256:
+        most = 512 if several else 768
+    threads = {8: most, 16: 768}.get(columns, 512) if terms == 1 else 512
     turns = 2 if several and n_out % (2 * row_tiles * _TILE_ROWS) == 0 else 1
     return Tuning(columns, slices, row_tiles, turns, stages, max(threads // (32 * warps), 1))
 
