@@ -1,5 +1,6 @@
 """How many programs a run compiles: layouts x kinds of layer x shapes, whatever the number of layers."""
 
+import jax
 import pytest
 from toy_models import toy_gemma3, toy_llama
 
@@ -52,3 +53,15 @@ def test_kinds_of_layer_have_programs_of_their_own(tmp_path):
     path = toy_gemma3(tmp_path / "toy.gguf", layers=7)
     layouts, blocks, _ = _run(path, 20, 3)
     assert layouts < blocks <= 2 * layouts
+
+
+def test_runs_of_a_batch_have_programs_of_their_own_where_these_are_kept_on_disk(tmp_path):
+    first, second = range(16), range(16, 32)
+    assert step.graph_of(first) == step.graph_of(second)
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        graphs = {step.graph_of(first), step.graph_of(second)}
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert len({step.paged_run_step((), None, graph) for graph in graphs}) == 2

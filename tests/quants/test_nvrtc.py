@@ -6,6 +6,7 @@ import pytest
 
 from airjax import quants, streaming
 from airjax.engine import fetch
+from airjax.models import attention_check
 from airjax.quants import cuda, decoding, kernels, mixture, packed
 
 
@@ -74,6 +75,15 @@ def test_mixtures(entries, kind, capability):
         arriving = quants.Arriving(jnp.zeros(7, jnp.int32), arrival, jnp.zeros((2, 2), jnp.int32), parts)
         mixture.arriving_products(*given, arriving, **options)
     assert entries == ["airjax_experts_prepare", "airjax_experts_up", "airjax_experts_down"] * 6
+
+
+@pytest.mark.parametrize("capability", _CAPABILITIES)
+@pytest.mark.parametrize("stored", ["f32", "f16", "bf16"])
+def test_attention(entries, stored, capability):
+    more = {"norm": True, "pairs": 32, "softcap": 20.0, "sinks": True}
+    attention_check.error(attention_check.Case(2, 4, 64, stored, (60, 90), 64, columns=1), capability)
+    attention_check.error(attention_check.Case(2, 8, 128, stored, (90,), 128, window=70, **more), capability)
+    assert entries == ["airjax_attend"] * 2 + ["airjax_combine"]
 
 
 @pytest.mark.parametrize("capability", _CAPABILITIES)
