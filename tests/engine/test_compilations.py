@@ -56,12 +56,14 @@ def test_kinds_of_layer_have_programs_of_their_own(tmp_path):
 
 
 def test_runs_of_a_batch_have_programs_of_their_own_where_these_are_kept_on_disk(tmp_path):
-    first, second = range(16), range(16, 32)
-    assert step.graph_of(first) == step.graph_of(second)
+    runs = range(16), range(16, 32)
     before = jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     try:
-        graphs = {step.graph_of(first), step.graph_of(second)}
+        jax.config.update("jax_compilation_cache_dir", None)
+        shared = {step.graph_of(run) for run in runs}
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        own = {step.graph_of(run) for run in runs}
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    assert len({step.paged_run_step((), None, graph) for graph in graphs}) == 2
+    assert len({step.paged_run_step((), None, graph) for graph in shared}) == 1
+    assert len({step.paged_run_step((), None, graph) for graph in own}) == 2
