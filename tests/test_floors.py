@@ -126,7 +126,7 @@ def test_only_the_launcher_reads_the_environment_and_flags(path):
 @every_file
 def test_architectures_do_not_import_one_another(path):
     shared = {"__init__.py", "architecture.py", "decoder.py", "experts.py", "latent.py", "per_layer.py"}
-    shared |= {"attending.py", "attention_check.py"}
+    shared |= {"attending.py", "attention_check.py", "norming.py"}
     if room_of(path) == "models" and path.name not in shared:
         architectures = {
             f"airjax.models.{other.stem}" for other in path.parent.glob("*.py") if other.name not in shared

@@ -183,11 +183,15 @@ def _relaid(buffers: tuple[Array, ...], layout: Layout, capability: str, mesh: M
 
 @functools.partial(jax.jit, static_argnames=("slot", "mesh"))
 def _relay(buffer: Array, slot: Slot, mesh: Mesh | None) -> Array:
-    """A matrix as records, if it can be re-laid, else the bytes of the tensor alone; of each device's part."""
+    """A matrix as records, if it can be re-laid, floats as floats, else the bytes alone; of each device's part."""
 
     def relay(buffer: Array) -> Array:
         w = quants.view(buffer, slot.type, slot.shape, slot.offset)
-        return quants.pack(w).data if quants.packable(slot.type, slot.shape) else w.data.reshape(-1)
+        if quants.packable(slot.type, slot.shape):
+            return quants.pack(w).data
+        # Not those of experts, which the kernels take as bytes.
+        floats = slot.type == GGMLType.F32 and len(slot.shape) <= 2
+        return quants.dequantize(w).reshape(-1) if floats else w.data.reshape(-1)
 
     return models.spread(relay, mesh, models.BYTES, models.BYTES)(buffer)
 

@@ -255,7 +255,7 @@ def _sources(defines: tuple[tuple[str, str], ...]) -> tuple[str, str]:
     ]
     passed = ", ".join(name if name in names else "nullptr" for name in fields)
     # Blocks of a multiprocessor: as many as have registers enough for what a thread sums.
-    blocks = 4 if int(of["WIDTH"]) <= 128 and int(of["GROUP"]) <= 8 else 2
+    blocks = 2 if int(of["WIDTH"]) > 128 or int(of["GROUP"]) > 8 else 3 if int(of["GROUP"]) > 4 else 4
     attend = [
         f'extern "C" __global__ void __launch_bounds__({_THREADS}, {blocks}) airjax_attend({", ".join(pointers)}) {{',
         f"  const Given given = {{{passed}}};",

@@ -70,18 +70,6 @@ DEVICE long long rows_at(int page, int head, int slot) {
   return (((long long)page * HEADS + head) * SLOTS + (PAGED ? slot % SLOTS : slot)) * WIDTH;
 }
 
-DEVICE float sum_of_warp(float v) {
-#pragma unroll
-  for (int by = 16; by; by >>= 1) v += __shfl_xor_sync(~0u, v, by);
-  return v;
-}
-
-DEVICE float largest_of_warp(float v) {
-#pragma unroll
-  for (int by = 16; by; by >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, by));
-  return v;
-}
-
 // A warp norms and turns one head of the new token. What it reads is asked for before anything is computed.
 DEVICE void turned(const float* from, const float* weight, const float* frequencies, int position, float* to) {
   constexpr int elements = (WIDTH + 31) / 32, pairs = (PAIRS + 31) / 32;

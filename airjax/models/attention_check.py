@@ -1,4 +1,4 @@
-"""Whether the kernel of `attending` gives the right numbers on this very device; asked once, before it is used."""
+"""Whether the kernels of `attending` and `norming` are right on this very device; asked once, before they are used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from airjax import layers
-from airjax.models import attending
+from airjax.models import attending, norming
 from airjax.models.architecture import Config
 from airjax.models.attending import HeadForm
 from airjax.quants import cuda
@@ -95,7 +95,7 @@ def _passes(heads: int, group: int, width: int, stored: str, device: jax.Device,
     )
     try:
         with jax.default_device(device):
-            worst = max(error(case, capability) for case in cases)
+            worst = max(norm_error(256, capability), *(error(case, capability) for case in cases))
     except RuntimeError as failure:  # CudaError, or XLA's own
         reason = str(failure).strip().splitlines()[0][:200]
     else:
@@ -103,7 +103,7 @@ def _passes(heads: int, group: int, width: int, stored: str, device: jax.Device,
             return True
         reason = f"it is off by {worst:.1e} of the largest value, more than {_TOLERANCE:.1e}"
     logging.warning(
-        "airjax: the kernel for attention can't be used on %s (%s): XLA's form is, which is slower",
+        "airjax: the kernels for attention and norms can't be used on %s (%s): XLA's forms are, which are slower",
         device.device_kind,
         reason,
     )
@@ -194,6 +194,30 @@ def error(case: Case, capability: str, seed: int = 0) -> float:
         )
     same = all(a.tobytes() == b.tobytes() for a, b in zip(cache, expected, strict=True))
     return worst if same else float("inf")
+
+
+def norm_error(width: int, capability: str) -> float:
+    """The largest error of the kernel for norms, relative to 1."""
+    generator = np.random.default_rng(width)
+    x, update = (generator.normal(size=(5, width)).astype(np.float32) for _ in range(2))
+    weight = generator.uniform(0.5, 1.5, width).astype(np.float32)
+
+    @jax.jit
+    def run(x: jax.Array, update: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
+        alone = norming.rms_norm(x, weight, 1e-5, capability)
+        return alone, *norming.rms_norm_of_sum(x, update, weight, 1e-5, capability)
+
+    alone, total, both = (np.asarray(part, np.float64) for part in run(x, update, weight))
+    if (total != (x + update)).any():
+        return float("inf")
+    worst = 0.0
+    for rows, got in ((x, alone), (x + update, both)):
+        wide = rows.astype(np.float64)
+        difference = np.abs(
+            got - wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + 1e-5) * weight
+        )
+        worst = max(worst, float(np.where(np.isfinite(difference), difference, np.inf).max()))
+    return worst
 
 
 def _place(case: Case, table: np.ndarray, sequence: int, position: int) -> tuple[int, int]:

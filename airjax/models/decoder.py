@@ -18,6 +18,7 @@ import numpy as np
 
 from airjax import layers, quants
 from airjax.gguf import GGUF, GGMLType, GGUFError
+from airjax.models import norming
 from airjax.models.architecture import (
     Config,
     TensorSpec,
@@ -365,8 +366,18 @@ class Decoder:
     ) -> tuple[Array, Array]:
         """The hidden states after attention, and what the feed-forward part takes of them, `[B, T, D]` each."""
         attended = project(attended.reshape(*x.shape[:2], -1), weights, "attn_output", config)
+        if self._adds_and_norms(config):
+            weight = vector(weights, f"{config.feed_forward_name}.weight")
+            if norming.takes(x, weight, config):
+                return norming.rms_norm_of_sum(x, attended, weight, config.norm_eps, config.attends)
         new = _added(x, attended, weights, config.after_attention, config)
         return new, self.feed_forward_norm(weights, x if config.parallel else new, config)
+
+    def _adds_and_norms(self, config: DecoderConfig) -> bool:
+        """Whether what attention gives is added as it is, and the sum is normed as `rms_norm` does."""
+        plain = not config.post_norms and config.residual_scale == 1 and not config.parallel
+        own = type(self).feed_forward_norm is Decoder.feed_forward_norm
+        return plain and own and config.pre_norms and config.norm == "rms"
 
     def feed_forward_norm(self, weights: Weights, x: Array, config: DecoderConfig) -> Array:
         """What the feed-forward part takes of hidden states."""
@@ -620,6 +631,8 @@ def normed(x: Array, weights: Weights, name: str, config: DecoderConfig) -> Arra
     if config.norm == "plain layer":
         return layers.layer_norm(x, jnp.ones(()), None, config.norm_eps)
     weight = vector(weights, f"{name}.weight")
-    if config.norm == "rms":
-        return layers.rms_norm(x, weight, config.norm_eps)
-    return layers.layer_norm(x, weight, bias_of(weights, name), config.norm_eps)
+    if config.norm != "rms":
+        return layers.layer_norm(x, weight, bias_of(weights, name), config.norm_eps)
+    if norming.takes(x, weight, config):
+        return norming.rms_norm(x, weight, config.norm_eps, config.attends)
+    return layers.rms_norm(x, weight, config.norm_eps)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.struct
+import numpy as np
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as GGMLType
 
@@ -51,7 +52,7 @@ class QTensor:
     """Rows of blocks.
 
     Attributes:
-      data: uint8 `[*lead, row bytes]`.
+      data: uint8 `[*lead, row bytes]`; or of F32 float32 `[*shape]`, where a GPU would have to put bytes together.
       type: the block format (static).
       shape: of the decoded tensor (static).
       buffer: uint8 `[bytes]`, what `data` is a slice of, if it is one.
@@ -93,7 +94,7 @@ def view(
     """A tensor inside a flat uint8 buffer, by a static slice: nothing is copied inside jit.
 
     Args:
-      buffer: uint8 `[bytes]`.
+      buffer: uint8 `[bytes]`, or the float32 weights of one F32 tensor.
       type: the block format.
       shape: of the decoded tensor; its last axis is the one that blocks run along.
       offset: byte offset of the tensor.
@@ -102,6 +103,8 @@ def view(
     Raises:
       ValueError: as `row_bytes`.
     """
+    if buffer.dtype == np.float32:
+        return QTensor(buffer.reshape(shape), type, shape)
     width = row_bytes(type, shape[-1])
     rows = 1
     for size in shape[:-1]:
@@ -123,6 +126,8 @@ def groups(w: QTensor) -> Groups | None:
 
 def dequantize(w: QTensor) -> Array:
     """The weights as float32 `[*shape]`, bit for bit those of gguf's own decoders."""
+    if w.data.dtype == np.float32:
+        return w.data
     if w.type in FLOATS:
         return FLOATS[w.type](blocks(w))
     return expand(_BLOCKS[w.type](blocks(w)))

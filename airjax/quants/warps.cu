@@ -162,3 +162,15 @@ template <int N> DEVICE void split(float value, unsigned short* to, long long st
     value -= widened(term);
   }
 }
+
+DEVICE float sum_of_warp(float v) {
+#pragma unroll
+  for (int by = 16; by; by >>= 1) v += __shfl_xor_sync(~0u, v, by);
+  return v;
+}
+
+DEVICE float largest_of_warp(float v) {
+#pragma unroll
+  for (int by = 16; by; by >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, by));
+  return v;
+}

@@ -40,6 +40,12 @@ def test_numbers_and_the_cache_are_right(monkeypatch, name):
     assert error(CASES[name], "9.0") < 2.0**-16
 
 
+@pytest.mark.parametrize("width", [4, 64, 100, 2048, 16384])
+def test_norms_are_right(monkeypatch, width):
+    cuda_on_cpu.use(monkeypatch)
+    assert attention_check.norm_error(width, "9.0") < 1e-5
+
+
 def test_splits_take_several_chunks(monkeypatch):
     cuda_on_cpu.use(monkeypatch)
     monkeypatch.setattr(attending, "_MOST_SPLITS", 3)
@@ -122,7 +128,8 @@ def test_models_draw_the_tokens_of_xlas_form(tmp_path, launched, monkeypatch, na
         return [(token.id, token.logprob) for tokens in alone for token in tokens]
 
     tokens = drawn()
-    assert set(launched) == {"airjax_attend", "airjax_combine"}
+    assert {"airjax_attend", "airjax_combine"} <= set(launched)
+    assert ("airjax_norm" in launched) == (name != "layers without rope")
     launched.clear()
     monkeypatch.setattr(attention_check, "usable", lambda config, device: "")
     assert tokens == [(id, pytest.approx(logprob, abs=1e-4)) for id, logprob in drawn()]

@@ -83,7 +83,8 @@ def test_attention(entries, stored, capability):
     more = {"norm": True, "pairs": 32, "softcap": 20.0, "sinks": True}
     attention_check.error(attention_check.Case(2, 4, 64, stored, (60, 90), 64, columns=1), capability)
     attention_check.error(attention_check.Case(2, 8, 128, stored, (90,), 128, window=70, **more), capability)
-    assert entries == ["airjax_attend"] * 2 + ["airjax_combine"]
+    attention_check.norm_error(2048, capability)
+    assert entries == ["airjax_attend"] * 2 + ["airjax_combine"] + ["airjax_norm"] * 2
 
 
 @pytest.mark.parametrize("capability", _CAPABILITIES)
