@@ -98,7 +98,7 @@ class Engine:
         ids = self._check_ids(ids, room=0)
         out = np.empty((len(ids), self.model.config.vocab_size), np.float32)
         at = 0
-        for piece in engine.score(self.model, self._begin(), ids):
+        for piece in engine.score(self.model, self._begin(len(ids)), ids):
             out[at : at + len(piece)] = np.asarray(piece)
             at += len(piece)
         return out
@@ -153,7 +153,7 @@ class Engine:
         }
         if beside is not None and steering:
             raise RequestError("a sequence beside another cannot be steered: give beside or steering")
-        state = self._begin()
+        state = self._begin(len(ids) + 1)
         if beside is None and not steering and self.drafts is not None:
             law = self.drafts.law()
             draws = drafting.generate_drafted(
@@ -428,13 +428,13 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _begin(self) -> engine.State:
-        """Fresh counters and an empty cache."""
+    def _begin(self, tokens: int) -> engine.State:
+        """Fresh counters and an empty cache, in which so many tokens have room at once."""
         self.model.stats = engine.Stats()
         self.model.wait()
         if self._state is not None:
             self._state.close()
-        self._state = engine.new_state(self.model)
+        self._state = engine.new_state(self.model, length=tokens)
         return self._state
 
     def _batch(self, requests: Sequence[engine.Request]) -> Iterator[tuple[int, Token]]:

@@ -226,7 +226,7 @@ def _alone(
 ) -> tuple[Phase, Phase]:
     """One sequence through the engine's own generation."""
     stats = model.stats = engine.Stats()
-    state = engine.new_state(model)
+    state = engine.new_state(model, length=len(ids) + 1)
     try:
         draws = engine.generate(
             model,

@@ -57,10 +57,11 @@ class State:
             self.shuttle.close()
 
 
-def new_state(model: Model, batch: int = 1) -> State:
-    """An empty cache for `batch` sequences, as the plan says; on the device it grows with what it holds.
+def new_state(model: Model, batch: int = 1, length: int = 1) -> State:
+    """An empty cache for `batch` sequences, as the plan says.
 
-    But not where `Model.takes_caches_whole`.
+    On the device it grows with what it holds, but not where `Model.takes_caches_whole`. It has room for `length`
+    tokens at once, unless a prompt of so many comes in several chunks, whose programs would be others for each length.
     """
     config, plan = model.config, model.plan
     if plan.shuttle:
@@ -74,11 +75,12 @@ def new_state(model: Model, batch: int = 1) -> State:
             timeline=model.timeline,
         )
         return State(batch, shuttle=shuttle)
+    first = length - 1 if length <= plan.prefill_chunk + 1 else 0
+    lengths = plan.kv_slots if model.takes_caches_whole else lengths_at(model, np.array([first]))
     kv = []
-    for layer, (slots, kind) in enumerate(zip(plan.kv_slots, model.kinds, strict=True)):
+    for layer, (slots, kind) in enumerate(zip(lengths, model.kinds, strict=True)):
         heads, width = config.all_kv_shape(kind)
-        first = slots if model.takes_caches_whole else min(slots, _SMALLEST_LENGTH)
-        shape = (batch, heads, first, width)
+        shape = (batch, heads, slots, width)
         kv.append(layers.empty_cache(shape, config.kv_dtype, model.cache_at(layer)))
     return State(batch, kv=kv)
 

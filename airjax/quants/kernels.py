@@ -18,7 +18,7 @@ from airjax.types import Array
 # More rows than this are better served by decoding the matrix once.
 MOST_ROWS = 64
 _WARPS = 8
-_MANY_TILES = 2048
+_MANY_TILES, _SOME_TILES = 2048, 256
 
 
 class Tuning(NamedTuple):
@@ -36,12 +36,13 @@ class Tuning(NamedTuple):
 def tuning(rows: int, tiles: int) -> Tuning:
     """The choices for this many rows of activations and tiles of weights, as measured on an H100.
 
-    Large matrices gain 2 to 7 % from two tiles a block, which share activations; small ones need all blocks.
+    Large matrices gain 2 to 7 % from two tiles a block, which share activations (of many rows 20 %); small ones need
+    all blocks.
     Loading a record ahead was measured too: it costs more in registers than it hides.
     """
     if rows <= 8:
         return Tuning(2 if tiles >= _MANY_TILES else 1, 2)
-    return Tuning(2 if rows <= 32 else 1, 1 if rows <= 32 else 2)
+    return Tuning(2 if rows <= 32 and tiles >= _SOME_TILES else 1, 1 if rows <= 32 else 2)
 
 
 def split(x: Array, terms: int) -> Array:
