@@ -17,8 +17,9 @@ from airjax.engine.lookup import embed
 from airjax.engine.model import Model
 from airjax.engine.pipeline import Passage, at_stages
 from airjax.engine.request import Constraint
+from airjax.engine.several import Several, fits
 from airjax.engine.stats import peak_device_bytes
-from airjax.engine.step import draw_in_place_step, draw_step, unembed_step
+from airjax.engine.step import Drawn, draw_in_place_step, draw_step, unembed_step
 from airjax.engine.sweep import State, sweep
 from airjax.plan import LOGIT_ROWS_BYTES
 from airjax.sampling import DrawError, Transform, explain, mask_tokens
@@ -141,12 +142,12 @@ def generate(
     mask: Future | None = None if constraint is None else _MASKS.submit(constraint.mask)
     if start and start == len(prompt) - 1:
         # The last token of a sequence that goes on takes the step that it would have taken without the pause.
-        x, row = embed(model, np.array([[prompt[-1]]], np.int32)), 0
+        x, end_row = embed(model, np.array([[prompt[-1]]], np.int32)), 0
         x = sweep(model, x, state, np.full((1, 1), start, np.int32), hook=hook)
     else:
         for x, rows in prefill(model, state, prompt[start:], start, hook):
-            last = x, rows - 1
-        x, row = last
+            end = x, rows - 1
+        x, end_row = end
     draw = draw_step(model.layouts, model.config, sampler.apply)
     in_place = draw_in_place_step(model.layouts, model.config, sampler.apply)
     context = np.asarray(prompt, np.int32)[None]
@@ -155,36 +156,55 @@ def generate(
             sampler.init(context[:, :-1], model.config.vocab_size),
             context[:, -1],
             key[None],
-            np.array([row], np.int32),
+            np.array([end_row], np.int32),
             (np.int32(earlier_draws), np.full((1, 1), len(prompt) - 1, np.int32)),
         ),
     )
+    last = Drawn(x, sampler_state, token, numbers)
     only_row = model.put(np.zeros(1, np.int32))
     # Where nothing waits for the link, the device is given the next sweep before the host looks at the token.
     ahead = model.runs_ahead
+    several = None
+    if hook is None and constraint is None and fits(model, state):
+        several = Several(model, state, sampler.apply, only_row, keys)
+    # Tokens that were drawn in one call and not given out, with their places in it.
+    read: collections.deque[tuple[int, tuple[int, float]]] = collections.deque()
     for count in range(max_tokens):
-        allowed = None if mask is None else mask.result()[None]
-        before = last_row, sampler_state, token
-        given = model.globals, x, last_row, sampler_state, token, keys, numbers, allowed
-        if ahead and count and hook is None and not (model.plan.host_embedding or model.stages):
-            token, logprob, sampler_state, x, numbers, drawn_from = in_place(*given)
-        else:
-            drawn_from = x
-            token, logprob, sampler_state, x, numbers = draw(*given)
-        last_row, model.pending = only_row, logprob
         position = len(prompt) + count
-        swept = ahead and count + 1 < max_tokens and position < model.plan.context
-        if swept:
-            x = embed(model, token[:, None]) if x is None else x
-            x = sweep(model, x, state, np.full((1, 1), position, np.int32), numbers[1], hook)
-        ids, logprobs = jax.device_get((token, logprob))
+        if several is not None and count and not read:
+            last = several.dispatch(last, max_tokens - count, position)
+            read.extend(enumerate(several.fetch()))
+        if read:
+            assert several is not None
+            number, (id, logprob) = read.popleft()
+            drawn, swept, allowed = Draw(id, logprob), True, None
+        else:
+            number, allowed = -1, None if mask is None else mask.result()[None]
+            row, before = last_row if count == 0 else only_row, last
+            inputs = model.globals, last.x, row, last.sampler, last.token, keys, last.numbers, allowed
+            if ahead and count and hook is None and not (model.plan.host_embedding or model.stages):
+                token, logprobs, sampler_state, x, numbers, drawn_from = in_place(*inputs)
+            else:
+                drawn_from = last.x
+                token, logprobs, sampler_state, x, numbers = draw(*inputs)
+            model.pending = logprobs
+            swept = ahead and count + 1 < max_tokens and position < model.plan.context
+            if swept:
+                x = embed(model, token[:, None]) if x is None else x
+                x = sweep(model, x, state, np.full((1, 1), position, np.int32), numbers[1], hook)
+            last = Drawn(x, sampler_state, token, numbers)
+            ids, logprobs = jax.device_get((token, logprobs))
+            drawn = Draw(int(ids[0]), float(logprobs[0]))
         model.count_fetched(keep=int(swept))
-        drawn = Draw(int(ids[0]), float(logprobs[0]))
         if drawn.id < 0:
             if allowed is not None and not allowed.any():
                 stats.finish_reason = "grammar"
                 return
-            raise DrawError(why_undrawn(model, sampler.apply, drawn_from, *before, allowed))
+            if several is not None and number >= 0:
+                drawn_from, before = several.before(number)
+                row = only_row
+            given = drawn_from, row, before.sampler, before.token, allowed
+            raise DrawError(why_undrawn(model, sampler.apply, *given))
         if constraint is not None:
             constraint.advance(drawn.id)
             if not constraint.finished:
@@ -209,7 +229,8 @@ def generate(
         if not swept:
             clock.lap()  # the consumer's time is not the engine's, but where the device works on in it
             x = embed(model, np.full((1, 1), drawn.id, np.int32)) if x is None else x
-            x = sweep(model, x, state, np.full((1, 1), position, np.int32), numbers[1], hook)
+            x = sweep(model, x, state, np.full((1, 1), position, np.int32), last.numbers[1], hook)
+            last = last._replace(x=x)
 
 
 def why_undrawn(

@@ -6,7 +6,7 @@ import collections
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,18 @@ def run_step(
       jitted `([buffers], x [B, T, D], [kv], positions [B, T]) -> (x, [kv])`; x and the caches are donated: a graph
       whose arguments lie where they lay is replayed as it is, one with others is first written anew by the host.
     """
+    parts = _layers(blocks, config)
+
+    @functools.partial(jit, donate_argnames=("x", "kvs"))
+    def run(buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array) -> Any:
+        whole = spread(parts, config.mesh, (BYTES, WHOLE, BY_HEADS, WHOLE), (WHOLE, BY_HEADS))
+        return whole(buffers, x, kvs, positions)
+
+    return run
+
+
+def _layers(blocks: tuple[tuple[Layout, str, int, int], ...], config: Config) -> Callable[..., Any]:
+    """What `run_step` computes."""
     architecture = models.get(config.architecture)
 
     def parts(buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array) -> Any:
@@ -99,12 +111,65 @@ def run_step(
             x, written[at] = architecture.block(weights, x, written[at], positions, config, kind, length)
         return x, written
 
-    @functools.partial(jit, donate_argnames=("x", "kvs"))
-    def run(buffers: list[Buffers], x: Array, kvs: list[LayerKV], positions: Array) -> Any:
-        whole = spread(parts, config.mesh, (BYTES, WHOLE, BY_HEADS, WHOLE), (WHOLE, BY_HEADS))
-        return whole(buffers, x, kvs, positions)
+    return parts
 
-    return run
+
+class Drawn(NamedTuple):
+    """What goes from one draw of a sequence to the next, on the device.
+
+    Attributes:
+      x: hidden states to draw from, `[1, 1, D]`.
+      sampler: its state.
+      token: the last one, `[1]`.
+      numbers: of draws, and the token's position `[1, 1]`.
+    """
+
+    x: Array
+    sampler: Any
+    token: Array
+    numbers: tuple[Array, Array]
+
+
+@functools.cache
+def several_step(
+    blocks: tuple[tuple[Layout, str, int, int], ...],
+    layouts: GlobalLayouts,
+    config: Config,
+    apply: Any,
+    count: int,
+) -> Callable[..., Any]:
+    """So many draws of one sequence, each with the sweep of its token behind it, in one call: a loop on the device.
+
+    Args:
+      blocks: all layers, as `run_step` takes them.
+      layouts: of the globals, the embedding among them.
+      config: of the model.
+      apply: of the sampler.
+      count: of draws.
+
+    Returns:
+      jitted `(globals, [buffers], Drawn, row [1], keys [1], [kv]) -> ((token [count, 1], logprob [count, 1], hidden
+      states drawn from [count, 1, 1, D]), Drawn, [kv])`; the caches are donated. A draw that could not be made is -1,
+      and nothing after it counts.
+    """
+    drawing, parts = _drawing(layouts, config, apply), _layers(blocks, config)
+
+    @functools.partial(jit, donate_argnames="kvs")
+    def several(
+        buffers: Globals, layers: list[Buffers], begin: Drawn, row: Array, keys: Array, kvs: list[LayerKV]
+    ) -> Any:
+        def one(carry: tuple[Drawn, list[LayerKV]], _: None) -> Any:
+            last, kvs = carry
+            token, logprob, sampler, x, numbers = drawing(
+                buffers, last.x, row, last.sampler, last.token, keys, last.numbers, None
+            )
+            x, kvs = parts(layers, x, kvs, numbers[1])
+            return (Drawn(x, sampler, token, numbers), kvs), (token, logprob, last.x)
+
+        (end, kvs), drawn = jax.lax.scan(one, (begin, kvs), None, length=count)
+        return drawn, end, kvs
+
+    return several
 
 
 def graph_of(run: range) -> int:
