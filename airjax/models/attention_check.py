@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from airjax import layers
+from airjax import layers, quants
 from airjax.models import attending, norming
 from airjax.models.architecture import Config
 from airjax.models.attending import HeadForm
@@ -93,21 +92,11 @@ def _passes(heads: int, group: int, width: int, stored: str, device: jax.Device,
             sinks=True,
         ),
     )
-    try:
-        with jax.default_device(device):
-            worst = max(norm_error(256, capability), *(error(case, capability) for case in cases))
-    except RuntimeError as failure:  # CudaError, or XLA's own
-        reason = str(failure).strip().splitlines()[0][:200]
-    else:
-        if worst <= _TOLERANCE:
-            return True
-        reason = f"it is off by {worst:.1e} of the largest value, more than {_TOLERANCE:.1e}"
-    logging.warning(
-        "airjax: the kernels for attention and norms can't be used on %s (%s): XLA's forms are, which are slower",
-        device.device_kind,
-        reason,
-    )
-    return False
+
+    def worst() -> float:
+        return max(norm_error(256, capability), *(error(case, capability) for case in cases))
+
+    return quants.judged("kernel for attention and norms", worst, device, _TOLERANCE)
 
 
 def error(case: Case, capability: str, seed: int = 0) -> float:

@@ -30,5 +30,6 @@ from airjax.quants.qtensor import row_bytes as row_bytes
 from airjax.quants.qtensor import supported as supported
 from airjax.quants.qtensor import view as view
 from airjax.quants.selftest import decoding_usable as decoding_usable
+from airjax.quants.selftest import judged as judged
 from airjax.quants.selftest import mixture_usable as mixture_usable
 from airjax.quants.selftest import usable as usable

@@ -123,17 +123,29 @@ def _mixture_passes(types: frozenset[GGMLType], device: jax.Device, capability: 
 def _judged(
     what: str, types: frozenset[GGMLType], device: jax.Device, error: Callable[[GGMLType], float]
 ) -> bool:
+    return judged(what, lambda: max(error(type) for type in sorted(types)), device)
+
+
+def judged(what: str, error: Callable[[], float], device: jax.Device, tolerance: float = _TOLERANCE) -> bool:
+    """Whether a kernel is as right as it should be; one warning if it is not.
+
+    Args:
+      what: its name.
+      error: runs it, and tells how far it is off.
+      device: where.
+      tolerance: how far it may be, of the magnitude of what it gives.
+    """
     try:
         with jax.default_device(device):
-            worst = max(error(type) for type in sorted(types))
+            worst = error()
     except RuntimeError as failure:  # CudaError, or XLA's own
         reason = str(failure).strip().splitlines()[0][:200]
     else:
-        if worst <= _TOLERANCE:
+        if worst <= tolerance:
             return True
-        reason = f"its sums are off by {worst:.1e} of their magnitude, more than {_TOLERANCE:.1e}"
+        reason = f"its sums are off by {worst:.1e} of their magnitude, more than {tolerance:.1e}"
     logging.warning(
-        "airjax: the %s can't be used on %s (%s): products take XLA's forms, which are slower",
+        "airjax: the %s can't be used on %s (%s): XLA's forms are, which are slower",
         what,
         device.device_kind,
         reason,

@@ -1,6 +1,7 @@
 """The kernel that attends for one token: against float64, on a CPU."""
 
 import functools
+from types import SimpleNamespace
 
 import cuda_on_cpu
 import jax
@@ -134,3 +135,32 @@ def test_models_draw_the_tokens_of_xlas_form(tmp_path, launched, monkeypatch, na
     monkeypatch.setattr(attention_check, "usable", lambda config, device: "")
     assert tokens == [(id, pytest.approx(logprob, abs=1e-4)) for id, logprob in drawn()]
     assert not launched
+
+
+def _config(**options):
+    sizes = {"n_heads": 8, "head_dim": 64, "kv_dtype": "bf16", **options}
+    return SimpleNamespace(kv_shape=lambda kind: (2, sizes["head_dim"]), **sizes)
+
+
+def test_a_device_on_which_the_kernels_pass_takes_them(monkeypatch):
+    cuda_on_cpu.use(monkeypatch)
+    monkeypatch.setattr("airjax.quants.cuda.capability", lambda device: "9.0")
+    attention_check._passes.cache_clear()
+    device = jax.devices()[0]
+    assert attention_check.usable(_config(), device) == "9.0"
+    for other in ({"kv_dtype": "q8_0"}, {"head_dim": 24}, {"n_heads": 64}, {"n_heads": 7}):
+        assert attention_check.usable(_config(**other), device) == ""
+    attention_check._passes.cache_clear()
+
+
+def test_a_device_on_which_they_do_not_keeps_xlas_forms_with_one_warning(monkeypatch, caplog):
+    monkeypatch.setattr("airjax.quants.cuda.capability", lambda device: "9.0")
+    monkeypatch.setattr(attention_check, "norm_error", lambda width, capability: 0.0)
+    monkeypatch.setattr(attention_check, "error", lambda case, capability: 1e-3)
+    attention_check._passes.cache_clear()
+    for _ in range(2):
+        assert attention_check.usable(_config(), jax.devices()[0]) == ""
+    attention_check._passes.cache_clear()
+    (record,) = caplog.records
+    assert "off by 1.0e-03" in record.getMessage()
+    assert "attention" in record.getMessage()
