@@ -165,7 +165,7 @@ def generate(
     # Where nothing waits for the link, the device is given the next sweep before the host looks at the token.
     ahead = model.runs_ahead
     several = None
-    if hook is None and constraint is None and fits(model, state):
+    if hook is None and constraint is None and fits(model, state, sampler.apply, sampler_state):
         several = Several(model, state, sampler.apply, only_row, keys)
     # Tokens that were drawn in one call and not given out, with their places in it.
     read: collections.deque[tuple[int, tuple[int, float]]] = collections.deque()

@@ -7,6 +7,7 @@ device draws a token and sweeps it, a few times; while it does, the host has the
 from __future__ import annotations
 
 import collections
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -38,11 +39,7 @@ class Call(NamedTuple):
 
 
 class Several:
-    """The draws of one sequence, in calls of several.
-
-    Attributes:
-      last: what the next call begins with.
-    """
+    """The draws of one sequence, in calls of several."""
 
     def __init__(self, model: Model, state: State, apply: Any, row: Array, keys: Array) -> None:
         self._model, self._state, self._apply, self._row, self._keys = model, state, apply, row, keys
@@ -117,10 +114,11 @@ class Several:
         return xs[number], last
 
 
-def fits(model: Model, state: State) -> bool:
+def fits(model: Model, state: State, apply: Any, sampler: Any) -> bool:
     """Whether calls of several tokens are possible, and pay: all layers are one run of one device, on a GPU.
 
-    Not where a cache wraps: what is computed past a stop token would take the place of what a continuation sees.
+    Not where a cache wraps: what is computed past a stop token would take the place of what a continuation sees. Nor
+    where a sampler's state changes its form, which a loop can't take.
     """
     plan = model.plan
     whole = model.runs_ahead and model.pool is None and not model.stages and model.config.mesh is None
@@ -132,7 +130,24 @@ def fits(model: Model, state: State) -> bool:
         and min(plan.kv_slots) >= plan.context
         and _pays(model)
         and _one_run(model, state)
+        and _keeps_form(apply, model.config.vocab_size, *_form(sampler))
     )
+
+
+def _form(state: Any) -> tuple[Any, tuple[Any, ...]]:
+    leaves, tree = jax.tree.flatten(state)
+    return tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+@functools.cache
+def _keeps_form(apply: Any, vocabulary: int, tree: Any, leaves: tuple[Any, ...]) -> bool:
+    state = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    logits, token = (
+        jax.ShapeDtypeStruct(shape, np.dtype(dtype))
+        for shape, dtype in (((1, vocabulary), np.float32), ((1,), np.int32))
+    )
+    _, after = jax.eval_shape(apply, logits, state, token)
+    return _form(after) == (tree, leaves)
 
 
 def _pays(model: Model) -> bool:
