@@ -8,8 +8,8 @@ import pytest
 import synthetic
 
 from airjax import models, quants
-from airjax.gguf import open_gguf
-from airjax.plan import GIB, plan_layers
+from airjax.gguf import build_manifest, open_gguf
+from airjax.plan import GIB, plan_layers, sizes
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,21 @@ def test_what_stays_leaves_room_to_an_allocator_that_rounds(plan, options, mib):
     least, given = rounded.peak_bytes / GIB, {"compact": False, "prefill_chunk": exact.prefill_chunk}
     found = [plan(gib, **given | options) for gib in (least, least - 2**-29)]
     assert [bool(own.streamed or own.host_tables) for own in found] == [False, True]
+
+
+def test_while_layers_are_re_laid_two_lie_there_as_in_the_file(plan, path):
+    with open_gguf(path) as file:
+        manifest = build_manifest(file, 1)
+    weights = sum(sizes.relaid_bytes(span) for span in [*manifest.layers, *sizes.device_globals(manifest)])
+    loading = weights + 2 * manifest.layers[0].nbytes
+    whole = plan(60, context=256)
+    assert whole.peak_bytes == loading
+    # So much is enough, and with less something leaves the device.
+    least = loading / GIB
+    found = [plan(gib, context=256) for gib in (least, least - 2**-29)]
+    assert [bool(own.streamed or own.host_tables) for own in found] == [False, True]
+    for hundredths in range(3700, 4000, 4):
+        assert plan(hundredths / 100, context=256).peak_bytes <= hundredths / 100 * GIB
 
 
 @pytest.mark.parametrize("budget_gib", [8, 20], ids=["streamed", "resident"])
