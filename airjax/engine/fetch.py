@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -316,9 +315,4 @@ def _source(form: Form, pairs: int, copies: bool) -> str:
             "PART_OFFSETS": "{" + ", ".join(str(offset) for offset, _ in form.parts) + "}",
         }
     lines = [f"#define {name} {value}" for name, value in defines.items()]
-    return "\n".join([*lines, cuda.text("chunks.cu"), _body()])
-
-
-@functools.cache
-def _body() -> str:
-    return (Path(__file__).parent / "fetch.cu").read_text()
+    return "\n".join([*lines, cuda.text("chunks.cu"), cuda.text("fetch.cu", __file__)])

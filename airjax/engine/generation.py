@@ -167,19 +167,15 @@ def generate(
     several = None
     if hook is None and constraint is None and fits(model, state, sampler.apply, sampler_state):
         several = Several(model, state, sampler.apply, only_row, keys)
-    # Tokens that were drawn in one call and not given out, with their places in it.
-    read: collections.deque[tuple[int, tuple[int, float]]] = collections.deque()
     for count in range(max_tokens):
         position = len(prompt) + count
-        if several is not None and count and not read:
-            last = several.dispatch(last, max_tokens - count, position)
-            read.extend(enumerate(several.fetch()))
-        if read:
-            assert several is not None
-            number, (id, logprob) = read.popleft()
-            drawn, swept, allowed = Draw(id, logprob), True, None
+        taken = None
+        if several is not None and count:
+            last, taken = several.take(last, max_tokens - count, position)
+        if taken is not None:
+            drawn, swept, allowed = Draw(*taken), True, None
         else:
-            number, allowed = -1, None if mask is None else mask.result()[None]
+            allowed = None if mask is None else mask.result()[None]
             row, before = last_row if count == 0 else only_row, last
             inputs = model.globals, last.x, row, last.sampler, last.token, keys, last.numbers, allowed
             if ahead and count and hook is None and not (model.plan.host_embedding or model.stages):
@@ -200,8 +196,8 @@ def generate(
             if allowed is not None and not allowed.any():
                 stats.finish_reason = "grammar"
                 return
-            if several is not None and number >= 0:
-                drawn_from, before = several.before(number)
+            if several is not None and taken is not None:
+                drawn_from, before = several.before()
                 row = only_row
             given = drawn_from, row, before.sampler, before.token, allowed
             raise DrawError(why_undrawn(model, sampler.apply, *given))

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from airjax.engine.step import Drawn, draw_step, several_step
-from airjax.engine.sweep import State, grown, lengths_at, run_end
+from airjax.engine.sweep import State, grown, lengths_at, run_blocks, run_end
 from airjax.plan import TABLES
 from airjax.types import Array
 
@@ -44,47 +44,46 @@ class Several:
     def __init__(self, model: Model, state: State, apply: Any, row: Array, keys: Array) -> None:
         self._model, self._state, self._apply, self._row, self._keys = model, state, apply, row, keys
         self._calls: collections.deque[Call] = collections.deque()
+        # The call that was read last, and of its draws those that were not taken.
         self._read: Call | None = None
+        self._left: collections.deque[tuple[int, float]] = collections.deque()
 
-    def dispatch(self, last: Drawn, draws: int, position: int) -> Drawn:
-        """Dispatches as many calls as may be on their way.
+    def take(self, last: Drawn, draws: int, position: int) -> tuple[Drawn, tuple[int, float] | None]:
+        """The next draw; before a call is read, as many are dispatched as may be on their way.
 
         Args:
           last: of the last token that was dispatched.
-          draws: how many may follow the tokens that were read.
+          draws: how many may be taken from now on.
           position: of the first of those.
 
         Returns:
-          What follows the last call.
+          What follows the last token that is dispatched now, and the draw's token and log-probability; None where no
+          call of several fits any more.
         """
-        while len(self._calls) < _AHEAD:
-            under_way = len(self._calls) * COUNT
-            first = position + under_way
-            if draws - under_way < COUNT or first + COUNT > self._model.plan.context:
-                break
-            last = self._dispatch(last, first)
-        return last
+        if not self._left:
+            while len(self._calls) < _AHEAD:
+                under_way = len(self._calls) * COUNT
+                first = position + under_way
+                if draws - under_way < COUNT or first + COUNT > self._model.plan.context:
+                    break
+                last = self._dispatch(last, first)
+            if not self._calls:
+                return last, None
+            self._read = self._calls.popleft()
+            ids, logprobs = jax.device_get(self._read.drawn[:2])
+            self._left.extend(zip(ids[:, 0].tolist(), logprobs[:, 0].tolist(), strict=True))
+        return last, self._left.popleft()
 
     def _dispatch(self, last: Drawn, position: int) -> Drawn:
-        model, state, config = self._model, self._state, self._model.config
+        model, state = self._model, self._state
         model.gguf.check_unchanged()
+        model.begin_sweep()
         lengths = lengths_at(model, np.array([position + COUNT - 1]))
-        run = range(config.n_layers)
+        run = range(model.config.n_layers)
         caches = model.caches_of(run)
-        blocks = tuple(
-            (
-                model.manifest.layers[layer].layout,
-                model.kinds[layer],
-                lengths[layer],
-                caches[model.caches[layer]],
-            )
-            for layer in run
-        )
-        for _ in range(COUNT):
-            model.begin_sweep()
-            buffers = [model.weights.take(layer) for layer in run]
+        buffers = [model.weights.take(layer) for layer in run]
         kvs = [grown(state.kv[cache], lengths[cache]) for cache in caches]
-        step = several_step(blocks, model.layouts, config, self._apply, COUNT)
+        step = several_step(run_blocks(model, run, lengths), model.layouts, model.config, self._apply, COUNT)
         drawn, end, kvs = step(model.globals, buffers, last, self._row, self._keys, kvs)
         for cache, kv in zip(caches, kvs, strict=True):
             state.kv[cache] = kv
@@ -92,20 +91,14 @@ class Several:
             model.count_sweep(state)
         model.pending = end.x
         self._calls.append(Call(last, drawn))
-        return Drawn(*end)
+        following: Drawn = end
+        return following
 
-    def fetch(self) -> list[tuple[int, float]]:
-        """Tokens and log-probabilities of the first call that is on its way; none if there is no such call."""
-        if not self._calls:
-            return []
-        self._read = self._calls.popleft()
-        ids, logprobs = jax.device_get(self._read.drawn[:2])
-        return [(int(id), float(logprob)) for id, logprob in zip(ids[:, 0], logprobs[:, 0], strict=True)]
-
-    def before(self, number: int) -> tuple[Array, Drawn]:
-        """What a draw of the call that was read last began with: its hidden states, and all else."""
+    def before(self) -> tuple[Array, Drawn]:
+        """What the draw that was taken last began with: its hidden states, and all else."""
         assert self._read is not None
         last, (_, _, xs) = self._read
+        number = COUNT - 1 - len(self._left)
         draw = draw_step(self._model.layouts, self._model.config, self._apply)
         for earlier in range(number):
             given = self._row, last.sampler, last.token, self._keys, last.numbers, None

@@ -22,6 +22,7 @@ from airjax.engine.passing import Passing
 from airjax.engine.pipeline import Passage, at_stages
 from airjax.engine.stages import call, needs
 from airjax.engine.step import block_step, run_step, shuttled_block_step, shuttled_row
+from airjax.gguf import Layout
 from airjax.quants.kernels import MOST_ROWS
 from airjax.streaming import Shuttle
 from airjax.types import Array, LayerKV, Tree
@@ -280,23 +281,26 @@ def _run(
     if model.pool is not None:
         x, kvs = run_fetched(model, run, x, kvs, None, device_positions, lengths)
     else:
-        step = run_step(
-            tuple(
-                (
-                    model.manifest.layers[layer].layout,
-                    model.kinds[layer],
-                    lengths[layer],
-                    caches[model.caches[layer]],
-                )
-                for layer in run
-            ),
-            model.config,
-        )
+        step = run_step(run_blocks(model, run, lengths), model.config)
         x, kvs = step([model.weights.take(layer) for layer in run], x, kvs, device_positions)
     for cache, kv in zip(caches, kvs, strict=True):
         state.kv[cache] = kv
     model.pending = x
     return x
+
+
+def run_blocks(model: Model, run: range, lengths: list[int]) -> tuple[tuple[Layout, str, int, int], ...]:
+    """The layers of a run as `run_step` takes them, looking at so many slots of each layer's cache."""
+    caches = model.caches_of(run)
+    return tuple(
+        (
+            model.manifest.layers[layer].layout,
+            model.kinds[layer],
+            lengths[layer],
+            caches[model.caches[layer]],
+        )
+        for layer in run
+    )
 
 
 def watch_run(model: Model, x: Array, run: range) -> None:

@@ -7,7 +7,6 @@ take as long as they do; `attention.cu` does all of it in one, or two over a lon
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -61,35 +60,27 @@ def attend(
     """
     form: layers.AttentionForm = architecture.attention_form(config, kind)
     sinks = architecture.attention_sinks(weights, config)
-    heads: HeadForm | None = architecture.head_form(config, kind)
-    if not _one_token(kv, positions, form, config):
-        q, k, v = architecture.attend_inputs(weights, x, positions, config, kind)
-    else:
-        begin = architecture.attend_inputs if heads is None else architecture.projected
-        q, k, v = begin(weights, x, positions, config, kind)
-        if covers(q, k, v, kv):
-            norms = None
-            if heads is not None and heads.eps:
-                norms = vector(weights, "attn_q_norm.weight"), vector(weights, "attn_k_norm.weight")
-            out, kv = attend_one(
-                q, k, v, kv, positions, form, heads or HeadForm(), norms, sinks, length, config.attends
-            )
-            return out, kv
-        if heads is not None:
-            q, k = architecture.turned(q, k, weights, positions, config, kind)
+    one = bool(config.attends) and positions.shape[1] == 1 and not form.alibi
+    heads: HeadForm | None = architecture.head_form(config, kind) if one else None
+    begin = architecture.attend_inputs if heads is None else architecture.projected
+    q, k, v = begin(weights, x, positions, config, kind)
+    if one and covers(kv, q, k, v):
+        norms = None
+        if heads is not None and heads.eps:
+            norms = vector(weights, "attn_q_norm.weight"), vector(weights, "attn_k_norm.weight")
+        given = positions, form, heads or HeadForm(), norms, sinks, length, config.attends
+        return attend_one(q, k, v, kv, *given)
+    if heads is not None:
+        q, k = architecture.turned(q, k, weights, positions, config, kind)
     if k.shape[2]:  # else another layer has written what this one reads
         kv = layers.write_rows(kv, k, v, positions)
     return layers.attention(q, kv, positions, **form._asdict(), length=length, sinks=sinks), kv
 
 
-def _one_token(
-    kv: KVCache, positions: Array, form: layers.AttentionForm, config: Config
-) -> TypeGuard[LayerKV | PagedKV]:
-    return bool(config.attends) and positions.shape[1] == 1 and not form.alibi and not isinstance(kv, TreeKV)
-
-
-def covers(q: Array, k: Array, v: Array, kv: LayerKV | PagedKV) -> bool:
-    """Whether the kernel takes heads of these shapes, and such a cache."""
+def covers(kv: KVCache, q: Array, k: Array, v: Array) -> TypeGuard[LayerKV | PagedKV]:
+    """Whether the kernel takes such a cache, and heads of these shapes."""
+    if isinstance(kv, TreeKV):
+        return False
     keys, values = _cache_of(kv)
     if isinstance(keys, QuantizedRows) or isinstance(values, QuantizedRows):
         return False
@@ -164,35 +155,42 @@ def attend_one(
     splits = -(-looked_at // chunk)
     chunks = -(-splits // _MOST_SPLITS)
     splits = -(-splits // chunks)
+    # What the kernel may read, by the names of its parameters.
+    known: dict[str, Array | None] = {
+        "positions": positions.reshape(batch),
+        "table": table,
+        **{name: part.reshape(batch, -1) for name, part in (("q", q), ("k", k), ("v", v))},
+        **dict(zip(("q_norm", "k_norm"), norms or (None, None), strict=True)),
+        "frequencies": jnp.asarray(heads.frequencies, jnp.float32) if heads.frequencies else None,
+        "sinks": sinks,
+    }
+    read = {name: array for name, array in known.items() if array is not None}
     attending, combining = _sources(
         (
-            ("HEADS", str(kv_heads)),
-            ("GROUP", str(group)),
-            ("WIDTH", str(width)),
-            ("STORED", str(_STORED[keys.dtype.name])),
-            ("PAGED", str(int(table is not None))),
-            ("COLUMNS", str(1 if table is None else table.shape[1])),
-            ("SLOTS", str(slots)),
-            ("SPLITS", str(splits)),
-            ("CHUNKS", str(chunks)),
-            ("CHUNK", str(chunk)),
-            ("WINDOW", str(form.window)),
-            ("CHUNKED", str(int(form.chunked))),
-            ("SCALE", _number(form.scale)),
-            ("SOFTCAP", _number(form.softcap)),
-            ("NORM", str(int(norms is not None))),
-            ("EPS", _number(heads.eps)),
-            ("PAIRS", str(len(heads.frequencies))),
-            ("INTERLEAVED", str(int(heads.interleaved))),
-            ("ROPE_SCALE", _number(heads.scale)),
-            ("SINKS", str(int(sinks is not None))),
-        )
+            ("THREADS", _THREADS),
+            ("HEADS", kv_heads),
+            ("GROUP", group),
+            ("WIDTH", width),
+            ("STORED", _STORED[keys.dtype.name]),
+            ("PAGED", int(table is not None)),
+            ("COLUMNS", 1 if table is None else table.shape[1]),
+            ("SLOTS", slots),
+            ("SPLITS", splits),
+            ("CHUNKS", chunks),
+            ("CHUNK", chunk),
+            ("WINDOW", form.window),
+            ("CHUNKED", int(form.chunked)),
+            ("SCALE", cuda.literal(form.scale)),
+            ("SOFTCAP", cuda.literal(form.softcap)),
+            ("NORM", int(norms is not None)),
+            ("EPS", cuda.literal(heads.eps)),
+            ("PAIRS", len(heads.frequencies)),
+            ("INTERLEAVED", int(heads.interleaved)),
+            ("ROPE_SCALE", cuda.literal(heads.scale)),
+            ("SINKS", int(sinks is not None)),
+        ),
+        tuple(read),
     )
-    given = [positions.reshape(batch)] + ([] if table is None else [table])
-    given += [q.reshape(batch, -1), k.reshape(batch, -1), v.reshape(batch, -1)]
-    given += [] if norms is None else list(norms)
-    given += [jnp.asarray(heads.frequencies, jnp.float32)] if heads.frequencies else []
-    given += [] if sinks is None else [sinks]
     outs = [jax.ShapeDtypeStruct(q.shape, np.dtype(np.float32))]
     if splits > 1:
         shape = (batch, kv_heads, splits, group)
@@ -201,7 +199,7 @@ def attend_one(
         cuda.compile_ptx(attending, capability),
         "airjax_attend",
         outs,
-        *given,
+        *read.values(),
         written=(keys, values),
         blocks=batch * kv_heads * splits,
         threads=_THREADS,
@@ -212,7 +210,7 @@ def attend_one(
             cuda.compile_ptx(combining, capability),
             "airjax_combine",
             [jax.ShapeDtypeStruct(q.shape, np.dtype(np.float32))],
-            given[0],
+            read["positions"],
             *made,
             *([] if sinks is None else [sinks]),
             blocks=batch * kv_heads * group,
@@ -222,46 +220,26 @@ def attend_one(
     return out, new if table is None else PagedKV(new, table)
 
 
-def _number(value: float) -> str:
-    return f"{float(np.float32(value)).hex()}f"
-
-
 @functools.cache
-def _sources(defines: tuple[tuple[str, str], ...]) -> tuple[str, str]:
-    """Of the launch that attends, and of the one that puts splits together."""
+def _sources(defines: tuple[tuple[str, Any], ...], read: tuple[str, ...]) -> tuple[str, str]:
+    """Of the launch that attends, which reads what has these names, and of the one that puts splits together."""
     of = dict(defines)
     lines = [f"#define {name} {value}" for name, value in defines]
-    lines += [cuda.text("warps.cu"), (Path(__file__).parent / "attention.cu").read_text()]
-    sinks = ["const float* sinks"] if of["SINKS"] == "1" else []
-    pointers = ["const int* positions"] + (["const int* table"] if of["PAGED"] == "1" else [])
-    pointers += ["const float* q", "const float* k", "const float* v"]
-    pointers += ["const float* q_norm", "const float* k_norm"] if of["NORM"] == "1" else []
-    pointers += ["const float* frequencies"] if of["PAIRS"] != "0" else []
-    pointers += [*sinks, "Stored* keys", "Stored* values", "float* out"]
-    pointers += ["float* sums"] if of["SPLITS"] != "1" else []
-    names = [pointer.split("* ")[1] for pointer in pointers]
-    fields = [
-        "positions",
-        "table",
-        "q",
-        "k",
-        "v",
-        "q_norm",
-        "k_norm",
-        "frequencies",
-        "sinks",
-        "keys",
-        "values",
-    ]
-    passed = ", ".join(name if name in names else "nullptr" for name in fields)
+    lines += [cuda.text("warps.cu"), cuda.text("attention.cu", __file__)]
+    types = {"positions": "int", "table": "int"}
+    pointers = [f"const {types.get(name, 'float')}* {name}" for name in read]
+    pointers += ["Stored* keys", "Stored* values", "float* out"]
+    pointers += ["float* sums"] if of["SPLITS"] > 1 else []
+    fields = "".join(f"given.{name} = {name}; " for name in (*read, "keys", "values"))
     # Blocks of a multiprocessor: as many as have registers enough for what a thread sums.
-    blocks = 2 if int(of["WIDTH"]) > 128 or int(of["GROUP"]) > 8 else 3 if int(of["GROUP"]) > 4 else 4
+    blocks = 2 if of["WIDTH"] > 128 or of["GROUP"] > 8 else 3 if of["GROUP"] > 4 else 4
     attend = [
         f'extern "C" __global__ void __launch_bounds__({_THREADS}, {blocks}) airjax_attend({", ".join(pointers)}) {{',
-        f"  const Given given = {{{passed}}};",
-        f"  attend(given, out, {'sums' if 'sums' in names else 'nullptr'});",
+        f"  Given given = {{}}; {fields}",
+        f"  attend(given, out, {'sums' if of['SPLITS'] > 1 else 'nullptr'});",
         "}",
     ]
+    sinks = ["const float* sinks"] if "sinks" in read else []
     pointers = ["const int* positions", "const float* made", "const float* sums", *sinks, "float* out"]
     combine = [
         f'extern "C" __global__ void airjax_combine({", ".join(pointers)}) {{',

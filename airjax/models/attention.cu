@@ -14,11 +14,11 @@
 //   NORM, EPS             1: queries and keys are normed by the head
 //   PAIRS, INTERLEAVED, ROPE_SCALE   that are rotated, whether they are neighbours, and by what they grow
 //   SINKS                 1: each head has a score that gives nothing
+//   THREADS               of a block that attends
 //
 // Sums are taken slot by slot in an order that follows from the position alone, so a sequence's bits do not depend on
 // the batch.
 
-#define THREADS 256
 #define NOTHING (-1e30f)
 #define PADDED ((GROUP + 3) / 4 * 4)
 

@@ -69,7 +69,7 @@ def usable(config: Config, device: jax.Device) -> str:
     group = config.n_heads // heads
     rows = [jax.ShapeDtypeStruct((1, 1, n, width), np.dtype(np.float32)) for n in (config.n_heads, heads)]
     cache = jax.ShapeDtypeStruct((1, heads, 64, width), _DTYPES[config.kv_dtype])
-    if not attending.covers(rows[0], rows[1], rows[1], LayerKV(cache, cache)):  # type: ignore[arg-type]
+    if not attending.covers(LayerKV(cache, cache), rows[0], rows[1], rows[1]):  # type: ignore[arg-type]
         return ""
     return capability if _passes(min(heads, 2), group, width, config.kv_dtype, device, capability) else ""
 

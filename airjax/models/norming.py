@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -66,9 +65,9 @@ def _launch(given: list[Array], like: Array, eps: float, capability: str) -> lis
 
 @functools.cache
 def _source(width: int, threads: int, eps: float, of_sum: bool) -> str:
-    defines = {"WIDTH": width, "THREADS": threads, "EPS": f"{eps:.9e}f", "SUM": int(of_sum)}
+    defines = {"WIDTH": width, "THREADS": threads, "EPS": cuda.literal(eps), "SUM": int(of_sum)}
     lines = [f"#define {name} {value}" for name, value in defines.items()]
-    lines += [cuda.text("warps.cu"), (Path(__file__).parent / "norm.cu").read_text()]
+    lines += [cuda.text("warps.cu"), cuda.text("norm.cu", __file__)]
     names = ["x", "update", "weight", "sum", "out"] if of_sum else ["x", "weight", "out"]
     pointers = [f"{'' if name in ('sum', 'out') else 'const '}float4* {name}" for name in names]
     passed = [name if name in names else "nullptr" for name in ("x", "update", "weight", "sum", "out")]

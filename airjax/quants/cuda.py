@@ -83,9 +83,14 @@ def _output(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> str:
 
 
 @functools.cache
-def text(name: str) -> str:
-    """A file of CUDA C++ beside this one."""
-    return (Path(__file__).parent / name).read_text()
+def text(name: str, beside: str = __file__) -> str:
+    """A file of CUDA C++ beside this module, or another."""
+    return (Path(beside).parent / name).read_text()
+
+
+def literal(value: float) -> str:
+    """A float32 as CUDA C++ has it, exactly."""
+    return f"{float(np.float32(value)).hex()}f"
 
 
 def capability(device: jax.Device) -> str:

@@ -81,7 +81,7 @@ def test_what_it_does_not_take():
         one = jax.ShapeDtypeStruct((1, n, slots, width), dtype)
         return LayerKV(one, one)
 
-    assert attending.covers(heads(8, 64), heads(2, 64), heads(2, 64), cache(2, 64))
+    assert attending.covers(cache(2, 64), heads(8, 64), heads(2, 64), heads(2, 64))
     quantized = QuantizedRows(*(jax.ShapeDtypeStruct((1, 2, 64, n), np.int8) for n in (64, 2)))
     for q, k, v, kv in (
         (heads(34, 64), heads(2, 64), heads(2, 64), cache(2, 64)),
@@ -93,7 +93,7 @@ def test_what_it_does_not_take():
         (heads(8, 64), heads(2, 64), heads(2, 64), LayerKV(quantized, quantized)),
         (heads(8, 64), heads(2, 64), heads(2, 64), PagedKV(cache(2, 64, slots=16), None)),
     ):
-        assert not attending.covers(q, k, v, kv)
+        assert not attending.covers(kv, q, k, v)
 
 
 @pytest.fixture
